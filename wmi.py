@@ -1,0 +1,2445 @@
+#!/usr/bin/env python3
+"""Serve and call the machine-image API of Wakame-vdc's DCMGR, with the standard library alone.
+
+A short session, on a store in memory:
+
+>>> storage = open_storage("memory:")
+>>> Catalog(storage).register({
+...     "uuid": "wmi-lucid0", "account_id": "a-shpoolxx", "is_public": True,
+...     "source": {"uri": "file:///images/ubuntu-lucid-kvm-32.raw"}})
+'wmi-lucid0'
+>>> visitor = Catalog(storage, account="a-visitor1")
+>>> visitor.show("wmi-lucid0")["source"]["uri"]
+'file:///images/ubuntu-lucid-kvm-32.raw'
+>>> visitor.destroy("wmi-lucid0")
+Traceback (most recent call last):
+    ...
+wmi.OperationNotPermitted
+
+The same verbs on a server elsewhere: ``Client("http://127.0.0.1:9001", "a-visitor1")``.
+The server: ``python3 wmi.py serve --sample``, or ``Server(storage).serve_forever()``.
+
+The parts, each using only what stands above it (``grep -A1 '^####' wmi.py``):
+Errors, YAML, Image, Storage, Catalog, HTTP, Client, Command line.
+
+Left out on purpose: everything of DCMGR that is not an image; the rest of YAML; async; scanning
+for plug-ins. A store is one file in backends/ with one function, open_storage(location).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import email.utils
+import errno
+import functools
+import hashlib
+import heapq
+import http.client
+import http.server
+import importlib
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+__version__ = "1.0.0"
+
+# wmi is one file, yet a backend is imported as wmi.NAME_store: from backends/ beside a checkout or a
+# vendored copy, from wmi_backends/ beside an installed wmi.py (no top-level package "backends").
+__path__ = [os.path.join(os.path.dirname(os.path.abspath(__file__)), name) for name in ("backends", "wmi_backends")]
+
+Record = dict[str, Any]
+
+
+####################################################################################################
+# Errors
+####################################################################################################
+# One tree. An error is raised once, where it is known. It carries the HTTP status and the DCMGR code
+# as class attributes, so the server needs no mapping table and the client raises the same class from
+# an answer. One place turns an error into HTTP, one into a line on stderr.
+
+
+class Error(Exception):
+    """Be the base of every error of this module; ``str(error)`` is the message.
+
+    An empty message is shown as the class, which is what the originals did.
+    """
+
+    status = 500  # HTTP status of the answer
+    code = "500"  # DCMGR's own code, a string in every answer
+    retry_after = 0.0  # seconds; set by the client from an answer
+
+
+class UnknownUUIDResource(Error):
+    """Say that there is no such image; the message is the id asked for."""
+
+    status, code = 404, "100"
+
+
+class InvalidRequestCredentials(Error):
+    """Say that the account is missing or malformed."""
+
+    status, code = 400, "103"
+
+
+class OperationNotPermitted(Error):
+    """Say that the image belongs to another account."""
+
+    status, code = 403, "105"
+
+
+class DatabaseError(Error):
+    """Say that the store cannot answer; ``__cause__`` says why."""
+
+    status, code = 503, "110"
+
+
+class InvalidParameter(Error):
+    """Say that a parameter, a field or the form of an id is wrong; the message names it."""
+
+    status, code = 400, "143"
+
+
+class DuplicateUUID(Error):
+    """Say that an image with this id is registered already (the API itself has no such call)."""
+
+    status, code = 409, "409"
+
+
+class BadRequest(Error):
+    """Refuse a request that breaks the rules of HTTP (RFC 9112)."""
+
+    status, code = 400, "400"
+
+
+class NotFound(Error):
+    """Say that nothing is served under this path."""
+
+    status, code = 404, "404"
+
+
+class MethodNotAllowed(Error):
+    """Say that the path does not have this method; the message lists those it has."""
+
+    status, code = 405, "405"
+
+
+class RequestTimeout(Error):
+    """Refuse a request that took too long to arrive."""
+
+    status, code = 408, "408"
+
+
+class ContentTooLarge(Error):
+    """Refuse a body over the limit."""
+
+    status, code = 413, "413"
+
+
+class URITooLong(Error):
+    """Refuse a request line over the limit."""
+
+    status, code = 414, "414"
+
+
+class UnsupportedMediaType(Error):
+    """Refuse a body that is neither a form nor JSON."""
+
+    status, code = 415, "415"
+
+
+class ExpectationFailed(Error):
+    """Refuse an Expect other than 100-continue."""
+
+    status, code = 417, "417"
+
+
+class RequestHeaderFieldsTooLarge(Error):
+    """Refuse a head over one of the limits."""
+
+    status, code = 431, "431"
+
+
+class UnknownTransferCoding(Error):
+    """Refuse a transfer coding other than chunked (RFC 9112, 6.1)."""
+
+    status, code = 501, "501"
+
+
+class BadAnswer(Error):
+    """Say that a server's answer is too large or not this API (client only)."""
+
+    status, code = 502, "502"
+
+
+class Unreachable(Error):
+    """Say that a server gave no whole answer in time (client only)."""
+
+    status, code = 504, "504"
+
+
+class HTTPVersionNotSupported(Error):
+    """Refuse HTTP/2 and later."""
+
+    status, code = 505, "505"
+
+
+####################################################################################################
+# YAML
+####################################################################################################
+# The originals show `source` and `features` as a YAML document inside a text, and answer in YAML when
+# the path ends in .yml. Written here: mappings with Ruby symbols as keys, sequences and scalars, so
+# that Ruby's and Python's YAML libraries read the same data back. Read here: one flat mapping, which
+# is what `source` and `features` are. No tags, no anchors: nothing is ever instantiated.
+
+# A text is written plain only where no YAML 1.1 reader takes it for anything but that text.
+_YAML_PLAIN = re.compile(r"[A-Za-z/](?:[A-Za-z0-9_./@+=~-]|[: ](?=[A-Za-z0-9_./]))*")
+_YAML_WORDS = frozenset("y n yes no on off true false null".split())
+_YAML_UNPRINTABLE = r"[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
+_YAML_ESCAPED = re.compile(r'["\\]|' + _YAML_UNPRINTABLE)
+_YAML_ESCAPES = dict(zip('0abtnvfre"\\/ N_LP', '\0\a\b\t\n\v\f\r\x1b"\\/ \x85\xa0\u2028\u2029'))
+_YAML_SHORT = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t"}
+_YAML_CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False}
+
+
+class Timestamp(str):
+    """Be a time that is text in JSON (2011-11-23T07:36:00Z) and a timestamp in YAML."""
+
+
+def to_yaml(value: Any) -> str:
+    """Return value, of dicts, lists and scalars, as one YAML document with symbol keys."""
+    nested = isinstance(value, (dict, list)) and value
+    return "---\n" + "".join(yaml_lines(value, "")) if nested else f"--- {_yaml_scalar(value)}\n"
+
+
+def yaml_lines(value: Any, indent: str) -> Iterator[str]:
+    """Yield the block lines of a dict or list that is not empty, laid out as Ruby's psych does."""
+    for item in value:
+        head, item = (f"{indent}-", item) if isinstance(value, list) else (f"{indent}:{item}:", value[item])
+        if not isinstance(item, (dict, list)) or not item:
+            yield f"{head} {_yaml_scalar(item)}".rstrip(" ") + "\n"
+        elif isinstance(value, list):
+            yield head + "".join(yaml_lines(item, indent + "  "))[len(head) :]
+        else:
+            yield head + "\n"
+            yield from yaml_lines(item, indent if isinstance(item, list) else indent + "  ")
+
+
+def _yaml_scalar(value: Any) -> str:
+    if isinstance(value, Timestamp):
+        return f"{value[:10]} {value[11:19]}.000000000 Z"
+    if not isinstance(value, str):
+        return "" if value is None else json.dumps(value)  # true, 12, {} and [] are spelled alike
+    if _YAML_PLAIN.fullmatch(value) and value.lower() not in _YAML_WORDS:
+        return value
+    if not re.search(_YAML_UNPRINTABLE, value):
+        return "'" + value.replace("'", "''") + "'"
+    return '"' + _YAML_ESCAPED.sub(lambda m: _YAML_SHORT.get(m[0]) or f"\\u{ord(m[0]):04x}", value) + '"'
+
+
+def parse_yaml_mapping(text: str) -> dict[str, Any]:
+    """Return the flat mapping in a YAML document, its keys without the colon of a symbol.
+
+    Reads what this module and the originals (Ruby 1.8's syck, later psych) wrote for `source` and
+    `features`. Everything else of YAML is a ValueError that says what was found.
+    """
+    start, _, rest = text.partition("\n")
+    start = start.strip()
+    if start == "--- {}" and not rest.strip():
+        return {}
+    if not start.startswith("---"):
+        rest = text
+    elif start != "---":
+        raise ValueError(f"expected '---' and a mapping, not {start!r:.60}")
+    folded = re.sub(r"\\\n +\\?|\n +", lambda m: "" if m[0][0] == "\\" else " ", rest)  # a long scalar goes on
+    return dict(_parse_yaml_entry(line.rstrip()) for line in folded.split("\n") if line.strip())
+
+
+def _parse_yaml_entry(line: str) -> tuple[str, Any]:
+    match = re.fullmatch(r":?([A-Za-z_][A-Za-z0-9_]*):(?: +(.*))?", line)
+    if not match:
+        raise ValueError(f"expected ':key: value', not {line!r:.60}")
+    return match[1], _parse_yaml_scalar(match[2] or "")
+
+
+def _parse_yaml_scalar(text: str) -> Any:
+    if re.fullmatch(r"'(?:[^']|'')*'", text):
+        return text[1:-1].replace("''", "'")
+    if re.fullmatch(r'"(?:[^"\\]|\\.)*"', text):
+        return re.sub(r"\\(?:x(..)|u(.{4})|U(.{8})|(.))", _yaml_unescaped, text[1:-1])
+    if text in _YAML_CONSTANTS:
+        return _YAML_CONSTANTS[text]
+    if text[0] in "!&*|>%@`{}[],?#\"'" or ": " in text or " #" in text or text[:2] == "- ":
+        raise ValueError(f"expected plain or quoted text, not {text!r:.60}")
+    if re.fullmatch("[-+]?[0-9]{1,18}", text):
+        return int(text)
+    return text[1:] if text[0] == ":" else text  # a Ruby symbol is taken as its text
+
+
+def _yaml_unescaped(match: re.Match[str]) -> str:
+    digits = match[1] or match[2] or match[3]
+    if not digits and match[4] not in _YAML_ESCAPES:
+        raise ValueError(f"unknown escape {match[0]!r}")
+    return chr(int(digits, 16)) if digits else _YAML_ESCAPES[match[4]]
+
+
+####################################################################################################
+# Image
+####################################################################################################
+# An image is kept as a record: a plain dict with the fields of FIELDS, each checked, in that order.
+# The three versions of the API differ in data only: names, order, defaults and who may see what. That
+# data is the table VERSIONS; a version is a row of it, never an `if` elsewhere.
+
+BOOT_DEV_SAN, BOOT_DEV_LOCAL = 1, 2  # the document's numbers: a volume on the storage network, a local file
+SYSTEM_ACCOUNT = "a-00000000"  # may show and delete any image (document and 11.12)
+STATES = ("init", "creating", "pending", "available", "deleted")
+
+Check = Callable[[str, Any], Any]  # (field, value) -> the value as kept, or InvalidParameter
+
+
+def refuse(field: str, value: Any, allowed: str) -> InvalidParameter:
+    """Return the error for a value: it names the field, the value and what is allowed."""
+    return InvalidParameter(f"{field}: {value!r:.80} is not allowed; expected {allowed}")
+
+
+def _matching(pattern: str, allowed: str) -> Check:
+    def check(field: str, value: Any) -> str:
+        if isinstance(value, str) and re.fullmatch(pattern, value):
+            return value
+        raise refuse(field, value, allowed)
+
+    return check
+
+
+def _one_of(*allowed: Any) -> Check:
+    def check(field: str, value: Any) -> Any:
+        if any(type(value) is type(choice) and value == choice for choice in allowed):
+            return value
+        raise refuse(field, value, " or ".join(map(json.dumps, allowed)))
+
+    return check
+
+
+def _or_null(check: Check) -> Check:
+    return lambda field, value: None if value is None else check(field, value)
+
+
+def _check_text(field: str, value: Any) -> str:
+    if isinstance(value, str) and not re.search("[\ud800-\udfff]", value):
+        return value
+    raise refuse(field, value, "text that is valid Unicode")
+
+
+def parse_time(field: str, value: Any) -> datetime.datetime:
+    """Return an ISO 8601 time as a naive datetime in UTC; without a zone it is taken as UTC.
+
+    Raises InvalidParameter that names the field.
+    """
+    form = r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d:\d\d)(?:\.(\d{1,6})\d*)? ?(?:Z|([+-]\d\d):?(\d\d))?)?"
+    match = re.fullmatch(form, value, re.ASCII) if isinstance(value, str) else None
+    try:
+        day, clock, fraction, hours, minutes = match.groups() if match else ("",) * 5
+        moment = datetime.datetime.strptime(f"{day} {clock or '00:00:00'}", "%Y-%m-%d %H:%M:%S")
+        east = datetime.timedelta(hours=int(hours or 0), minutes=int(f"{(hours or '+')[0]}{minutes or 0}"))
+        return moment - east + datetime.timedelta(microseconds=int((fraction or "0").ljust(6, "0")))
+    except (ValueError, OverflowError) as error:
+        raise refuse(field, value, "a time such as 2011-11-23T07:36:00Z") from error
+
+
+def _check_time(field: str, value: Any) -> str:
+    return parse_time(field, value).replace(microsecond=0).isoformat() + "Z"
+
+
+def now() -> str:
+    """Return the time as the API spells it: UTC, whole seconds, 2011-11-23T07:36:00Z."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _mapping_of(**checks: Check) -> Check:
+    """Return the check of a dict, or of its text in YAML, that has these keys and no others."""
+
+    def check(field: str, value: Any) -> dict[str, Any]:
+        try:
+            value = parse_yaml_mapping(value) if isinstance(value, str) else value
+        except ValueError as error:
+            raise InvalidParameter(f"{field}: {error}") from error
+        if not isinstance(value, dict) or not set(value) <= set(checks):
+            raise refuse(field, value, "an object, or its YAML, with no other keys than " + ", ".join(checks))
+        return {name: checks[name](f"{field}.{name}", item) for name, item in value.items()}
+
+    return check
+
+
+check_id = _matching("wmi-[a-z0-9]{1,251}", "wmi- and 1 to 251 letters a-z or digits")
+check_account = _matching("a-[a-z0-9]{1,253}", "a- and 1 to 253 letters a-z or digits")
+_check_flag = _one_of(True, False)
+_check_uri = _matching("[^\x00-\x1f\x7f\ud800-\udfff]+", "a URI, valid Unicode without control characters")
+_check_snapshot = _matching("snap-[a-z0-9]+", "snap- and letters a-z or digits")
+_check_backup = _matching("bo-[a-z0-9]+", "bo- and letters a-z or digits")
+_check_md5sum = _matching("[0-9A-Fa-f]{32}", "32 hex digits")
+
+# Every field of a record, in the order in which it is kept: its check and its default.
+FIELDS: dict[str, tuple[Check, Any]] = {
+    "id": (check_id, None),
+    "account_id": (check_account, None),
+    "created_at": (_check_time, None),
+    "updated_at": (_check_time, None),
+    "boot_dev_type": (_one_of(BOOT_DEV_SAN, BOOT_DEV_LOCAL), BOOT_DEV_LOCAL),
+    "source": (_mapping_of(uri=_check_uri, snapshot_id=_check_snapshot), {}),
+    "arch": (_one_of("x86", "x86_64"), "x86_64"),
+    "description": (_or_null(_check_text), None),
+    "md5sum": (_or_null(lambda field, value: _check_md5sum(field, value).lower()), None),
+    "is_public": (_check_flag, False),
+    "state": (_one_of(*STATES), "init"),
+    "features": (_mapping_of(virtio=_check_flag, acpi=_check_flag), {}),
+    # from here on: what 12.03 added
+    "file_format": (_matching("[a-z0-9]{1,255}", "letters a-z or digits, such as raw"), "raw"),
+    "root_device": (_or_null(_check_text), None),
+    "is_cacheable": (_check_flag, False),
+    "instance_model_name": (_or_null(_check_text), None),
+    "parent_image_id": (_or_null(check_id), None),
+    "service_type": (_one_of("std", "lb"), "std"),
+    "display_name": (_check_text, ""),
+    "backup_object_id": (_or_null(_check_backup), None),
+    "deleted_at": (_or_null(_check_time), None),
+    "os_type": (_one_of("linux", "windows"), "linux"),
+}
+_ALWAYS_EMPTY = ("volumes", "vifs", "labels")  # 12.03 answers []: accepted, not kept
+
+
+def image_record(fields: Mapping[str, Any]) -> Record:
+    """Return a complete, checked record from some fields of an image.
+
+    Takes the names of FIELDS, with `uuid` as another name of `id`; account_id is required; id and
+    times are made up if absent. Raises InvalidParameter: field, value and what is allowed.
+    """
+    given = {name: value for name, value in fields.items() if name not in _ALWAYS_EMPTY or value != []}
+    uuid = given.pop("uuid", None)
+    if uuid is not None and given.setdefault("id", uuid) != uuid:
+        raise refuse("uuid", uuid, f"the same as id, {given['id']!r}")
+    for name in given:
+        if name not in FIELDS:
+            raise refuse("field", name, ", ".join(FIELDS))
+    if "account_id" not in given:
+        raise InvalidParameter("account_id: is missing; say whose image it is, such as a-shpoolxx")
+    given.setdefault("id", "wmi-" + "".join(random.SystemRandom().choices("abcdefghijklmnopqrstuvwxyz0123456789", k=8)))
+    given.setdefault("created_at", now())
+    given.setdefault("updated_at", given["created_at"])
+    record = {name: check(name, given.get(name, default)) for name, (check, default) in FIELDS.items()}
+    if "boot_dev_type" not in given and "snapshot_id" in record["source"]:
+        record["boot_dev_type"] = BOOT_DEV_SAN
+    return check_agreement(record)
+
+
+def check_agreement(record: Record) -> Record:
+    """Return the record if its fields agree with one another. Raises InvalidParameter."""
+    key = "snapshot_id" if record["boot_dev_type"] == BOOT_DEV_SAN else "uri"
+    if record["source"] and list(record["source"]) != [key]:
+        raise refuse("source", record["source"], f"{key} alone, as boot_dev_type is {record['boot_dev_type']}")
+    if (record["state"] == "deleted") != (record["deleted_at"] is not None):
+        raise refuse("deleted_at", record["deleted_at"], f"to agree with state, {record['state']!r}")
+    return record
+
+
+class Version(NamedTuple):
+    """Be a row of the table of API versions: how it is spelled, and who may see what."""
+
+    name: str
+    path: str  # of the collection
+    prefix: str  # of an error's class
+    wrapped: bool  # the index answers an array that holds one object
+    envelope: tuple[str, str, str, str]  # the index's keys, in order: total, start, limit, list
+    default_limit: int | None  # also for limit=0; None is no limit
+    fields: tuple[str, ...]  # of an image, in order
+    shown: Mapping[str, Callable[[Record], Any]]  # fields that are not shown as they are kept
+    index_public: bool  # the index lists every account's public images
+    index_deleted: bool | None  # and tombstones: False no, True only, None too
+    shows_deleted: bool  # show answers a tombstone, and deleting it again is fine
+    not_yours: type[Error]  # for somebody else's image
+    privileged: bool  # SYSTEM_ACCOUNT may show and delete any image
+    updatable: tuple[str, ...]  # fields that PUT sets
+    filters: tuple[str, ...]  # parameters of the index beside start and limit
+    no_account: str  # the message where the account is missing; "" is the originals', the class
+
+
+_SHOWN: dict[str, Callable[[Record], Any]] = {
+    "uuid": lambda record: record["id"],
+    "created_at": lambda record: Timestamp(record["created_at"]),
+    "updated_at": lambda record: Timestamp(record["updated_at"]),
+}
+_DOCUMENT = Version(
+    name="document",
+    path="/api/images",
+    prefix="Dcmgr::Endpoints::",
+    wrapped=False,
+    envelope=("owner_total", "start", "limit", "result"),
+    default_limit=None,
+    fields=(
+        "id", "uuid", "account_id", "created_at", "updated_at", "boot_dev_type", "source", "arch", "description",
+        "md5sum", "is_public", "state", "features",
+    ),
+    shown={
+        **_SHOWN,
+        "source": lambda record: to_yaml(record["source"]),
+        "features": lambda record: to_yaml(record["features"]),
+    },
+    index_public=True,
+    index_deleted=False,
+    shows_deleted=False,
+    not_yours=OperationNotPermitted,
+    privileged=True,
+    updatable=(),
+    filters=(),
+    no_account="say who calls: send a header X-VDC-ACCOUNT-UUID, such as a-shpoolxx",
+)  # fmt: skip
+_V1112 = _DOCUMENT._replace(
+    name="11.12",
+    path="/api/11.12/images",
+    wrapped=True,
+    envelope=("owner_total", "start", "limit", "results"),
+    no_account="",
+)
+_V1203 = Version(
+    name="12.03",
+    path="/api/12.03/images",
+    prefix="Dcmgr::Endpoints::Errors::",
+    wrapped=True,
+    envelope=("total", "start", "limit", "results"),
+    default_limit=250,
+    fields=(
+        "id", "account_id", "uuid", "created_at", "updated_at", "boot_dev_type", "arch", "description", "is_public",
+        "state", "features", "file_format", "root_device", "is_cacheable", "instance_model_name", "parent_image_id",
+        "service_type", "display_name", "backup_object_id", "deleted_at", "volumes", "vifs", "os_type", "labels",
+    ),
+    shown={
+        **_SHOWN,
+        "deleted_at": lambda record: record["deleted_at"] and Timestamp(record["deleted_at"]),
+        "description": lambda record: record["description"] or "",
+        "state": lambda record: "available" if record["state"] == "init" else record["state"],
+        **{name: lambda record: [] for name in _ALWAYS_EMPTY},
+    },
+    index_public=False,
+    index_deleted=None,
+    shows_deleted=True,
+    not_yours=UnknownUUIDResource,
+    privileged=False,
+    updatable=("display_name", "description"),
+    filters=(
+        "is_public", "service_type", "state", "created_since", "created_until", "deleted_since", "deleted_until",
+        "sort_by", "filter",
+    ),
+    no_account="",
+)  # fmt: skip
+
+DOCUMENT = "document"
+VERSIONS = {version.name: version for version in (_DOCUMENT, _V1112, _V1203)}
+
+
+def find_version(name: str) -> Version:
+    """Return the row of VERSIONS. Raises InvalidParameter."""
+    return VERSIONS[_one_of(*VERSIONS)("version", name)]
+
+
+def render(version: Version, record: Record) -> Record:
+    """Return a record as this version shows it: its fields, in its order."""
+    shown = version.shown
+    return {name: shown[name](record) if name in shown else record[name] for name in version.fields}
+
+
+####################################################################################################
+# Storage
+####################################################################################################
+# What a store is, the store in memory, and how a URL such as sqlite:images.db finds its backend. A
+# store keeps records by id in order of registration; rules and HTTP are none of its business. The
+# tests in backends/contract.py are this interface, for every backend of ours or of others.
+
+
+class Storage(Protocol):
+    """Keep records by id, in order of registration; records go in and come out as copies.
+
+    A store looks at four fields: id, account_id, is_public and deleted_at (who has one is a
+    *tombstone*). Raises KeyError (absent), FileExistsError (the id exists), ValueError (misuse,
+    closed) and OSError (the medium failed), nothing else.
+
+    A record is in the scope of `page` and `walk` if account is None or owns it, or it is public and
+    `public` is true; and if it is a tombstone or not, as `deleted` says (None: either).
+    """
+
+    def get(self, id: str) -> Record:
+        """Return the record, a tombstone too. Raises KeyError."""
+
+    def add(self, record: Record) -> None:
+        """Register a record as the newest, also over a tombstone. Raises FileExistsError."""
+
+    def add_all(self, records: Iterable[Record]) -> int:
+        """Register all in this order, or none if one fails or the iterable raises; return how many."""
+
+    def replace(self, id: str, change: Callable[[Record], Record]) -> Record:
+        """Put change(record) in its place, atomically, and return it; change may be called again."""
+
+    def delete(self, id: str) -> None:
+        """Remove the record altogether. Raises KeyError."""
+
+    def page(
+        self, account: str | None, start: int, limit: int, *, public: bool = True, deleted: bool | None = False
+    ) -> tuple[int, list[Record]]:
+        """Return the size of the scope, and limit records of it from offset start, newest first."""
+
+    def walk(
+        self, account: str | None = None, *, public: bool = True, deleted: bool | None = None, start: int = 0,
+        oldest_first: bool = False, frozen: bool = False,
+    ) -> Iterator[Record]:  # fmt: skip
+        """Yield the scope from offset start in bounded memory; frozen: as it was at one moment."""
+
+    def revision(self) -> str:
+        """Return what changes whenever anything changes, by another process too; next to free."""
+
+    def check(self, repair: bool = False) -> Iterator[str]:
+        """Read everything and yield a line per fault; repair what can be derived from the records."""
+
+    def close(self) -> None:
+        """Release everything; a second time is harmless."""
+
+    def __enter__(self) -> Storage: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+class _Row(NamedTuple):
+    account: str
+    public: bool
+    deleted: bool
+    text: str  # the record as JSON, so that what goes out is a copy
+
+
+class MemoryStorage:
+    """Keep records in this process, for tests and trials; see Storage for the verbs."""
+
+    _VIEWS_KEPT = 64  # scopes whose order is remembered until the next change
+
+    def __init__(self) -> None:
+        self._rows: dict[str, _Row] = {}  # in order of registration; replaced, never changed
+        self._views: dict[Any, list[_Row]] = {}
+        self._lock = threading.RLock()
+        self._nonce, self._changes = os.urandom(8).hex(), 0  # no other process has our revisions
+        self._closed = False
+
+    def _opened(self) -> threading.RLock:
+        if self._closed:
+            raise ValueError("the store is closed")
+        return self._lock
+
+    def get(self, id: str) -> Record:
+        """Return the record, a tombstone too. Raises KeyError."""
+        with self._opened():
+            return _decoded(self._rows[id])
+
+    def add(self, record: Record) -> None:
+        """Register a record as the newest, also over a tombstone. Raises FileExistsError."""
+        self.add_all([record])
+
+    def add_all(self, records: Iterable[Record]) -> int:
+        """Register all in this order, or none if one fails or the iterable raises; return how many."""
+        with self._opened():
+            rows, count = self._rows.copy(), 0
+            for count, record in enumerate(records, 1):
+                if record["id"] in rows and not rows.pop(record["id"]).deleted:
+                    raise FileExistsError(record["id"])
+                rows[record["id"]] = _encoded(record)
+            self._commit(rows)
+            return count
+
+    def replace(self, id: str, change: Callable[[Record], Record]) -> Record:
+        """Put change(record) in its place, atomically, and return it."""
+        with self._opened():
+            row = _encoded(change(_decoded(self._rows[id])))
+            if _decoded(row)["id"] != id:
+                raise ValueError(f"the id {id} may not change")
+            self._commit({**self._rows, id: row})
+            return _decoded(row)
+
+    def delete(self, id: str) -> None:
+        """Remove the record altogether. Raises KeyError."""
+        with self._opened():
+            rows = self._rows.copy()
+            del rows[id]
+            self._commit(rows)
+
+    def _commit(self, rows: dict[str, _Row]) -> None:
+        self._rows, self._views, self._changes = rows, {}, self._changes + 1
+
+    def _view(self, account: str | None, public: bool, deleted: bool | None, start: int) -> list[_Row]:
+        """Return the rows in scope, newest first."""
+        if start < 0:
+            raise ValueError("start is negative")
+        with self._opened():
+            if len(self._views) >= self._VIEWS_KEPT:
+                self._views = {}
+            if (account, public, deleted) not in self._views:
+                self._views[account, public, deleted] = [
+                    row
+                    for row in reversed(self._rows.values())
+                    if (account is None or row.account == account or (public and row.public))
+                    and (deleted is None or row.deleted == deleted)
+                ]
+            return self._views[account, public, deleted]
+
+    def page(
+        self, account: str | None, start: int, limit: int, *, public: bool = True, deleted: bool | None = False
+    ) -> tuple[int, list[Record]]:
+        """Return the size of the scope, and limit records of it from offset start, newest first."""
+        view = self._view(account, public, deleted, min(start, limit))
+        return len(view), [_decoded(row) for row in view[start : start + limit]]
+
+    def walk(
+        self, account: str | None = None, *, public: bool = True, deleted: bool | None = None, start: int = 0,
+        oldest_first: bool = False, frozen: bool = False,
+    ) -> Iterator[Record]:  # fmt: skip
+        """Yield the scope from offset start, always as it was at one moment."""
+        view = self._view(account, public, deleted, start)
+        return map(_decoded, itertools.islice(reversed(view) if oldest_first else view, start, None))
+
+    def revision(self) -> str:
+        """Return what changes whenever anything changes."""
+        with self._opened():
+            return f"{self._nonce}.{self._changes}"
+
+    def check(self, repair: bool = False) -> Iterator[str]:
+        """Yield nothing: there is nothing derived that could be wrong."""
+        with self._opened():
+            return iter(())
+
+    def close(self) -> None:
+        """Forget everything; a second time is harmless."""
+        self._closed, self._rows, self._views = True, {}, {}
+
+    def __enter__(self) -> MemoryStorage:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _encoded(record: Record) -> _Row:
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    text.encode("utf-8")  # a lone surrogate is a ValueError here, not at the reader's
+    return _Row(record["account_id"], record["is_public"], record["deleted_at"] is not None, text)
+
+
+def _decoded(row: _Row) -> Record:
+    record: Record = json.loads(row.text)
+    return record
+
+
+Opener = Callable[[str], Storage]
+_openers: dict[str, Opener] = {"memory": lambda location: MemoryStorage()}
+
+
+def register_backend(scheme: str, opener: Opener) -> None:
+    """Let open_storage call opener(location) for this scheme, before any file or entry point."""
+    _openers[scheme] = opener
+
+
+def open_storage(url: str) -> Storage:
+    """Open the store that a URL such as sqlite:images.db, json:images.json or memory: names.
+
+    The scheme is looked up, only now, among the registered ones, then as backends/SCHEME_store.py
+    beside this file, then as an entry point of the group wmi.backends. Raises InvalidParameter for a
+    scheme that nobody knows, and DatabaseError.
+    """
+    scheme, colon, location = url.partition(":")
+    named = colon and re.fullmatch("[a-z][a-z0-9]*", scheme)
+    opener = (_openers.get(scheme) or _backend_file(scheme) or _entry_points().get(scheme)) if named else None
+    if opener is None:
+        raise refuse("store", url, f"SCHEME:LOCATION, such as sqlite:images.db, with one of {_known_schemes()}")
+    with storage_errors():
+        return opener(location)
+
+
+def _backend_file(scheme: str) -> Opener | None:
+    name = f"{__name__}.{scheme}_store"
+    try:
+        opener: Opener = importlib.import_module(name).open_storage
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        return None
+    return opener
+
+
+def _entry_points() -> dict[str, Opener]:
+    """Return the openers that installed packages declare, none of them imported yet."""
+    from importlib.metadata import entry_points  # here: it costs more to import than all of wmi
+
+    found: Any = entry_points()  # Python 3.9 has a dict of groups, later ones a selection
+    group = found.select(group="wmi.backends") if hasattr(found, "select") else found.get("wmi.backends", ())
+    return {entry.name: functools.partial(_load_and_open, entry) for entry in group}
+
+
+def _load_and_open(entry: Any, location: str) -> Storage:
+    storage: Storage = entry.load()(location)
+    return storage
+
+
+def _known_schemes() -> str:
+    names = {*_openers, *_entry_points()}
+    for folder in filter(os.path.isdir, __path__):
+        names.update(file[: -len("_store.py")] for file in os.listdir(folder) if file.endswith("_store.py"))
+    return ", ".join(sorted(names))
+
+
+@contextlib.contextmanager
+def storage_errors(id: str = "") -> Iterator[None]:
+    """Turn what a store raises into errors of this module, in this one place."""
+    try:
+        yield
+    except FileExistsError as error:
+        raise DuplicateUUID(f"{error} is registered already") from error
+    except KeyError as error:
+        raise UnknownUUIDResource(id) from error
+    except (OSError, ValueError) as error:
+        raise DatabaseError("the store cannot answer") from error
+
+
+####################################################################################################
+# Catalog
+####################################################################################################
+# The rules: who sees what, who may delete, how a list is paged, filtered and sorted. On a store; no
+# HTTP, no files. Every difference between the versions is a column of VERSIONS.
+
+PAGE_AT_ONCE = 1000  # images read in one piece; longer lists are walked, in bounded memory
+SORTED_AT_MOST = 100_000  # start + limit with sort_by: so many keys are held in memory
+
+
+class Page(NamedTuple):
+    """Be one answer of an index: how many images there are, and those asked for, newest first."""
+
+    total: int
+    start: int
+    limit: int | None  # None: no limit
+    images: Iterable[Record]  # a list; of many images an iterator
+
+
+class Catalog:
+    """Answer for one account by the rules of one API version.
+
+    account None is the operator at the machine itself, who sees and may change everything; a server
+    always names an account. Every method raises errors of this module only, DatabaseError included.
+    """
+
+    def __init__(self, storage: Storage, account: str | None = None, version: str = DOCUMENT) -> None:
+        self.storage = storage
+        self.account = account if account is None else check_account("account", account)
+        self.version = find_version(version)
+
+    def index(self, start: int | str = 0, limit: int | str | None = None, **filters: Any) -> Page:
+        """Return the page of images from offset start, at most limit of them, newest first.
+
+        limit None or 0 is the version's default; filters are those of 12.03 in API.md's words. Raises
+        InvalidParameter whose message is the name of the parameter.
+        """
+        first = whole_number("start", start)
+        size = whole_number("limit", 0 if limit is None else limit) or self.version.default_limit
+        public, deleted = filter_scope(self.version, filters)
+        conditions = filter_conditions(filters)
+        with storage_errors():
+            if filters.get("sort_by"):
+                return self._sorted(filters, conditions, first, size)
+            if conditions:
+                total = sum(1 for _ in self._matching(filters, conditions))
+                matching = self._matching(filters, conditions)
+                return Page(total, first, size, _guarded(itertools.islice(matching, first, size and first + size)))
+            at_once = PAGE_AT_ONCE if size is None else min(size, PAGE_AT_ONCE)
+            total, images = self.storage.page(self.account, first, at_once, public=public, deleted=deleted)
+            if at_once == size or first + at_once >= total:
+                return Page(total, first, size, images)
+            walk = self.storage.walk(self.account, start=first, public=public, deleted=deleted)
+            return Page(total, first, size, _guarded(itertools.islice(walk, size)))
+
+    def _matching(self, filters: Any, conditions: Sequence[Condition], oldest_first: bool = False) -> Iterator[Record]:
+        public, deleted = filter_scope(self.version, filters)
+        for record in self.storage.walk(self.account, public=public, deleted=deleted, oldest_first=oldest_first):
+            if all(condition(record) for condition in conditions):
+                yield record
+
+    def _sorted(self, filters: Any, conditions: Sequence[Condition], start: int, limit: int | None) -> Page:
+        """Sort by holding keys and ids only; equal keys stay in order of registration."""
+        field, _, order = filters["sort_by"].partition(".")
+        end = start + (limit or SORTED_AT_MOST)
+        if end > SORTED_AT_MOST:
+            raise InvalidParameter("limit")
+        count = itertools.count()  # of what was walked, so in the end the total
+        matching = self._matching(filters, conditions, oldest_first=order == "asc")
+        keys = ((_sort_key(self.version, field, record), next(count), record["id"]) for record in matching)
+        pick = heapq.nsmallest if order == "asc" else heapq.nlargest
+        chosen = pick(end, keys, key=lambda entry: entry[0])[start:]
+        return Page(next(count), start, limit, _guarded(self.storage.get(id) for _, _, id in chosen))
+
+    def images(self, **filters: Any) -> Iterator[Record]:
+        """Yield every image of the index, in bounded memory."""
+        return every_image(self.index, filters)
+
+    def show(self, id: str) -> Record:
+        """Return the image. Raises InvalidParameter, UnknownUUIDResource, OperationNotPermitted."""
+        check_id_syntax(id)
+        with storage_errors(id):
+            record = self.storage.get(id)
+        self._permit(record, public=True)
+        return record
+
+    def destroy(self, id: str) -> str:
+        """Delete the image, which leaves a tombstone, and return its id. Raises as show does."""
+        self._change(id, _buried)
+        return id
+
+    def update(self, id: str, **fields: Any) -> Record:
+        """Set fields that the version's PUT sets, and return the image. Raises as show does."""
+        check_updatable(self.version, fields)
+        return self._change(id, functools.partial(_amended, fields))
+
+    def register(self, fields: Mapping[str, Any]) -> str:
+        """Register an image, as image_record takes it, and return its id; for the operator.
+
+        Raises InvalidParameter and DuplicateUUID; a tombstone with this id gives way.
+        """
+        self._check_operator()
+        record = image_record(fields)
+        with storage_errors():
+            self.storage.add(record)
+        return str(record["id"])
+
+    def modify(self, id: str, **fields: Any) -> Record:
+        """Set any fields but id and times, and return the image; for the operator. Raises as show does."""
+        self._check_operator()
+        for name in fields:
+            if name not in FIELDS or name in ("id", "created_at", "updated_at", "deleted_at"):
+                raise refuse("field", name, "a field of an image, not its id nor a time")
+        return self._change(id, functools.partial(_amended, fields))
+
+    def _check_operator(self) -> None:
+        if self.account is not None:
+            raise OperationNotPermitted("only the operator, a catalog without account, may do this")
+
+    def _change(self, id: str, change: Callable[[Record], Record]) -> Record:
+        check_id_syntax(id)
+
+        def permitted(record: Record) -> Record:
+            self._permit(record, public=False)
+            return change(record)
+
+        with storage_errors(id):
+            return self.storage.replace(id, permitted)
+
+    def _permit(self, record: Record, public: bool) -> None:
+        """Raise unless the account may see the record or, where public is false, change it."""
+        version, id = self.version, record["id"]
+        if record["deleted_at"] is not None and not version.shows_deleted:
+            raise UnknownUUIDResource(id)
+        mine = self.account in (None, record["account_id"]) or (version.privileged and self.account == SYSTEM_ACCOUNT)
+        if not mine and not (public and record["is_public"]):
+            raise version.not_yours(id if version.not_yours is UnknownUUIDResource else "")
+
+
+def whole_number(name: str, value: int | str) -> int:
+    """Return a parameter that must be a whole number of at most 18 digits. Raises InvalidParameter."""
+    if type(value) in (int, str) and re.fullmatch("[0-9]{1,18}", str(value)):
+        return int(value)
+    raise InvalidParameter(name)
+
+
+def every_image(index: Callable[..., Page], filters: Mapping[str, Any]) -> Iterator[Record]:
+    """Yield every image of an index, a catalog's or a client's, page by page."""
+    start, total = 0, 1
+    while start < total:
+        total, _, _, images = index(start, PAGE_AT_ONCE, **filters)
+        before = start
+        for start, image in enumerate(images, start + 1):
+            yield image
+        if start == before:  # images went away meanwhile
+            return
+
+
+def check_updatable(version: Version, fields: Iterable[str]) -> None:
+    """Raise InvalidParameter for a field that the version's PUT does not set."""
+    for name in fields:
+        if name not in version.updatable:
+            raise refuse("field", name, " or ".join(version.updatable) or f"none: {version.name} has no PUT")
+
+
+def check_id_syntax(id: str) -> None:
+    """Raise InvalidParameter, in the originals' words, for what cannot be an id."""
+    try:
+        check_id("id", id)
+    except InvalidParameter as error:
+        raise InvalidParameter(f"Invalid UUID Syntax: {id}") from error
+
+
+def _buried(record: Record) -> Record:
+    """Return the tombstone of a record; a tombstone stays as it is."""
+    moment = now()
+    gone = {"state": "deleted", "deleted_at": moment, "updated_at": moment}
+    return record if record["deleted_at"] is not None else {**record, **gone}
+
+
+def _amended(fields: Mapping[str, Any], record: Record) -> Record:
+    """Return the record with fields set and checked; where nothing differs it stays as it is."""
+    checked = {name: FIELDS[name][0](name, value) for name, value in fields.items()}
+    if checked.get("state", "deleted") != "deleted":
+        checked["deleted_at"] = None  # a tombstone that gets another state is back
+    amended = {**record, **checked}
+    return record if amended == record else check_agreement({**amended, "updated_at": now()})
+
+
+def _guarded(images: Iterable[Record]) -> Iterator[Record]:
+    """Yield images while a store is read, its failures turned into errors of this module."""
+    with storage_errors():
+        yield from images
+
+
+# ---- the filters of 12.03 ----
+
+Condition = Callable[[Record], bool]
+_CHOICES = {
+    "is_public": ("true", "1", "false", "0", ""),  # the originals took an empty one as not given
+    "service_type": ("std", "lb"),
+    "state": ("alive", "alive_with_deleted", "available", "deleted"),
+    "sort_by": tuple(f"{field}.{order}" for field in _V1203.fields for order in ("asc", "desc")),
+    "filter": tuple(f"{field}.{test}" for field in _V1203.fields for test in ("nil", "not_nil")),
+}
+
+
+def filter_scope(version: Version, filters: Mapping[str, Any]) -> tuple[bool, bool | None]:
+    """Return what of the filters a store answers by itself: public and deleted.
+
+    Raises InvalidParameter, the parameter's name, for one that is unknown or has an unknown value.
+    """
+    for name, value in filters.items():
+        if name not in version.filters or (name in _CHOICES and _spelled(value) not in _CHOICES[name]):
+            raise InvalidParameter(name)
+    public = version.index_public or _spelled(filters.get("is_public")) in ("true", "1")
+    states = {"alive": False, "available": False, "deleted": True}
+    return public, states.get(filters.get("state", ""), version.index_deleted)
+
+
+def filter_conditions(filters: Mapping[str, Any]) -> list[Condition]:
+    """Return what of the filters is asked of each record. Raises InvalidParameter."""
+    conditions: list[Condition] = []
+    if _spelled(filters.get("is_public")) in ("false", "0"):
+        conditions.append(lambda record: not record["is_public"])
+    if filters.get("service_type"):
+        conditions.append(lambda record: bool(record["service_type"] == filters["service_type"]))
+    if filters.get("state") == "available":
+        conditions.append(lambda record: record["state"] in ("init", "available"))
+    for field in ("created", "deleted"):
+        since, until = (_filter_time(f"{field}_{end}", filters) for end in ("since", "until"))
+        if since and until and since > until:
+            raise InvalidParameter(f"{field}_since is larger than {field}_until")
+        if since or until:
+            conditions.append(functools.partial(_is_between, f"{field}_at", since or "", until or "~"))
+    if filters.get("filter"):
+        field, _, test = filters["filter"].partition(".")
+        conditions.append(lambda record: (record.get(field, "") is None) == (test == "nil"))
+    return conditions
+
+
+def _is_between(field: str, since: str, until: str, record: Record) -> bool:
+    return record[field] is not None and since <= record[field][:-1] <= until
+
+
+def _filter_time(name: str, filters: Mapping[str, Any]) -> str | None:
+    """Return the time as text that sorts with a record's, without its Z."""
+    try:
+        return parse_time(name, filters[name]).isoformat() if name in filters else None
+    except InvalidParameter as error:
+        raise InvalidParameter(name) from error
+
+
+def _spelled(value: Any) -> str:
+    """Return a parameter's value as it stands in a query."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _sort_key(version: Version, field: str, record: Record) -> tuple[bool, Any]:
+    """Return what a record is sorted by: null first, as in MySQL; id is the registration."""
+    if field == "id":  # the originals' id was the number of the row, not the uuid
+        return False, ""
+    value = version.shown[field](record) if field in version.shown else record[field]
+    return value is not None, json.dumps(value) if isinstance(value, (dict, list)) else "" if value is None else value
+
+
+####################################################################################################
+# HTTP
+####################################################################################################
+# A request walks through here once: bytes, head, route, catalog, rendering, bytes. The frame is the
+# standard library's ThreadingHTTPServer; the request is read by our own reader, because the stock one
+# accepts most of what RFC 9112 forbids. Reading is strict: what breaks a rule gets one answer and the
+# connection is closed, so that nothing after it can be taken for a request.
+
+MAX_REQUEST_LINE = 8192  # bytes; RFC 9112, 3 asks for at least 8000
+MAX_FIELD_LINE = 8192  # bytes; as nginx and Apache
+MAX_HEAD = 32768  # bytes; four full lines, far more than any known client sends
+MAX_FIELDS = 64  # lines; browsers send about 20
+MAX_BODY = 65536  # bytes; a name and a description
+MAX_CHUNK_LINE = 256  # bytes; a size and extensions that nobody uses
+MAX_CONNECTIONS = 64  # threads a process; more connections wait in the backlog
+IDLE_SECONDS = 15  # between two requests; proxies commonly wait longer, so they close first
+HEAD_SECONDS = 10  # for a whole head, from its first bytes
+BODY_SECONDS = 30  # for a whole body
+SEND_SECONDS = 30  # for a whole answer, or for each piece of a streamed one
+LINGER_SECONDS = 1  # for a refused client to read why
+GRACE_SECONDS = 10  # to finish what runs when told to stop
+PIECE = 65536  # bytes asked of recv at once: it allocates what it is asked for
+
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, 5.6.2
+_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+_FIELD_LINE = re.compile(rb"(" + _TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)")
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
+_NEVER_IN_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?=[^\n])|(?<!\r)\n")
+_HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
+_ABSOLUTE = re.compile(r"(?i:http)://([^/?]*)(.*)")
+
+
+class Request(NamedTuple):
+    """Be the head of a request that broke no rule. Parsed heads are shared: change nothing."""
+
+    method: str
+    target: str  # as sent: visible ASCII
+    path: str
+    query: str
+    minor: int  # HTTP/1.minor
+    fields: Mapping[str, str]  # names in lower case
+    keep_alive: bool
+    length: int  # of the body, in bytes
+    chunked: bool
+    expects_continue: bool
+
+
+def parse_head(head: bytes) -> Request:
+    """Return the request that a head makes, which ends with its empty line.
+
+    Raises a subclass of Error for the first rule that is broken; the connection must then be closed.
+    """
+    if len(head) > MAX_HEAD:
+        raise RequestHeaderFieldsTooLarge(f"the head has more than {MAX_HEAD} bytes")
+    line, *lines = head[:-4].split(b"\r\n")
+    method, target, minor = parse_request_line(line)
+    fields = parse_fields(lines)
+    check_host(fields, minor)
+    path, query = parse_target(method, target)
+    length, chunked = parse_framing(fields, minor)
+    keep_alive, expects = parse_keep_alive(fields, minor), parse_expect(fields, minor)
+    return Request(method, target, path, query, minor, fields, keep_alive, length, chunked, expects)
+
+
+def parse_request_line(line: bytes) -> tuple[str, str, int]:
+    """Return method, target and minor version: METHOD SP TARGET SP HTTP/d.d (RFC 9112, 3)."""
+    if len(line) > MAX_REQUEST_LINE:
+        raise URITooLong(f"the request line has more than {MAX_REQUEST_LINE} bytes")
+    match = _REQUEST_LINE.fullmatch(line)
+    if not match or match[3] == b"0":
+        raise BadRequest("the request line is not METHOD SP TARGET SP HTTP/1.1")
+    if match[3] != b"1":
+        raise HTTPVersionNotSupported("this server speaks HTTP/1.1 and 1.0")
+    return match[1].decode(), match[2].decode(), int(match[4])
+
+
+def parse_fields(lines: Sequence[bytes]) -> dict[str, str]:
+    """Return the header fields: no folding, no space before the colon (RFC 9112, 5)."""
+    if len(lines) > MAX_FIELDS:
+        raise RequestHeaderFieldsTooLarge(f"there are more than {MAX_FIELDS} header fields")
+    fields: dict[str, str] = {}
+    for line in lines:
+        match = _FIELD_LINE.fullmatch(line)
+        if len(line) > MAX_FIELD_LINE:
+            raise RequestHeaderFieldsTooLarge(f"a header field has more than {MAX_FIELD_LINE} bytes")
+        if not match:
+            raise BadRequest("a header field is not NAME: VALUE")
+        name, value = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
+        if name.startswith("x_vdc_"):  # mussel's spelling; for other names it would be a way to smuggle
+            name = name.replace("_", "-")
+        if name == "host" and name in fields:
+            raise BadRequest("there are two Host fields")
+        if name not in fields:
+            fields[name] = value
+        elif name != "content-length" or fields[name] != value:  # equal lengths are one (RFC 9112, 6.3)
+            fields[name] += f", {value}"
+    return fields
+
+
+def check_host(fields: Mapping[str, str], minor: int) -> None:
+    """Check Host, which HTTP/1.1 must send (RFC 9112, 3.2)."""
+    if not _HOST.fullmatch(fields.get("host", "" if minor else "-")):
+        raise BadRequest("Host is missing or is not a host")
+
+
+def parse_target(method: str, target: str) -> tuple[str, str]:
+    """Return path and query of an origin-form, absolute-form or * target (RFC 9112, 3.2)."""
+    absolute = _ABSOLUTE.fullmatch(target)
+    if absolute and _HOST.fullmatch(absolute[1]):
+        target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
+    if "#" in target or not (target.startswith("/") or (target == "*" and method == "OPTIONS")):
+        raise BadRequest("the target is not a path, or has a fragment")
+    path, _, query = target.partition("?")
+    return path, query
+
+
+def parse_framing(fields: Mapping[str, str], minor: int) -> tuple[int, bool]:
+    """Return the body's length, or 0 and true where it comes in chunks (RFC 9112, 6)."""
+    length, coding = fields.get("content-length", "0"), fields.get("transfer-encoding")
+    if coding is not None and ("content-length" in fields or minor == 0):
+        raise BadRequest("Transfer-Encoding does not go with Content-Length or HTTP/1.0")
+    if coding is not None and coding.lower() != "chunked":
+        raise UnknownTransferCoding("the only transfer coding here is chunked")
+    if not re.fullmatch("[0-9]{1,18}", length):
+        raise BadRequest("Content-Length is not a whole number")
+    if int(length) > MAX_BODY:
+        raise ContentTooLarge(f"the body has more than {MAX_BODY} bytes")
+    return int(length), coding is not None
+
+
+def parse_keep_alive(fields: Mapping[str, str], minor: int) -> bool:
+    """Return whether the connection stays open: close beats keep-alive (RFC 9112, 9.3)."""
+    options = [option.strip() for option in fields.get("connection", "").lower().split(",")]
+    return "close" not in options and (minor > 0 or "keep-alive" in options)
+
+
+def parse_expect(fields: Mapping[str, str], minor: int) -> bool:
+    """Return whether the client waits for 100 before its body (RFC 9110, 10.1.1)."""
+    expect = fields.get("expect", "").lower()
+    if expect not in ("", "100-continue"):
+        raise ExpectationFailed("the only expectation met here is 100-continue")
+    return expect != "" and minor > 0
+
+
+def check_partial(buffer: bytes) -> None:
+    """Refuse a head that cannot become legal before the rest of it arrives."""
+    line, end, _ = buffer.partition(b"\r\n")
+    if end or len(line) > MAX_REQUEST_LINE:
+        parse_request_line(line)
+    if _NEVER_IN_HEAD.search(buffer):
+        raise BadRequest("the head has a bare CR, a bare LF or a control character")
+    if len(buffer) > MAX_HEAD:
+        raise RequestHeaderFieldsTooLarge(f"the head has more than {MAX_HEAD} bytes")
+
+
+# Clients that keep a connection send the same head over and over; what a small one says is remembered.
+_SMALL_HEAD = 1024  # bytes; times 1024 heads, a few MB
+_parse_small_head = functools.lru_cache(maxsize=1024)(parse_head)
+
+
+class Connection:
+    """Be one client's stream of bytes, read and written under deadlines in total, not per read."""
+
+    def __init__(self, stream: socket.socket) -> None:
+        self._stream, self._buffer = stream, b""
+        self._timeout = 0.0
+
+    def _set_timeout(self, seconds: float) -> None:
+        if seconds != self._timeout:  # each call costs a system call
+            self._stream.settimeout(seconds)
+            self._timeout = seconds
+
+    def _receive(self, deadline: float) -> bool:
+        """Append what arrives to the buffer, and return false at the end. Raises RequestTimeout."""
+        self._set_timeout(max(0.001, deadline - time.monotonic()))
+        try:
+            piece = self._stream.recv(PIECE)
+        except socket.timeout as error:
+            raise RequestTimeout("the request took too long to arrive") from error
+        self._buffer += piece
+        return piece != b""
+
+    def wait(self) -> bool:
+        """Wait for the first byte of a request, and return false if none comes."""
+        if not self._buffer:
+            self._set_timeout(IDLE_SECONDS)
+            with contextlib.suppress(socket.timeout):
+                self._buffer = self._stream.recv(PIECE)
+        return self._buffer != b""
+
+    def read_head(self) -> Request | None:
+        """Return the head of the next request, None if the stream ends before one begins."""
+        deadline = 0.0
+        while True:
+            self._buffer = self._buffer.removeprefix(b"\r\n")  # RFC 9112, 2.2: an empty line before
+            end = self._buffer.find(b"\r\n\r\n") + 4
+            if end > 3:
+                head, self._buffer = self._buffer[:end], self._buffer[end:]
+                return _parse_small_head(head) if end <= _SMALL_HEAD else parse_head(head)
+            check_partial(self._buffer)
+            deadline = deadline or time.monotonic() + HEAD_SECONDS
+            if not self._receive(deadline):
+                if self._buffer:
+                    raise BadRequest("the head is cut")
+                return None
+
+    def read_body(self, request: Request) -> bytes:
+        """Return the body of a request, at most MAX_BODY bytes. Raises subclasses of Error."""
+        deadline = time.monotonic() + BODY_SECONDS
+        if request.expects_continue and not self._buffer and (request.length or request.chunked):
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return self._read_chunks(deadline) if request.chunked else self._read(request.length, deadline)
+
+    def _read(self, length: int, deadline: float) -> bytes:
+        while len(self._buffer) < length:
+            if not self._receive(deadline):
+                raise BadRequest("the body is cut")
+        body, self._buffer = self._buffer[:length], self._buffer[length:]
+        return body
+
+    def _read_line(self, limit: int, deadline: float) -> bytes:
+        while b"\r\n" not in self._buffer[: limit + 2]:
+            whole = len(self._buffer) < limit + 2 and not _NEVER_IN_HEAD.search(self._buffer)
+            if not whole or not self._receive(deadline):
+                raise BadRequest("a line of the chunked body is cut, too long or has a control character")
+        line, _, self._buffer = self._buffer.partition(b"\r\n")
+        return line
+
+    def _read_chunks(self, deadline: float) -> bytes:
+        """Decode a chunked body strictly; trailers are checked and dropped (RFC 9112, 7.1)."""
+        body, size = b"", -1
+        while size:
+            match = _CHUNK_LINE.fullmatch(self._read_line(MAX_CHUNK_LINE, deadline))
+            if not match:
+                raise BadRequest("a chunk does not begin with its size")
+            size = int(match[1], 16)
+            if len(body) + size > MAX_BODY:
+                raise ContentTooLarge(f"the body has more than {MAX_BODY} bytes")
+            body += self._read(size, deadline)
+            if size and self._read(2, deadline) != b"\r\n":
+                raise BadRequest("a chunk is longer than its size")
+        trailers = iter(lambda: self._read_line(MAX_FIELD_LINE, deadline), b"")
+        parse_fields(list(itertools.islice(trailers, MAX_FIELDS + 1)))
+        return body
+
+    def send(self, data: bytes) -> None:
+        """Send all of data within SEND_SECONDS. Raises OSError."""
+        sent = self._stream.send(data)
+        if sent < len(data):
+            self._set_timeout(SEND_SECONDS)
+            self._stream.sendall(memoryview(data)[sent:])  # its timeout is for all of it
+
+    def linger(self) -> None:
+        """Send no more, and let the client read what was sent before it is cut (RFC 9112, 9.6)."""
+        deadline = time.monotonic() + LINGER_SECONDS
+        with contextlib.suppress(OSError, RequestTimeout):
+            self._stream.shutdown(socket.SHUT_WR)
+            while self._receive(deadline) and time.monotonic() < deadline:
+                self._buffer = b""
+
+    def interrupt(self) -> None:
+        """End a wait for the next request; called from other threads."""
+        with contextlib.suppress(OSError):
+            self._stream.shutdown(socket.SHUT_RD)
+
+
+# ---- from a request to an answer ----
+
+_IMAGES_PATH = re.compile(r"/api(?:/(11\.12|12\.03))?/images(?:/([^/.]+))?(|\.json|\.yml|\.yaml)")
+_CONTENT_TYPES = {"json": "application/json", "yaml": "text/yaml;charset=utf-8"}
+_REASONS = {code: reason for code, (reason, _) in http.server.BaseHTTPRequestHandler.responses.items()}
+_STREAM_PIECE = 32768  # characters gathered for one send of a streamed index
+_CACHE_BYTES = 8 << 20  # of rendered answers a process; about 1,000 pages of 20
+
+
+class Answer(NamedTuple):
+    """Be a status, encoded header lines, and a body that is streamed where it is an iterator."""
+
+    status: int
+    head: bytes
+    body: bytes | Iterator[bytes]
+    etag: str = ""
+
+
+class Route(NamedTuple):
+    """Be what a path says: which version, which image (None: the collection), which format."""
+
+    version: Version
+    id: str | None
+    format: str
+
+
+def make_answer(status: int, fields: Mapping[str, str], body: bytes | Iterator[bytes] = b"") -> Answer:
+    """Return an answer, its header lines encoded, Content-Length among them."""
+    lines = [f"{name}: {value}\r\n" for name, value in fields.items()]
+    if isinstance(body, bytes) and status not in (204, 304):
+        lines.append(f"Content-Length: {len(body)}\r\n")
+    return Answer(status, "".join(lines).encode("ascii"), body, fields.get("ETag", ""))
+
+
+def error_answer(error: Error, version: Version, format: str = "json") -> Answer:
+    """Return the one form in which every error is answered."""
+    name = version.prefix + type(error).__name__
+    fields = {"Content-Type": _CONTENT_TYPES[format]}
+    if isinstance(error, MethodNotAllowed):
+        fields["Allow"] = str(error)
+    if error.status == 503:
+        fields["Retry-After"] = "1"
+    shown = {"error": name, "message": str(error) or name, "code": error.code}
+    return make_answer(error.status, fields, encode(shown, format))
+
+
+def to_json(value: Any) -> str:
+    """Return value as JSON the way the API spells it: no spaces, every character as it is."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def encode(value: Any, format: str) -> bytes:
+    """Return value as the body of an answer, in json or yaml."""
+    return (to_json(value) if format == "json" else to_yaml(value)).encode("utf-8", "surrogateescape")
+
+
+def render_page(version: Version, page: Page, format: str) -> Iterator[str]:
+    """Yield an index in pieces: what stands before the images, each of them, what stands after."""
+    envelope: Any = dict(zip(version.envelope, (page.total, page.start, page.limit, [])))
+    envelope = [envelope] if version.wrapped else envelope
+    images = (render(version, image) for image in page.images)
+    if format == "json":
+        before, _, after = to_json(envelope).rpartition("]" if not version.wrapped else "]}]")
+        yield before
+        for number, image in enumerate(images):
+            yield ("," if number else "") + to_json(image)
+        yield "]}]" if version.wrapped else "]}"
+        return
+    before = to_yaml(envelope)[: -len(" []\n")]  # the list stands last
+    number = 0
+    for number, image in enumerate(images, 1):
+        rows = "".join(yaml_lines([image], "  " if version.wrapped else ""))
+        yield rows if number > 1 else f"{before}\n{rows}"
+    if not number:
+        yield f"{before} []\n"
+
+
+def gather(texts: Iterable[str]) -> Iterator[bytes]:
+    """Yield texts as bytes, gathered into pieces that are worth a system call, none of them empty."""
+    held, size = [], 0
+    for text in texts:
+        held.append(text)
+        size += len(text)
+        if size >= _STREAM_PIECE:
+            yield "".join(held).encode("utf-8")
+            held, size = [], 0
+    if held:
+        yield "".join(held).encode("utf-8")
+
+
+class Service:
+    """Answer requests from a store, without sockets; `report` takes lines about failures."""
+
+    def __init__(self, storage: Storage, unversioned: str = DOCUMENT, report: Callable[[str], None] = print) -> None:
+        self._storage, self._report = storage, report
+        self.unversioned = find_version(unversioned)
+        self._cache: dict[Any, tuple[str, Answer]] = {}  # each good for one revision of the store
+        self._cached_bytes = 0
+        self._lock = threading.Lock()
+
+    def answer(self, request: Request, body: bytes) -> Answer:
+        """Return the answer; every failure becomes one in the form of the API."""
+        version, format = self.unversioned, "json"
+        try:
+            if request.path == "*":
+                return make_answer(204, {"Allow": "GET, HEAD, PUT, DELETE, OPTIONS"})
+            route = self._route(request.path)
+            version, format = route.version, route.format
+            return self._dispatch(request, route, body)
+        except Error as error:
+            if error.status >= 500 and error.__cause__:
+                self._report(f"{request.method} {request.target}: {error}: {error.__cause__}")
+            return error_answer(error, version, format)
+        except Exception as error:  # a fault of ours: told in the log, not to the client
+            self._report(f"{request.method} {request.target}: {error!r}")
+            return error_answer(Error("internal error"), version, format)
+
+    def _route(self, path: str) -> Route:
+        match = _IMAGES_PATH.fullmatch(path)
+        if not match:
+            raise NotFound(path)
+        version = VERSIONS[match[1]] if match[1] else self.unversioned
+        id = match[2] and urllib.parse.unquote(match[2], errors="surrogateescape")
+        return Route(version, id, "yaml" if match[3].startswith(".y") else "json")
+
+    def _dispatch(self, request: Request, route: Route, body: bytes) -> Answer:
+        methods = ["GET", "HEAD", "OPTIONS"]
+        if route.id is not None:
+            methods += ["DELETE", "PUT"] if route.version.updatable else ["DELETE"]
+        if request.method not in methods:
+            raise MethodNotAllowed(", ".join(methods))
+        if request.method == "OPTIONS":
+            return make_answer(204, {"Allow": ", ".join(methods)})
+        account = self._account(request, route.version)
+        catalog = Catalog(self._storage, account, route.version.name)
+        if request.method in ("GET", "HEAD"):
+            return self._get(request, route, catalog)
+        if request.method == "DELETE":
+            done: Any = [catalog.destroy(route.id or "")]
+        else:
+            changes = parse_update(request, body, route.version.updatable)
+            done = render(route.version, catalog.update(route.id or "", **changes))
+        return make_answer(200, {"Content-Type": _CONTENT_TYPES[route.format]}, encode(done, route.format))
+
+    def _account(self, request: Request, version: Version) -> str:
+        """Return who calls: what must prove a caller belongs here, before the catalog."""
+        account = request.fields.get("x-vdc-account-uuid", "")
+        try:
+            return str(check_account("account", account))
+        except InvalidParameter as error:
+            message = f"Invalid uuid or unsupported uuid: {account} in Dcmgr::Models::Account"
+            raise InvalidRequestCredentials(message if account else version.no_account) from error
+
+    def _get(self, request: Request, route: Route, catalog: Catalog) -> Answer:
+        """Answer from the cache if the store's revision is still the same, else render.
+
+        The revision is read first: after a change meanwhile, the new entry is never served.
+        """
+        with storage_errors():
+            revision = self._storage.revision()
+        key = (request.path, request.query, catalog.account)
+        kept = self._cache.get(key)
+        answer = kept[1] if kept and kept[0] == revision else self._render(request.query, route, catalog, revision, key)
+        conditions = [tag.strip().removeprefix("W/") for tag in request.fields.get("if-none-match", "").split(",")]
+        if answer.etag in conditions or conditions == ["*"]:  # RFC 9110, 13.1.2: compared weakly
+            return make_answer(304, {"ETag": answer.etag})
+        return answer
+
+    def _render(self, query: str, route: Route, catalog: Catalog, revision: str, key: tuple[Any, ...]) -> Answer:
+        seed = repr((__version__, self.unversioned.name, revision, key)).encode()
+        fields = {
+            "Content-Type": _CONTENT_TYPES[route.format],
+            "ETag": f'"{hashlib.blake2b(seed, digest_size=12).hexdigest()}"',
+            "Cache-Control": "private, no-cache",  # to be asked each time: each account sees other images
+            "X-Content-Type-Options": "nosniff",
+        }
+        if route.id is not None:
+            answer = make_answer(200, fields, encode(render(route.version, catalog.show(route.id)), route.format))
+        else:
+            page = catalog.index(**parse_query(query, ("start", "limit", *route.version.filters)))
+            pieces = gather(render_page(route.version, page, route.format))
+            answer = make_answer(200, fields, b"".join(pieces) if isinstance(page.images, list) else pieces)
+        if isinstance(answer.body, bytes):
+            self._remember(key, revision, answer, len(answer.body))
+        return answer
+
+    def _remember(self, key: tuple[Any, ...], revision: str, answer: Answer, size: int) -> None:
+        with self._lock:
+            if self._cached_bytes > _CACHE_BYTES:
+                self._cache, self._cached_bytes = {}, 0
+            self._cache[key] = revision, answer
+            self._cached_bytes += size + len(key[0]) + len(key[1]) + 1024  # the objects around it
+
+
+def parse_query(query: str, known: Sequence[str]) -> dict[str, str]:
+    """Return the known parameters; of equal ones the last counts. Raises InvalidParameter."""
+    params: dict[str, str] = {}
+    for name, value in urllib.parse.parse_qsl(query, keep_blank_values=True, errors="surrogateescape"):
+        name, bracket, _ = name.partition("[")
+        if name in known and bracket:  # start[]=1: Rack made a list of it, which no parameter takes
+            raise InvalidParameter(name)
+        if name in known:
+            params[name] = value
+    return params
+
+
+def parse_update(request: Request, body: bytes, known: Sequence[str]) -> dict[str, Any]:
+    """Return the fields that a PUT sets: from the query, and from a form or JSON, flat or in "image"."""
+    params: dict[str, Any] = dict(parse_query(request.query, known))
+    kind = request.fields.get("content-type", "").partition(";")[0].strip().lower()
+    if body and kind == "application/json":
+        try:
+            value = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise InvalidParameter(f"the body is not JSON: {error}") from error
+        value = value.get("image", value) if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            raise InvalidParameter("the body is not a JSON object")
+        params.update((name, value[name]) for name in known if value.get(name) is not None)
+    elif body and kind in ("", "application/x-www-form-urlencoded"):
+        params.update(parse_query(body.decode("utf-8", "surrogateescape"), known))
+    elif body:
+        raise UnsupportedMediaType("send a form or application/json")
+    return params
+
+
+# ---- connections, threads, processes ----
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serve one connection: its requests in order, until either side ends it."""
+
+    server: Server
+
+    def setup(self) -> None:
+        """Take the socket as it is: no buffered files around it, the reader is ours."""
+        if self.request.family in (socket.AF_INET, socket.AF_INET6):
+            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else 40 ms an answer
+        self.stream = Connection(self.request)
+        self.client = self.client_address[0] if self.client_address else "unix"
+
+    def handle(self) -> None:
+        """Serve until the connection ends; a client that hangs up is no error."""
+        with contextlib.suppress(ConnectionError, socket.timeout):
+            while self._wait() and self._serve_one():
+                pass
+
+    def finish(self) -> None:
+        """Have nothing to flush."""
+
+    def _wait(self) -> bool:
+        """Wait for a request; the server interrupts it when it stops."""
+        self.server.idle.add(self.stream)
+        try:
+            return not self.server.stopping and self.stream.wait()
+        finally:
+            self.server.idle.discard(self.stream)
+
+    def _serve_one(self) -> bool:
+        """Read one request and answer it; return whether the connection goes on."""
+        began, request = time.perf_counter(), None
+        try:
+            request = self.stream.read_head()
+            if request is None:
+                return False
+            body = self.stream.read_body(request)
+        except Error as error:
+            self._send(error_answer(error, self.server.service.unversioned), request, False, began)
+            self.stream.linger()
+            return False
+        answer = self.server.service.answer(request, body)
+        return self._send(answer, request, request.keep_alive and not self.server.stopping, began)
+
+    def _send(self, answer: Answer, request: Request | None, keep_alive: bool, began: float) -> bool:
+        """Send an answer, in one piece unless it is streamed; return whether the connection goes on."""
+        minor = request.minor if request else 1
+        streamed = not isinstance(answer.body, bytes)
+        keep_alive = keep_alive and not (streamed and minor == 0)  # then only the end shows the end
+        pieces = [answer.body] if isinstance(answer.body, bytes) else answer.body
+        if answer.status in (204, 304) or (request and request.method == "HEAD"):
+            pieces = []
+        head = b"HTTP/1.1 %d %s\r\nDate: %s\r\n%s" % (
+            answer.status, _REASONS[answer.status].encode(), _http_date(int(time.time())), answer.head,
+        )  # fmt: skip
+        if streamed and minor:
+            head += b"Transfer-Encoding: chunked\r\n"
+        if not keep_alive or not minor:
+            head += b"Connection: keep-alive\r\n" if keep_alive else b"Connection: close\r\n"
+        sent = 0
+        try:
+            head += b"\r\n"
+            for piece in pieces:
+                self.stream.send(head + (b"%x\r\n%s\r\n" % (len(piece), piece) if streamed and minor else piece))
+                head, sent = b"", sent + len(piece)
+            if head or (streamed and minor):
+                self.stream.send(head or b"0\r\n\r\n")
+        except Error as error:  # the store failed in mid-stream: the cut must show
+            self.server.report(f"a streamed answer is cut: {error}: {error.__cause__}")
+            return False
+        finally:
+            self._log(request, answer.status, sent, began)
+        return keep_alive
+
+    def _log(self, request: Request | None, status: int, size: int, began: float) -> None:
+        """Log the request: client, account, method, target, status, bytes and milliseconds."""
+        account = (request.fields.get("x-vdc-account-uuid") if request else None) or "-"
+        if not re.fullmatch("[!-~]{1,255}", account):
+            account = ascii(account[:255]).replace(" ", "_")
+        method, target = (request.method, request.target) if request else ("-", "-")
+        milliseconds = (time.perf_counter() - began) * 1000
+        self.server.log(f"{self.client} {account} {method} {target} {status} {size} {milliseconds:.1f}ms")
+
+
+@functools.lru_cache(maxsize=2)
+def _http_date(second: int) -> bytes:
+    """Return the Date of an answer (RFC 9110, 5.6.7)."""
+    return email.utils.formatdate(second, usegmt=True).encode()
+
+
+def listen(host: str = "127.0.0.1", port: int = 9001, unix_socket: str | None = None) -> socket.socket:
+    """Return a listening socket; port 0 lets the system choose. Raises OSError.
+
+    A socket that systemd hands over (sd_listen_fds(3)) is taken before any other.
+    """
+    if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS", "0") != "0":
+        return socket.socket(fileno=3)
+    if unix_socket is None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=128)
+    with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(unix_socket)
+        except ConnectionRefusedError:  # nobody listens any more: what a crash left
+            os.unlink(unix_socket)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(unix_socket)
+    listener.listen(128)
+    return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """Return where a socket listens, as the base URL for clients or unix:PATH."""
+    address: Any = listener.getsockname()
+    if not isinstance(address, tuple):
+        return f"unix:{address}"
+    return f"http://[{address[0]}]:{address[1]}" if ":" in address[0] else f"http://{address[0]}:{address[1]}"
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serve a store on a listening socket: a thread a connection, at most so many at once.
+
+    `log` takes one line at a time, without its end; without it nothing is logged.
+    """
+
+    daemon_threads = True  # stop() waits for them, up to a deadline
+
+    def __init__(
+        self, storage: Storage, host: str = "127.0.0.1", port: int = 9001, *, listener: socket.socket | None = None,
+        unversioned: str = DOCUMENT, max_connections: int = MAX_CONNECTIONS,
+        log: Callable[[str], None] = lambda line: None,
+    ) -> None:  # fmt: skip
+        self.service = Service(storage, unversioned, self.report)
+        listener = listener or listen(host, port)
+        super().__init__(listener.getsockname(), Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener  # bound already: server_bind would ask the DNS for our own name
+        self.socket.setblocking(False)  # processes may race for one connection
+        self.idle: set[Connection] = set()  # those that wait for a request
+        self.stopping = False
+        self._write_line = log
+        self._max_connections = max_connections
+        self._slots = threading.Semaphore(max_connections)
+
+    @property
+    def url(self) -> str:
+        """Return the base URL for clients."""
+        return address_of(self.socket)
+
+    def log(self, text: str) -> None:
+        """Log a line, with the time before it."""
+        self._write_line(f"{now()} {text}")
+
+    def report(self, text: str) -> None:
+        """Log a failure, in one line of visible ASCII."""
+        self.log("error: " + text.encode("unicode_escape").decode())
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection if there is a thread for it; others wait in the backlog."""
+        if not self._slots.acquire(timeout=0.2):
+            raise BlockingIOError(errno.EAGAIN, "every connection is taken")
+        try:
+            return self.socket.accept()
+        except OSError as error:
+            self._slots.release()
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self.report(f"accept: {error}")
+                time.sleep(0.1)  # the listener stays ready: without a pause this would spin
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start the thread of a connection, or give its place back where there is none to be had."""
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._slots.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in its thread, then give its place back."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._slots.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what the thread of a connection raised; the server goes on."""
+        self.report(f"connection: {sys.exc_info()[1]!r}")
+
+    def stop(self, seconds: float = GRACE_SECONDS) -> bool:
+        """Let running requests end, once serve_forever has; return whether all did in time."""
+        self.stopping = True
+        self.socket.close()
+        deadline = time.monotonic() + seconds
+        for _ in range(self._max_connections):  # all places are free when all can be taken
+            while not self._slots.acquire(timeout=0.05):
+                for stream in self.idle.copy():
+                    stream.interrupt()
+                if time.monotonic() > deadline:
+                    return False
+        return True
+
+
+def run_server(make_server: Callable[[], Server], workers: int = 1) -> int:
+    """Serve until SIGTERM or SIGINT, here or in so many forked processes, and return 0.
+
+    make_server is called after the fork, so that processes share nothing of a store. A worker that
+    dies is replaced. A second signal ends everything at once.
+    """
+    if workers == 1:
+        return _run_here(make_server)
+    children: set[int] = set()
+    signals: list[int] = []
+
+    def stop(signum: int, frame: Any) -> None:
+        signals.append(signum)
+        for pid in children.copy():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)
+        signal.alarm(GRACE_SECONDS + 2)  # then they are killed
+
+    for number in (*_STOPS, signal.SIGALRM):
+        signal.signal(number, stop)
+    while children or not signals:
+        while len(children) < workers and not signals:
+            signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)  # until the child is known, and knows them itself
+            children.add(os.fork() or _exit_as_worker(make_server))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+        waited = time.monotonic()
+        children.discard(os.wait()[0])
+        if not signals and time.monotonic() - waited < 1:
+            time.sleep(1)  # one that cannot start must not be forked in a spin
+    return 0
+
+
+_STOPS = (signal.SIGTERM, signal.SIGINT)
+
+
+def _exit_as_worker(make_server: Callable[[], Server]) -> int:
+    """Run a forked worker to its end: nothing of the parent's stack may run after it."""
+    try:
+        os._exit(_run_here(make_server, parent=os.getppid()))
+    except BaseException as error:
+        print(f"wmi: worker: {error!r}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(1)
+
+
+def _run_here(make_server: Callable[[], Server], parent: int = 0) -> int:
+    server = make_server()
+    signals: list[int] = []
+
+    def stop(signum: int, frame: Any = None) -> None:
+        signals.append(signum)
+        if len(signals) > 1:
+            os._exit(128 + signum)
+        server.stopping = True
+        threading.Thread(target=server.shutdown, daemon=True).start()  # it waits for this very thread
+
+    def stop_with_parent() -> None:
+        if parent and os.getppid() != parent and not signals:
+            stop(signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if parent else stop)  # a terminal's goes to all, the parent tells us
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+    server.service_actions = stop_with_parent  # type: ignore[method-assign]
+    server.serve_forever(poll_interval=0.2)
+    server.stop()
+    return 0
+
+
+####################################################################################################
+# Client
+####################################################################################################
+# The catalog's verbs and errors over HTTP, so that a script works alike on a store and on a server.
+# Reads the documented answers and those of the deployed servers. Everything is bounded: each wait, the
+# whole call, the size of an answer; a redirect never carries the account to another host.
+
+_ERRORS = {error.__name__: error for error in Error.__subclasses__()}
+_RETRIED = (502, 503, 504)  # beside connections that failed
+_PAUSE_AT_MOST = 5.0  # seconds between two tries, whatever Retry-After asks for
+
+
+class Client:
+    """Call a server of this API as one account, with the verbs and errors of Catalog.
+
+    `url` is the server's base, such as http://127.0.0.1:9001. Each wait is at most `timeout` seconds, a
+    whole call with its retries at most `deadline`; an answer over `max_answer` bytes is refused. The
+    proxies of the environment are used only if `proxies` is true.
+    """
+
+    def __init__(
+        self, url: str, account: str, *, version: str = DOCUMENT, timeout: float = 10.0, deadline: float = 60.0,
+        retries: int = 3, proxies: bool = False, max_answer: int = 64 << 20,
+    ) -> None:  # fmt: skip
+        if not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#\s]*)?", url):
+            raise refuse("url", url, "http://HOST:PORT or https://HOST:PORT")
+        self.account = check_account("account", account)
+        self.version = find_version(version)
+        self._url = url.rstrip("/") + self.version.path
+        self._timeout, self._deadline, self._retries = timeout, deadline, retries
+        self._proxies: dict[str, str] | None = None if proxies else {}
+        self._max_answer = max_answer
+
+    def index(self, start: int | str = 0, limit: int | str | None = None, **filters: Any) -> Page:
+        """Return the page of images from offset start; see Catalog.index."""
+        params = {"start": start, "limit": limit, **filters}
+        given = {name: _spelled(value) for name, value in params.items() if value is not None}
+        answer = self._call("GET", f".json?{urllib.parse.urlencode(given)}")
+        try:
+            body = answer[0] if isinstance(answer, list) else answer  # deployed servers wrap it
+            total = body["owner_total"] if "owner_total" in body else body["total"]
+            images = body["result"] if "result" in body else body["results"]
+            return Page(int(total), int(body["start"]), body["limit"], list(map(_shown_record, images)))
+        except (TypeError, KeyError, ValueError, IndexError) as error:
+            raise BadAnswer(f"the answer is not an index of images: {error!r}") from error
+
+    def images(self, **filters: Any) -> Iterator[Record]:
+        """Yield every image of the index, page by page."""
+        return every_image(self.index, filters)
+
+    def show(self, id: str) -> Record:
+        """Return the image, source and features as dicts; see Catalog.show."""
+        check_id_syntax(id)
+        return _shown_record(self._call("GET", f"/{id}.json"))
+
+    def destroy(self, id: str) -> str:
+        """Delete the image and return its id; see Catalog.destroy."""
+        check_id_syntax(id)
+        self._call("DELETE", f"/{id}.json")
+        return id
+
+    def update(self, id: str, **fields: Any) -> Record:
+        """Set display_name or description and return the image; see Catalog.update."""
+        check_id_syntax(id)
+        check_updatable(self.version, fields)
+        return _shown_record(self._call("PUT", f"/{id}.json", urllib.parse.urlencode(fields).encode()))
+
+    def _call(self, method: str, path: str, form: bytes | None = None) -> Any:
+        """Send a request, again where that is safe, and return what its answer holds."""
+        fields = {"X-VDC-ACCOUNT-UUID": self.account}
+        request = urllib.request.Request(self._url + path, form, fields, method=method)
+        until = time.monotonic() + self._deadline
+        for attempt in itertools.count():
+            try:
+                return _parse_answer(self._send(request, until))
+            except Error as error:
+                if method == "DELETE" and attempt and isinstance(error, UnknownUUIDResource):
+                    return None  # an earlier try was done, only its answer was lost
+                growing = random.uniform(0.05, 0.1) * 2**attempt  # random, so that clients do not march in step
+                pause = min(_PAUSE_AT_MOST, max(growing, error.retry_after))
+                lasting = error.status not in _RETRIED or isinstance(error, BadAnswer)
+                if lasting or attempt >= self._retries or time.monotonic() + pause > until:
+                    raise
+                time.sleep(pause)
+
+    def _send(self, request: urllib.request.Request, until: float) -> bytes:
+        """Return the body of the answer to one try; every failure is one of our errors."""
+        opener = urllib.request.OpenerDirector()  # build_opener would add file: and ftp:
+        bounded = _BoundedConnections(until)
+        opener.add_handler(urllib.request.ProxyHandler(self._proxies))
+        for handler in (bounded, _SameHostRedirects(), urllib.request.HTTPDefaultErrorHandler()):
+            opener.add_handler(handler)
+        opener.add_handler(urllib.request.HTTPErrorProcessor())
+        try:
+            with opener.open(request, timeout=max(0.001, min(self._timeout, until - time.monotonic()))) as answer:
+                return self._read(answer)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._error_of(error) from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise Unreachable(f"{request.full_url}: {str(reason) or repr(reason)}") from error
+        finally:
+            bounded.cancel()
+
+    def _read(self, answer: Any) -> bytes:
+        """Return the whole body; one that is cut or too large is an error."""
+        body = b""
+        while len(body) <= self._max_answer:
+            piece = answer.read(PIECE)
+            if not piece and answer.length:  # missing bytes: read(n) of a cut answer ends without an error
+                raise ConnectionError("the answer is cut")
+            if not piece:
+                return body
+            body += piece
+        raise BadAnswer(f"the answer has more than {self._max_answer} bytes")
+
+    def _error_of(self, error: urllib.error.HTTPError) -> Error:
+        """Return the error that an answer holds, in the class that the catalog raises."""
+        try:
+            shown = json.loads(self._read(error.fp))
+            name, message, code = (str(shown[key]) for key in ("error", "message", "code"))
+        except (ValueError, TypeError, KeyError, RecursionError, OSError, http.client.HTTPException):
+            name, message, code = "", f"{error.code} {error.reason} from {error.url}", str(error.code)
+        found = _ERRORS.get(name.rpartition("::")[2], Error)(message)
+        found.status, found.code = error.code, code
+        seconds = re.fullmatch("[0-9]{1,9}", error.headers.get("Retry-After", ""))
+        found.retry_after = float(seconds[0]) if seconds else 0.0
+        return found
+
+
+class _SameHostRedirects(urllib.request.HTTPRedirectHandler):
+    """Follow redirects of GET and HEAD to the same scheme, host and port only."""
+
+    max_redirections = 5
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        ours, theirs = urllib.parse.urlsplit(req.full_url), urllib.parse.urlsplit(newurl)
+        if req.get_method() not in ("GET", "HEAD") or ours[:2] != theirs[:2]:
+            raise BadAnswer(f"the server redirects {req.get_method()} to {newurl!r:.200}, which is not followed")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+class _BoundedConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+    """Hang up on a connection that is still open at the deadline.
+
+    A socket's timeout bounds one wait only: a server that sends a byte now and then would outlast it.
+    """
+
+    def __init__(self, until: float) -> None:
+        super().__init__()
+        self._until = until
+        self._timers: list[threading.Timer] = []
+
+    def http_open(self, req: Any) -> Any:
+        return self.do_open(functools.partial(self._connection, http.client.HTTPConnection), req)
+
+    def https_open(self, req: Any) -> Any:
+        return self.do_open(functools.partial(self._connection, http.client.HTTPSConnection), req)
+
+    def _connection(self, kind: Callable[..., Any], host: str, **options: Any) -> Any:
+        connection = kind(host, **options)
+        connect = connection.connect
+
+        def connect_and_watch() -> None:
+            connect()
+            timer = threading.Timer(self._until - time.monotonic(), _hang_up, [connection.sock])
+            timer.daemon = True
+            timer.start()
+            self._timers.append(timer)
+
+        connection.connect = connect_and_watch
+        return connection
+
+    def cancel(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
+
+
+def _hang_up(stream: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        stream.shutdown(socket.SHUT_RDWR)
+
+
+def _parse_answer(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise BadAnswer(f"the answer is not JSON: {error}") from error
+
+
+def _shown_record(shown: Any) -> Record:
+    """Return an image that a server showed, source and features as dicts."""
+    if not isinstance(shown, dict) or "id" not in shown:
+        raise BadAnswer(f"the answer is not an image: {shown!r:.80}")
+    try:
+        texts = {name: shown[name] for name in ("source", "features") if isinstance(shown.get(name), str)}
+        return {**shown, **{name: parse_yaml_mapping(text) for name, text in texts.items()}}
+    except ValueError as error:
+        raise BadAnswer(f"{shown['id']}: {error}") from error
+
+
+####################################################################################################
+# Command line
+####################################################################################################
+# One function a subcommand, each a few calls of what stands above. A command works on a store (--store)
+# or, where the API can do it, on a server (--url). It prints what was asked for on stdout and nothing
+# else; one line on stderr and exit code 1 say what went wrong.
+
+_SAMPLE = """
+wmi-lucid0   x86    ubuntu-10.04_local_kvm_i386.raw    Ubuntu 10.04 LTS, 32 bit
+wmi-lucid1   x86_64 ubuntu-10.04_local_kvm_x86_64.raw  Ubuntu 10.04 LTS, 64 bit
+wmi-centos1d x86_64 centos-6.4_x86_64_kvm_md.raw       CentOS 6.4 with a metadata drive
+wmi-lbnode1d x86_64 lbnode-stud_x86_64_kvm_md.raw      load balancer node (haproxy, stud)
+"""  # names as in Wakame-vdc's own demo data
+
+# Options of `add` and `modify` that set a field: vdc-manage's short form, and what it is.
+_FIELD_OPTIONS = {
+    "uuid": ("-u", "id of the image (default: made up)"),
+    "account_id": ("-a", "owner"),
+    "arch": ("-r", "x86 or x86_64"),
+    "md5sum": ("-m", "MD5 of the image file (default: computed where the file is here)"),
+    "description": ("-d", "any text"),
+    "state": ("-s", "one of " + ", ".join(STATES[:-1])),
+    "is_public": ("-p", "everybody may see and use it"),
+    "file_format": ("", "such as raw"),
+    "root_device": ("", "such as label:root"),
+    "is_cacheable": ("", "hosts may keep a copy"),
+    "instance_model_name": ("", "such as kvm"),
+    "parent_image_id": ("", "the image that this one was made from"),
+    "service_type": ("", "std or lb"),
+    "display_name": ("", "a short name"),
+    "backup_object_id": ("", "bo-…"),
+    "os_type": ("", "linux or windows"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
+    try:
+        options = _parse_arguments(argv)
+        code: int = options.run(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except (Error, OSError) as error:
+        cause = error.__cause__ if isinstance(error, DatabaseError) else None
+        print(f"wmi: {str(error) or type(error).__name__}{f': {cause}' if cause else ''}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parse_arguments(argv: Sequence[str] | None) -> Any:
+    import argparse  # here: whoever embeds the library does not pay for it
+
+    parser = argparse.ArgumentParser(prog="wmi", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--version", action="version", version=f"wmi {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[Any], int], help: str, *arguments: Any, parents: Any = commands) -> Any:
+        added = parents.add_parser(name, help=help, description=help)
+        added.set_defaults(run=run)
+        for flags, settings in arguments:
+            added.add_argument(*flags, **settings)
+        return added
+
+    def option(*flags: str, **settings: Any) -> Any:
+        return flags, settings
+
+    def fields(registering: bool) -> Any:
+        """Offer each field as --a-b and --a_b, as the option parser of vdc-manage did."""
+        for name, (short, help) in _FIELD_OPTIONS.items():
+            flags = {f"--{name.replace('_', '-')}", f"--{name}", short if registering else ""} - {""}
+            settings: dict[str, Any] = {"dest": name, "help": help}
+            if FIELDS.get(name, (None, None))[1] is False:
+                settings["action"] = argparse.BooleanOptionalAction
+            if name == "account_id" and registering:
+                settings["default"] = os.environ.get("WMI_ACCOUNT")
+            if name != "uuid" or registering:
+                yield option(*sorted(flags), **settings)
+        yield option("--feature", action="append", metavar="NAME", help="virtio or acpi; may be repeated")
+
+    store = option("--store", metavar="URL", default=os.environ.get("WMI_STORE", "sqlite:images.db"),
+                   help="SCHEME:LOCATION (default: %(default)s)")  # fmt: skip
+    either = (
+        store,
+        option("--url", default=os.environ.get("WMI_URL"), help="a server, http://HOST:PORT, instead of a store"),
+        option("--account", metavar="A", default=os.environ.get("WMI_ACCOUNT"), help="who asks; on a store: default all"),
+        option("-o", "--output", choices=("table", "json", "yaml", "id"), default="table"),
+    )
+    id, file = option("id", metavar="ID"), option("file", metavar="FILE", nargs="?", default="-")
+    command("serve", _serve, "serve a store over HTTP", store,
+            option("--host", default="127.0.0.1", help="address to bind (default: %(default)s)"),
+            option("--port", type=int, default=9001, help="0: any that is free (default: %(default)s)"),
+            option("--unix-socket", metavar="PATH", help="listen there instead"),
+            option("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)"),
+            option("--max-connections", type=int, default=MAX_CONNECTIONS, metavar="N",
+                   help="connections a process serves at once (default: %(default)s)"),
+            option("--sample", action="store_true", help="fill an empty store with a few images"),
+            option("--unversioned", choices=VERSIONS, default=DOCUMENT, help="what /api/images speaks"),
+            option("--log", metavar="FILE", help="append the log to FILE, not to stderr; - for no log"))  # fmt: skip
+    add = commands.add_parser("add", help="register an image and print its id")
+    kinds = add.add_subparsers(metavar="local|volume", required=True, dest="kind")
+    command("local", _add, "register an image file", store, *fields(registering=True), parents=kinds,
+            ).add_argument("location", metavar="PATH_OR_URI", help="or bo-…, a backup object")  # fmt: skip
+    command("volume", _add, "register a volume snapshot", store, *fields(registering=True), parents=kinds,
+            ).add_argument("location", metavar="SNAPSHOT_ID", help="or bo-…, a backup object")  # fmt: skip
+    command("list", _list, "list images, newest first", *either,
+            option("--start", default="0", help="offset of the first"), option("--limit", help="at most so many"))  # fmt: skip
+    command("show", _show, "show one image", *either, id)
+    for name in ("delete", "del"):  # del is vdc-manage's name
+        command(name, _delete, "delete images and print their ids", *either, option("id", metavar="ID", nargs="+"))
+    command("modify", _modify, "change fields of an image; on a server display name and description", *either, id,
+            *fields(registering=False))  # fmt: skip
+    features = [option(f"--{name}", action=argparse.BooleanOptionalAction) for name in ("virtio", "acpi")]
+    command("features", _set_features, "set or clear features of an image", store, id, *features)
+    command("load", _load, "load images from JSON lines, all or none", store, file,
+            option("--keep-going", action="store_true", help="report bad lines and load the others"))  # fmt: skip
+    command("dump", _dump, "write all images as JSON lines, oldest first", store, file)
+    command("copy", _copy, "copy a store into an empty one", option("source", metavar="URL"), option("target", metavar="URL"))
+    command("check", _check, "read a whole store and say what is wrong", option("store", metavar="URL"),
+            option("--repair", action="store_true", help="rebuild what can be derived from the images"))  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def _given_fields(options: Any) -> dict[str, Any]:
+    fields = {name: getattr(options, name, None) for name in _FIELD_OPTIONS}
+    if options.feature:
+        fields["features"] = dict.fromkeys(options.feature, True)
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _catalog(options: Any, stack: contextlib.ExitStack, version: str = DOCUMENT) -> Any:
+    """Return a Client for --url, else a Catalog on --store: the same verbs."""
+    if options.url and not options.account:
+        raise InvalidParameter("a server asks who calls: give --account A or set WMI_ACCOUNT")
+    if options.url:
+        return Client(options.url, options.account, version=version)
+    return Catalog(stack.enter_context(open_storage(options.store)), options.account, version)
+
+
+def _progressing(what: str, items: Iterable[Any]) -> Iterator[Any]:
+    """Yield items; on a terminal, show five times a second how many there were."""
+    shown = time.monotonic() + 0.2 if sys.stderr.isatty() else float("inf")
+    for count, item in enumerate(items):
+        if time.monotonic() > shown:
+            print(f"\r{what} {count:,}", end="\x1b[K", file=sys.stderr, flush=True)
+            shown = time.monotonic() + 0.2
+        yield item
+    if sys.stderr.isatty():
+        print(end="\r\x1b[K", file=sys.stderr, flush=True)
+
+
+def _serve(options: Any) -> int:
+    if options.workers < 1 or options.max_connections < 1:
+        raise InvalidParameter("--workers and --max-connections: at least 1")
+    if options.workers > 1 and (options.store.startswith("memory:") or not hasattr(os, "fork")):
+        raise InvalidParameter("--workers: processes share neither memory: nor a system without fork; use 1")
+    storage = open_storage(options.store)  # before any fork, so that a bad one is refused here
+    with storage_errors():
+        if options.sample and not storage.page(None, 0, 0, deleted=None)[0]:
+            storage.add_all(map(_sample_image, _SAMPLE.strip().split("\n")))
+    if options.workers > 1:
+        storage.close()
+    listener = listen(options.host, options.port, options.unix_socket)
+    log = _line_writer(options.log)
+
+    def make_server() -> Server:
+        ours = storage if options.workers == 1 else open_storage(options.store)
+        return Server(ours, listener=listener, unversioned=options.unversioned,
+                      max_connections=options.max_connections, log=log)  # fmt: skip
+
+    address = address_of(listener)
+    if not address.startswith(("unix:", "http://127.", "http://[::1]")):
+        print(f"wmi: warning: {address} is open to others, and a caller may claim any account", file=sys.stderr)
+    print(f"wmi: serving {options.store} on {address}/api/images", file=sys.stderr, flush=True)
+    try:
+        return run_server(make_server, options.workers)
+    finally:
+        if address == f"unix:{options.unix_socket}":
+            os.unlink(options.unix_socket)
+
+
+def _sample_image(row: str) -> Record:
+    id, arch, file, description = row.split(maxsplit=3)
+    return image_record({
+        "id": id, "account_id": "a-shpoolxx", "arch": arch, "is_public": True, "description": description,
+        "source": {"uri": f"file:///var/lib/wakame-vdc/images/{file}"}, "features": {"virtio": True},
+        "md5sum": hashlib.md5(file.encode(), usedforsecurity=False).hexdigest(),
+    })  # fmt: skip
+
+
+def _line_writer(path: str | None) -> Callable[[str], None]:
+    """Return a writer of log lines: each is one write, so that those of processes never mix."""
+    if path == "-":
+        return lambda line: None
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) if path else 2
+
+    def write(line: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk under the log must not stop the answers
+            os.write(file, line.encode("ascii", "backslashreplace") + b"\n")
+
+    return write
+
+
+def _add(options: Any) -> int:
+    fields, location = _given_fields(options), options.location
+    fields["boot_dev_type"] = BOOT_DEV_LOCAL if options.kind == "local" else BOOT_DEV_SAN
+    if location.startswith("bo-"):  # what vdc-manage of 12.03 registered
+        fields["backup_object_id"] = location
+    elif options.kind == "volume":
+        fields["source"] = {"snapshot_id": location}
+    elif re.match("[A-Za-z][A-Za-z0-9+.-]*://", location):
+        fields["source"] = {"uri": location}
+    elif not os.path.isfile(location):
+        raise InvalidParameter(f"{location}: no such file; give one that is here, or a URI such as file:///…")
+    else:
+        fields["source"] = {"uri": "file://" + urllib.parse.quote(os.path.abspath(location))}
+        image_record(fields)  # before the long work, so that a wrong field is told at once
+        fields.setdefault("md5sum", _md5_of(location) if "md5sum" not in fields else None)
+    with open_storage(options.store) as storage:
+        print(Catalog(storage).register(fields))
+    return 0
+
+
+def _md5_of(path: str) -> str:
+    digest = hashlib.md5(usedforsecurity=False)  # the API's checksum; no secret hangs on it
+    with open(path, "rb") as file:
+        for piece in _progressing(f"md5 of {path}, MiB:", iter(lambda: file.read(1 << 20), b"")):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _visible(value: Any) -> str:
+    """Return text that cannot move the cursor of a terminal."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def _print_row(image: Record) -> None:
+    boot = {BOOT_DEV_SAN: "volume", BOOT_DEV_LOCAL: "local"}.get(image["boot_dev_type"], "?")
+    name = image.get("display_name") or image.get("description") or ""
+    cells = (image["id"], image["account_id"], image["arch"], boot, image["is_public"], image["state"], name)
+    print("{:<16} {:<12} {:<7} {:<7} {:<7} {:<10} {:.60}".format(*map(_visible, cells)).rstrip())
+
+
+def _list(options: Any) -> int:
+    with contextlib.ExitStack() as stack:
+        images = _catalog(options, stack).index(options.start, options.limit).images
+        if options.output == "json":
+            print(end="[")
+            for number, image in enumerate(images):
+                print(end=(",\n" if number else "") + to_json(image))
+            print("]")
+            return 0
+        print(end={"table": "ID               ACCOUNT      ARCH    BOOT    PUBLIC  STATE      NAME\n"}.get(options.output, ""))
+        for image in images:
+            if options.output == "table":
+                _print_row(image)
+            else:
+                print(image["id"] if options.output == "id" else "".join(yaml_lines([image], "")).rstrip("\n"))
+    return 0
+
+
+def _print_image(image: Record, output: str) -> int:
+    texts: dict[str, Callable[[], str]] = {
+        "table": lambda: "\n".join(f"{name + ':':<21}{_visible(value)}" for name, value in image.items()),
+        "json": lambda: json.dumps(image, ensure_ascii=False, indent=2),
+        "yaml": lambda: to_yaml(image).rstrip("\n"),
+        "id": lambda: image["id"],
+    }
+    print(texts[output]())
+    return 0
+
+
+def _show(options: Any) -> int:
+    with contextlib.ExitStack() as stack:
+        return _print_image(_catalog(options, stack).show(options.id), options.output)
+
+
+def _delete(options: Any) -> int:
+    with contextlib.ExitStack() as stack:
+        catalog = _catalog(options, stack)
+        for id in options.id:
+            print(catalog.destroy(id))
+    return 0
+
+
+def _modify(options: Any) -> int:
+    fields = _given_fields(options)
+    if not fields:
+        raise InvalidParameter("nothing to change: give a field, such as --description TEXT")
+    with contextlib.ExitStack() as stack:
+        catalog = _catalog(options, stack, "12.03")
+        change = catalog.update if options.url or options.account else catalog.modify
+        return _print_image(change(options.id, **fields), options.output)
+
+
+def _set_features(options: Any) -> int:
+    given = {name: getattr(options, name) for name in ("virtio", "acpi") if getattr(options, name) is not None}
+    with open_storage(options.store) as storage:
+        catalog = Catalog(storage)
+        features = {**catalog.show(options.id)["features"], **given}
+        catalog.modify(options.id, features={name: True for name, value in features.items() if value})
+    return 0
+
+
+class _Lines:
+    """Yield the records in lines of JSON; a bad line ends it, or is told where going on was asked for."""
+
+    def __init__(self, lines: Iterable[bytes], keep_going: bool) -> None:
+        self._lines, self._keep_going = lines, keep_going
+        self.number = self.refused = 0
+
+    def __iter__(self) -> Iterator[Record]:
+        for self.number, line in enumerate(self._lines, 1):
+            try:
+                if line.strip():
+                    yield self._parse(line)
+            except InvalidParameter as error:
+                self.refuse(error)
+
+    def refuse(self, error: Error) -> None:
+        if not self._keep_going:
+            raise type(error)(f"line {self.number}: {error}") from error
+        print(f"wmi: line {self.number}: {error}", file=sys.stderr)
+        self.refused += 1
+
+    def _parse(self, line: bytes) -> Record:
+        try:
+            fields = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise InvalidParameter(f"not JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise InvalidParameter("not a JSON object")
+        return image_record(fields)
+
+
+def _load(options: Any) -> int:
+    with contextlib.ExitStack() as stack:
+        file = sys.stdin.buffer if options.file == "-" else stack.enter_context(open(options.file, "rb"))
+        storage = stack.enter_context(open_storage(options.store))
+        lines, loaded = _Lines(file, options.keep_going), 0
+        batches = ([record] for record in lines) if options.keep_going else [_progressing("loaded", lines)]
+        for batch in batches:
+            try:
+                with storage_errors():
+                    loaded += storage.add_all(batch)
+            except DuplicateUUID as error:
+                lines.refuse(error)
+    print(f"wmi: loaded {loaded}, refused {lines.refused}", file=sys.stderr)
+    return 1 if lines.refused else 0
+
+
+def _dump(options: Any) -> int:
+    with contextlib.ExitStack() as stack:
+        storage = stack.enter_context(open_storage(options.store))
+        out = sys.stdout if options.file == "-" else stack.enter_context(open(options.file, "w", encoding="utf-8"))
+        for record in _progressing("dumped", _guarded(storage.walk(oldest_first=True, frozen=True))):
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+    return 0
+
+
+def _copy(options: Any) -> int:
+    with open_storage(options.source) as source, open_storage(options.target) as target, storage_errors():
+        if target.page(None, 0, 0, deleted=None)[0]:
+            raise InvalidParameter(f"{options.target} is not empty; nothing was copied")
+        copied = target.add_all(_progressing("copied", source.walk(oldest_first=True, frozen=True)))
+    print(f"wmi: copied {copied}", file=sys.stderr)
+    return 0
+
+
+def _check(options: Any) -> int:
+    faults = 0
+    with open_storage(options.store) as storage, storage_errors():
+        for fault in itertools.chain(storage.check(options.repair), _wrong_records(storage)):
+            print(_visible(fault))
+            faults += 1
+    print(f"wmi: {options.store}: {faults or 'no'} faults", file=sys.stderr)
+    return 1 if faults else 0
+
+
+def _wrong_records(storage: Storage) -> Iterator[str]:
+    for record in _progressing("checked", storage.walk()):
+        try:
+            if image_record(record) != record:
+                yield f"{record['id']}: a field is not spelled as it is kept"
+        except InvalidParameter as error:
+            yield f"{record.get('id')}: {error}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
