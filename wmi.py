@@ -29,6 +29,7 @@ for plug-ins. A store is one file in backends/ with one function, open_storage(l
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
 import email.utils
 import errno
@@ -38,6 +39,7 @@ import heapq
 import http.client
 import http.server
 import importlib
+import io
 import itertools
 import json
 import os
@@ -45,6 +47,7 @@ import random
 import re
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -207,8 +210,6 @@ class HTTPVersionNotSupported(Error):
 # A text is written plain only where no YAML 1.1 reader takes it for anything but that text.
 _YAML_PLAIN = re.compile(r"[A-Za-z/](?:[A-Za-z0-9_./@+=~-]|[: ](?=[A-Za-z0-9_./]))*")
 _YAML_WORDS = frozenset("y n yes no on off true false null".split())
-_YAML_UNPRINTABLE = r"[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
-_YAML_ESCAPED = re.compile(r'["\\]|' + _YAML_UNPRINTABLE)
 _YAML_ESCAPES = dict(zip('0abtnvfre"\\/ N_LP', '\0\a\b\t\n\v\f\r\x1b"\\/ \x85\xa0\u2028\u2029'))
 _YAML_SHORT = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t"}
 _YAML_CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False}
@@ -244,9 +245,15 @@ def _yaml_scalar(value: Any) -> str:
         return "" if value is None else json.dumps(value)  # true, 12, {} and [] are spelled alike
     if _YAML_PLAIN.fullmatch(value) and value.lower() not in _YAML_WORDS:
         return value
-    if not re.search(_YAML_UNPRINTABLE, value):
+    if value.isprintable():
         return "'" + value.replace("'", "''") + "'"
-    return '"' + _YAML_ESCAPED.sub(lambda m: _YAML_SHORT.get(m[0]) or f"\\u{ord(m[0]):04x}", value) + '"'
+    return '"' + "".join(map(_yaml_escaped, value)) + '"'
+
+
+def _yaml_escaped(char: str) -> str:
+    if char in _YAML_SHORT or char.isprintable():
+        return _YAML_SHORT.get(char, char)
+    return f"\\u{ord(char):04x}" if char <= "\uffff" else f"\\U{ord(char):08x}"
 
 
 def parse_yaml_mapping(text: str) -> dict[str, Any]:
@@ -278,7 +285,8 @@ def _parse_yaml_scalar(text: str) -> Any:
     if re.fullmatch(r"'(?:[^']|'')*'", text):
         return text[1:-1].replace("''", "'")
     if re.fullmatch(r'"(?:[^"\\]|\\.)*"', text):
-        return re.sub(r"\\(?:x(..)|u(.{4})|U(.{8})|(.))", _yaml_unescaped, text[1:-1])
+        escape = r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U(00[01][0-9A-Fa-f]{5})|(.))"
+        return re.sub(escape, _yaml_unescaped, text[1:-1])
     if text in _YAML_CONSTANTS:
         return _YAML_CONSTANTS[text]
     if text[0] in "!&*|>%@`{}[],?#\"'" or ": " in text or " #" in text or text[:2] == "- ":
@@ -324,8 +332,10 @@ def _matching(pattern: str, allowed: str) -> Check:
 
 
 def _one_of(*allowed: Any) -> Check:
+    typed = {(type(choice), choice) for choice in allowed}  # 1 and True are equal, yet not the same
+
     def check(field: str, value: Any) -> Any:
-        if any(type(value) is type(choice) and value == choice for choice in allowed):
+        if isinstance(value, (str, int)) and (type(value), value) in typed:
             return value
         raise refuse(field, value, " or ".join(map(json.dumps, allowed)))
 
@@ -347,11 +357,11 @@ def parse_time(field: str, value: Any) -> datetime.datetime:
 
     Raises InvalidParameter that names the field.
     """
-    form = r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d:\d\d)(?:\.(\d{1,6})\d*)? ?(?:Z|([+-]\d\d):?(\d\d))?)?"
+    form = r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d:\d\d)(?:\.(\d{1,6})\d*)? ?(?:Z|([+-](?:[01]\d|2[0-3])):?([0-5]\d))?)?"
     match = re.fullmatch(form, value, re.ASCII) if isinstance(value, str) else None
     try:
         day, clock, fraction, hours, minutes = match.groups() if match else ("",) * 5
-        moment = datetime.datetime.strptime(f"{day} {clock or '00:00:00'}", "%Y-%m-%d %H:%M:%S")
+        moment = datetime.datetime.fromisoformat(f"{day}T{clock or '00:00:00'}")
         east = datetime.timedelta(hours=int(hours or 0), minutes=int(f"{(hours or '+')[0]}{minutes or 0}"))
         return moment - east + datetime.timedelta(microseconds=int((fraction or "0").ljust(6, "0")))
     except (ValueError, OverflowError) as error:
@@ -434,10 +444,15 @@ def image_record(fields: Mapping[str, Any]) -> Record:
             raise refuse("field", name, ", ".join(FIELDS))
     if "account_id" not in given:
         raise InvalidParameter("account_id: is missing; say whose image it is, such as a-shpoolxx")
-    given.setdefault("id", "wmi-" + "".join(random.SystemRandom().choices("abcdefghijklmnopqrstuvwxyz0123456789", k=8)))
+    if "id" not in given:
+        letters = random.SystemRandom().choices("abcdefghijklmnopqrstuvwxyz0123456789", k=8)
+        given["id"] = "wmi-" + "".join(letters)
     given.setdefault("created_at", now())
     given.setdefault("updated_at", given["created_at"])
-    record = {name: check(name, given.get(name, default)) for name, (check, default) in FIELDS.items()}
+    record = {
+        name: check(name, given[name]) if name in given else copy.copy(default)
+        for name, (check, default) in FIELDS.items()
+    }
     if "boot_dev_type" not in given and "snapshot_id" in record["source"]:
         record["boot_dev_type"] = BOOT_DEV_SAN
     return check_agreement(record)
@@ -1092,6 +1107,7 @@ MAX_FIELD_LINE = 8192  # bytes; as nginx and Apache
 MAX_HEAD = 32768  # bytes; four full lines, far more than any known client sends
 MAX_FIELDS = 64  # lines; browsers send about 20
 MAX_BODY = 65536  # bytes; a name and a description
+MAX_EMPTY_LINES = 4  # before a request line; old clients sent one after a body
 MAX_CHUNK_LINE = 256  # bytes; a size and extensions that nobody uses
 MAX_CONNECTIONS = 64  # threads a process; more connections wait in the backlog
 IDLE_SECONDS = 15  # between two requests; proxies commonly wait longer, so they close first
@@ -1105,7 +1121,7 @@ PIECE = 65536  # bytes asked of recv at once: it allocates what it is asked for
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, 5.6.2
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 _FIELD_LINE = re.compile(rb"(" + _TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)")
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 _NEVER_IN_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?=[^\n])|(?<!\r)\n")
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 _ABSOLUTE = re.compile(r"(?i:http)://([^/?]*)(.*)")
@@ -1131,10 +1147,9 @@ def parse_head(head: bytes) -> Request:
 
     Raises a subclass of Error for the first rule that is broken; the connection must then be closed.
     """
-    if len(head) > MAX_HEAD:
-        raise RequestHeaderFieldsTooLarge(f"the head has more than {MAX_HEAD} bytes")
     line, *lines = head[:-4].split(b"\r\n")
     method, target, minor = parse_request_line(line)
+    check_size(head)
     fields = parse_fields(lines)
     check_host(fields, minor)
     path, query = parse_target(method, target)
@@ -1223,15 +1238,23 @@ def parse_expect(fields: Mapping[str, str], minor: int) -> bool:
     return expect != "" and minor > 0
 
 
-def check_partial(buffer: bytes) -> None:
-    """Refuse a head that cannot become legal before the rest of it arrives."""
-    line, end, _ = buffer.partition(b"\r\n")
-    if end or len(line) > MAX_REQUEST_LINE:
-        parse_request_line(line)
-    if _NEVER_IN_HEAD.search(buffer):
-        raise BadRequest("the head has a bare CR, a bare LF or a control character")
-    if len(buffer) > MAX_HEAD:
+def check_size(head: bytes) -> None:
+    """Check the size of a head, whole or not."""
+    if len(head) > MAX_HEAD:
         raise RequestHeaderFieldsTooLarge(f"the head has more than {MAX_HEAD} bytes")
+
+
+def check_partial(head: bytes, checked: int) -> None:
+    """Refuse a head that cannot become legal before the rest of it arrives.
+
+    So many bytes were checked before: looking at them for each new one would be a way to keep us busy.
+    """
+    end = head.find(b"\r\n", 0, MAX_REQUEST_LINE + 2)
+    if end >= max(0, checked - 1) or (end < 0 and len(head) > MAX_REQUEST_LINE + 1):
+        parse_request_line(head[:end] if end >= 0 else head)
+    if _NEVER_IN_HEAD.search(head, max(0, checked - 1)):
+        raise BadRequest("the head has a bare CR, a bare LF or a control character")
+    check_size(head)
 
 
 # Clients that keep a connection send the same head over and over; what a small one says is remembered.
@@ -1245,6 +1268,7 @@ class Connection:
     def __init__(self, stream: socket.socket) -> None:
         self._stream, self._buffer = stream, b""
         self._timeout = 0.0
+        self.reads_head = False  # the request that is read, legal or not, is a HEAD
 
     def _set_timeout(self, seconds: float) -> None:
         if seconds != self._timeout:  # each call costs a system call
@@ -1253,8 +1277,11 @@ class Connection:
 
     def _receive(self, deadline: float) -> bool:
         """Append what arrives to the buffer, and return false at the end. Raises RequestTimeout."""
-        self._set_timeout(max(0.001, deadline - time.monotonic()))
+        seconds = deadline - time.monotonic()
         try:
+            if seconds <= 0:  # bytes that keep coming do not extend it
+                raise socket.timeout
+            self._set_timeout(seconds)
             piece = self._stream.recv(PIECE)
         except socket.timeout as error:
             raise RequestTimeout("the request took too long to arrive") from error
@@ -1271,14 +1298,17 @@ class Connection:
 
     def read_head(self) -> Request | None:
         """Return the head of the next request, None if the stream ends before one begins."""
-        deadline = 0.0
+        deadline, empty_lines, checked = 0.0, 0, 0
         while True:
-            self._buffer = self._buffer.removeprefix(b"\r\n")  # RFC 9112, 2.2: an empty line before
-            end = self._buffer.find(b"\r\n\r\n") + 4
+            while self._buffer.startswith(b"\r\n") and empty_lines < MAX_EMPTY_LINES:  # RFC 9112, 2.2
+                self._buffer, empty_lines = self._buffer[2:], empty_lines + 1
+            self.reads_head = self._buffer.startswith(b"HEAD ")
+            end = self._buffer.find(b"\r\n\r\n", max(0, checked - 3)) + 4
             if end > 3:
                 head, self._buffer = self._buffer[:end], self._buffer[end:]
                 return _parse_small_head(head) if end <= _SMALL_HEAD else parse_head(head)
-            check_partial(self._buffer)
+            check_partial(self._buffer, checked)
+            checked = len(self._buffer)
             deadline = deadline or time.monotonic() + HEAD_SECONDS
             if not self._receive(deadline):
                 if self._buffer:
@@ -1300,11 +1330,13 @@ class Connection:
         return body
 
     def _read_line(self, limit: int, deadline: float) -> bytes:
-        while b"\r\n" not in self._buffer[: limit + 2]:
-            whole = len(self._buffer) < limit + 2 and not _NEVER_IN_HEAD.search(self._buffer)
-            if not whole or not self._receive(deadline):
+        checked = 0
+        while (end := self._buffer.find(b"\r\n", max(0, checked - 1), limit + 2)) < 0:
+            illegal = len(self._buffer) > limit + 1 or _NEVER_IN_HEAD.search(self._buffer, max(0, checked - 1))
+            checked = len(self._buffer)
+            if illegal or not self._receive(deadline):
                 raise BadRequest("a line of the chunked body is cut, too long or has a control character")
-        line, _, self._buffer = self._buffer.partition(b"\r\n")
+        line, self._buffer = self._buffer[:end], self._buffer[end + 2 :]
         return line
 
     def _read_chunks(self, deadline: float) -> bytes:
@@ -1326,10 +1358,14 @@ class Connection:
 
     def send(self, data: bytes) -> None:
         """Send all of data within SEND_SECONDS. Raises OSError."""
-        sent = self._stream.send(data)
+        sent = waited = 0.0
+        try:
+            sent = self._stream.send(data)  # nearly always all of it, and then no timeout needs to be set
+        except socket.timeout:
+            waited = self._timeout
         if sent < len(data):
-            self._set_timeout(SEND_SECONDS)
-            self._stream.sendall(memoryview(data)[sent:])  # its timeout is for all of it
+            self._set_timeout(max(0.001, SEND_SECONDS - waited))
+            self._stream.sendall(memoryview(data)[int(sent) :])  # its timeout is for all of it
 
     def linger(self) -> None:
         """Send no more, and let the client read what was sent before it is cut (RFC 9112, 9.6)."""
@@ -1338,6 +1374,11 @@ class Connection:
             self._stream.shutdown(socket.SHUT_WR)
             while self._receive(deadline) and time.monotonic() < deadline:
                 self._buffer = b""
+
+    def abort(self) -> None:
+        """Close with a reset, so that a cut answer cannot be taken for a whole one."""
+        self._stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._stream.close()
 
     def interrupt(self) -> None:
         """End a wait for the next request; called from other threads."""
@@ -1352,6 +1393,8 @@ _CONTENT_TYPES = {"json": "application/json", "yaml": "text/yaml;charset=utf-8"}
 _REASONS = {code: reason for code, (reason, _) in http.server.BaseHTTPRequestHandler.responses.items()}
 _STREAM_PIECE = 32768  # characters gathered for one send of a streamed index
 _CACHE_BYTES = 8 << 20  # of rendered answers a process; about 1,000 pages of 20
+_CACHED_AT_MOST = 1 << 20  # of one answer, so that a few large ones do not push out the others
+_CACHE_CONTROL = "private, no-cache"  # to be asked each time: each account sees other images
 
 
 class Answer(NamedTuple):
@@ -1398,7 +1441,7 @@ def to_json(value: Any) -> str:
 
 def encode(value: Any, format: str) -> bytes:
     """Return value as the body of an answer, in json or yaml."""
-    return (to_json(value) if format == "json" else to_yaml(value)).encode("utf-8", "surrogateescape")
+    return (to_json(value) if format == "json" else to_yaml(value)).encode("utf-8", "replace")
 
 
 def render_page(version: Version, page: Page, format: str) -> Iterator[str]:
@@ -1467,7 +1510,7 @@ class Service:
         if not match:
             raise NotFound(path)
         version = VERSIONS[match[1]] if match[1] else self.unversioned
-        id = match[2] and urllib.parse.unquote(match[2], errors="surrogateescape")
+        id = match[2] and urllib.parse.unquote(match[2])
         return Route(version, id, "yaml" if match[3].startswith(".y") else "json")
 
     def _dispatch(self, request: Request, route: Route, body: bytes) -> Answer:
@@ -1479,9 +1522,9 @@ class Service:
         if request.method == "OPTIONS":
             return make_answer(204, {"Allow": ", ".join(methods)})
         account = self._account(request, route.version)
-        catalog = Catalog(self._storage, account, route.version.name)
         if request.method in ("GET", "HEAD"):
-            return self._get(request, route, catalog)
+            return self._get(request, route, account)
+        catalog = Catalog(self._storage, account, route.version.name)
         if request.method == "DELETE":
             done: Any = [catalog.destroy(route.id or "")]
         else:
@@ -1498,27 +1541,29 @@ class Service:
             message = f"Invalid uuid or unsupported uuid: {account} in Dcmgr::Models::Account"
             raise InvalidRequestCredentials(message if account else version.no_account) from error
 
-    def _get(self, request: Request, route: Route, catalog: Catalog) -> Answer:
+    def _get(self, request: Request, route: Route, account: str) -> Answer:
         """Answer from the cache if the store's revision is still the same, else render.
 
         The revision is read first: after a change meanwhile, the new entry is never served.
         """
         with storage_errors():
             revision = self._storage.revision()
-        key = (request.path, request.query, catalog.account)
+        key = (request.path, request.query, account)
         kept = self._cache.get(key)
-        answer = kept[1] if kept and kept[0] == revision else self._render(request.query, route, catalog, revision, key)
+        answer = kept[1] if kept and kept[0] == revision else self._render(route, key, revision)
         conditions = [tag.strip().removeprefix("W/") for tag in request.fields.get("if-none-match", "").split(",")]
         if answer.etag in conditions or conditions == ["*"]:  # RFC 9110, 13.1.2: compared weakly
-            return make_answer(304, {"ETag": answer.etag})
+            return make_answer(304, {"ETag": answer.etag, "Cache-Control": _CACHE_CONTROL})
         return answer
 
-    def _render(self, query: str, route: Route, catalog: Catalog, revision: str, key: tuple[Any, ...]) -> Answer:
+    def _render(self, route: Route, key: tuple[str, str, str], revision: str) -> Answer:
+        _, query, account = key
+        catalog = Catalog(self._storage, account, route.version.name)
         seed = repr((__version__, self.unversioned.name, revision, key)).encode()
         fields = {
             "Content-Type": _CONTENT_TYPES[route.format],
             "ETag": f'"{hashlib.blake2b(seed, digest_size=12).hexdigest()}"',
-            "Cache-Control": "private, no-cache",  # to be asked each time: each account sees other images
+            "Cache-Control": _CACHE_CONTROL,
             "X-Content-Type-Options": "nosniff",
         }
         if route.id is not None:
@@ -1527,11 +1572,11 @@ class Service:
             page = catalog.index(**parse_query(query, ("start", "limit", *route.version.filters)))
             pieces = gather(render_page(route.version, page, route.format))
             answer = make_answer(200, fields, b"".join(pieces) if isinstance(page.images, list) else pieces)
-        if isinstance(answer.body, bytes):
+        if isinstance(answer.body, bytes) and len(answer.body) <= _CACHED_AT_MOST:
             self._remember(key, revision, answer, len(answer.body))
         return answer
 
-    def _remember(self, key: tuple[Any, ...], revision: str, answer: Answer, size: int) -> None:
+    def _remember(self, key: tuple[str, str, str], revision: str, answer: Answer, size: int) -> None:
         with self._lock:
             if self._cached_bytes > _CACHE_BYTES:
                 self._cache, self._cached_bytes = {}, 0
@@ -1588,9 +1633,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         """Serve until the connection ends; a client that hangs up is no error."""
-        with contextlib.suppress(ConnectionError, socket.timeout):
+        with contextlib.suppress(OSError):
             while self._wait() and self._serve_one():
                 pass
+            self.stream.linger()
 
     def finish(self) -> None:
         """Have nothing to flush."""
@@ -1612,9 +1658,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return False
             body = self.stream.read_body(request)
         except Error as error:
-            self._send(error_answer(error, self.server.service.unversioned), request, False, began)
-            self.stream.linger()
-            return False
+            return self._send(error_answer(error, self.server.service.unversioned), request, False, began)
         answer = self.server.service.answer(request, body)
         return self._send(answer, request, request.keep_alive and not self.server.stopping, began)
 
@@ -1624,7 +1668,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         streamed = not isinstance(answer.body, bytes)
         keep_alive = keep_alive and not (streamed and minor == 0)  # then only the end shows the end
         pieces = [answer.body] if isinstance(answer.body, bytes) else answer.body
-        if answer.status in (204, 304) or (request and request.method == "HEAD"):
+        if answer.status in (204, 304) or self.stream.reads_head:
             pieces = []
         head = b"HTTP/1.1 %d %s\r\nDate: %s\r\n%s" % (
             answer.status, _REASONS[answer.status].encode(), _http_date(int(time.time())), answer.head,
@@ -1643,6 +1687,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.stream.send(head or b"0\r\n\r\n")
         except Error as error:  # the store failed in mid-stream: the cut must show
             self.server.report(f"a streamed answer is cut: {error}: {error.__cause__}")
+            self.stream.abort()
             return False
         finally:
             self._log(request, answer.status, sent, began)
@@ -1673,7 +1718,10 @@ def listen(host: str = "127.0.0.1", port: int = 9001, unix_socket: str | None = 
         return socket.socket(fileno=3)
     if unix_socket is None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=128)
+        try:
+            return socket.create_server((host, port), family=family, backlog=128)
+        except (OverflowError, UnicodeError) as error:
+            raise refuse("address", f"{host}:{port}", "a host, and a port of 0 to 65535") from error
     with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(unix_socket)
@@ -1714,6 +1762,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.setblocking(False)  # processes may race for one connection
         self.idle: set[Connection] = set()  # those that wait for a request
         self.stopping = False
+        self.parent = 0  # process that supervises this one
         self._write_line = log
         self._max_connections = max_connections
         self._slots = threading.Semaphore(max_connections)
@@ -1730,6 +1779,12 @@ class Server(http.server.ThreadingHTTPServer):
     def report(self, text: str) -> None:
         """Log a failure, in one line of visible ASCII."""
         self.log("error: " + text.encode("unicode_escape").decode())
+
+    def service_actions(self) -> None:
+        """Stop, between two polls, when the supervising process is gone."""
+        if self.parent and os.getppid() != self.parent:
+            self.parent = 0
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection if there is a thread for it; others wait in the backlog."""
@@ -1826,22 +1881,18 @@ def _run_here(make_server: Callable[[], Server], parent: int = 0) -> int:
     server = make_server()
     signals: list[int] = []
 
-    def stop(signum: int, frame: Any = None) -> None:
+    def stop(signum: int, frame: Any) -> None:
         signals.append(signum)
         if len(signals) > 1:
             os._exit(128 + signum)
         server.stopping = True
         threading.Thread(target=server.shutdown, daemon=True).start()  # it waits for this very thread
 
-    def stop_with_parent() -> None:
-        if parent and os.getppid() != parent and not signals:
-            stop(signal.SIGTERM)
-
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN if parent else stop)  # a terminal's goes to all, the parent tells us
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
-    server.service_actions = stop_with_parent  # type: ignore[method-assign]
+    server.parent = parent
     server.serve_forever(poll_interval=0.2)
     server.stop()
     return 0
@@ -1890,7 +1941,7 @@ class Client:
             total = body["owner_total"] if "owner_total" in body else body["total"]
             images = body["result"] if "result" in body else body["results"]
             return Page(int(total), int(body["start"]), body["limit"], list(map(_shown_record, images)))
-        except (TypeError, KeyError, ValueError, IndexError) as error:
+        except (TypeError, KeyError, ValueError, IndexError, OverflowError) as error:
             raise BadAnswer(f"the answer is not an index of images: {error!r}") from error
 
     def images(self, **filters: Any) -> Iterator[Record]:
@@ -2086,17 +2137,23 @@ _FIELD_OPTIONS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # JSON and ids are UTF-8 in any locale
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         options = _parse_arguments(argv)
         code: int = options.run(options)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
     except (Error, OSError) as error:
         cause = error.__cause__ if isinstance(error, DatabaseError) else None
-        print(f"wmi: {str(error) or type(error).__name__}{f': {cause}' if cause else ''}", file=sys.stderr)
+        message = f"{str(error) or type(error).__name__}{f': {cause}' if cause else ''}"
+        if not isinstance(error, BrokenPipeError):  # else the reader, such as head, has seen enough
+            print(f"wmi: {_visible(message)}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # what cannot be written is dropped, or the interpreter's end complains again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -2105,12 +2162,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse_arguments(argv: Sequence[str] | None) -> Any:
     import argparse  # here: whoever embeds the library does not pay for it
 
-    parser = argparse.ArgumentParser(prog="wmi", description=(__doc__ or "").partition("\n")[0])
+    formatter = functools.partial(argparse.HelpFormatter, width=100)  # asking the terminal would import shutil
+    parser = argparse.ArgumentParser("wmi", description=(__doc__ or "").partition("\n")[0], formatter_class=formatter)
     parser.add_argument("--version", action="version", version=f"wmi {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[[Any], int], help: str, *arguments: Any, parents: Any = commands) -> Any:
-        added = parents.add_parser(name, help=help, description=help)
+        added = parents.add_parser(name, help=help, description=help, formatter_class=formatter)
         added.set_defaults(run=run)
         for flags, settings in arguments:
             added.add_argument(*flags, **settings)
@@ -2151,7 +2209,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> Any:
             option("--sample", action="store_true", help="fill an empty store with a few images"),
             option("--unversioned", choices=VERSIONS, default=DOCUMENT, help="what /api/images speaks"),
             option("--log", metavar="FILE", help="append the log to FILE, not to stderr; - for no log"))  # fmt: skip
-    add = commands.add_parser("add", help="register an image and print its id")
+    add = commands.add_parser("add", help="register an image and print its id", formatter_class=formatter)
     kinds = add.add_subparsers(metavar="local|volume", required=True, dest="kind")
     command("local", _add, "register an image file", store, *fields(registering=True), parents=kinds,
             ).add_argument("location", metavar="PATH_OR_URI", help="or bo-…, a backup object")  # fmt: skip
@@ -2229,6 +2287,7 @@ def _serve(options: Any) -> int:
     try:
         return run_server(make_server, options.workers)
     finally:
+        storage.close()
         if address == f"unix:{options.unix_socket}":
             os.unlink(options.unix_socket)
 
@@ -2238,7 +2297,7 @@ def _sample_image(row: str) -> Record:
     return image_record({
         "id": id, "account_id": "a-shpoolxx", "arch": arch, "is_public": True, "description": description,
         "source": {"uri": f"file:///var/lib/wakame-vdc/images/{file}"}, "features": {"virtio": True},
-        "md5sum": hashlib.md5(file.encode(), usedforsecurity=False).hexdigest(),
+        "md5sum": hashlib.md5(file.encode(), usedforsecurity=False).hexdigest(), "created_at": "2013-02-01T09:00:00Z",
     })  # fmt: skip
 
 
@@ -2290,9 +2349,10 @@ def _visible(value: Any) -> str:
 
 
 def _print_row(image: Record) -> None:
-    boot = {BOOT_DEV_SAN: "volume", BOOT_DEV_LOCAL: "local"}.get(image["boot_dev_type"], "?")
+    boot = {BOOT_DEV_SAN: "volume", BOOT_DEV_LOCAL: "local"}.get(image.get("boot_dev_type", 0), "?")
     name = image.get("display_name") or image.get("description") or ""
-    cells = (image["id"], image["account_id"], image["arch"], boot, image["is_public"], image["state"], name)
+    id, account, arch, public, state = map(image.get, ("id", "account_id", "arch", "is_public", "state"))
+    cells = (id, account, arch, boot, public, state, name)
     print("{:<16} {:<12} {:<7} {:<7} {:<7} {:<10} {:.60}".format(*map(_visible, cells)).rstrip())
 
 
@@ -2375,7 +2435,7 @@ class _Lines:
     def refuse(self, error: Error) -> None:
         if not self._keep_going:
             raise type(error)(f"line {self.number}: {error}") from error
-        print(f"wmi: line {self.number}: {error}", file=sys.stderr)
+        print(f"wmi: line {self.number}: {_visible(str(error))}", file=sys.stderr)
         self.refused += 1
 
     def _parse(self, line: bytes) -> Record:
