@@ -1,0 +1,448 @@
+"""Keep images in one JSON file that people and diff can read: `json:FILE`.
+
+How it works:
+
+1. The file is one JSON object: a head line, then one image per line, the oldest first.
+2. In memory each image is its encoded line and the few values that decide who sees it.
+   Handing out a record decodes its line, so every caller has a copy of its own.
+3. A state of the file is never changed once it is made. Readers take the newest and need
+   no lock; a walk simply goes on with the one that it began with.
+4. A change copies the table of lines, alters one, and writes all of it: a new file beside
+   the old one, fsync, rename over the old one, fsync of the directory. Only then is it done.
+5. Writers of all processes queue on a lock (flock) of the file itself.
+6. One `stat` a call shows what other processes, or an editor, did. The state's own file is
+   held open, so that its inode number cannot come back with other content.
+7. A file that cannot be understood is refused with line and column, and never overwritten.
+
+Left out: anything that would make a change cheaper than writing the whole file. Ten
+thousand images are fine; beyond that use sqlite.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+import stat
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+FORMAT, VERSION = "wmi-images", 1
+HEAD = f'{{{{"format": "{FORMAT}", "version": {VERSION}, "change": {{}},\n"images": [\n'
+TAIL = b"\n]}\n"
+VIEWS = 32  # lists kept per state: enough for the accounts that are busy between two changes
+POSIX = sys.platform != "win32"  # elsewhere a file that is open cannot be renamed over
+BINARY = getattr(os, "O_BINARY", 0)  # Windows alone would translate line ends
+
+Record = dict[str, Any]
+Scope = tuple["str | None", bool, "bool | None"]
+T = TypeVar("T")
+_encode_text = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
+
+class _Row(NamedTuple):
+    """One image: its line in the file and what decides who sees it."""
+
+    line: bytes
+    account: str
+    public: bool
+    deleted: bool
+
+
+class _State(NamedTuple):
+    """One content of the file. Its rows never change; a change makes another state."""
+
+    rows: dict[str, _Row]  # by id, in order of registration
+    change: int
+    revision: str
+    identity: tuple[int, ...]
+    views: dict[Scope, list[bytes]]
+
+
+def open_storage(location: str) -> JsonStorage:
+    """Open the store in the file `location`. One that does not exist is made by the first write."""
+    return JsonStorage(location)
+
+
+class JsonStorage:
+    """A store in one JSON file. Threads may share it; processes each open their own."""
+
+    def __init__(self, path: str) -> None:
+        """Open and read the file. Raise OSError if it is there and not ours."""
+        self._path = os.path.realpath(path)  # a symbolic link stays one: its target is replaced
+        self._closed = self._drafting = False
+        self._loading, self._writing = threading.Lock(), threading.RLock()
+        self._pin: int | None = None
+        self._state: _State | None = None
+        self._current()
+
+    def get(self, id: str) -> Record:
+        """Return the record, a tombstone too. Raise KeyError if there is none."""
+        return _decode(self._current().rows[id].line)
+
+    def add(self, record: Record) -> None:
+        """Add a record as the newest, in place of a tombstone. Raise FileExistsError."""
+        id, row = _encode(record)
+        with self._change() as rows:
+            _register(rows, id, row)
+
+    def add_all(self, records: Iterable[Record]) -> int:
+        """Add all records or none, the last one as the newest. Return how many."""
+        staged: dict[str, _Row] = {}  # pulled without a lock: the source may be slow
+        count = 0
+        for record in records:
+            id, row = _encode(record)
+            known = self._current().rows.get(id)
+            if known and not known.deleted:
+                raise FileExistsError(id)
+            _register(staged, id, row)
+            count += 1
+        with self._change() as rows:
+            for id, row in staged.items():
+                _register(rows, id, row)
+        return count
+
+    def replace(self, id: str, change: Callable[[Record], Record]) -> Record:
+        """Put what `change` makes of the record in its place. Return a copy of it."""
+        with self._change() as rows:
+            new, row = _encode(change(_decode(rows[id].line)))
+            if new != id:
+                raise ValueError(f"the id {id!r} cannot be changed to {new!r}")
+            rows[id] = row
+        return _decode(row.line)
+
+    def delete(self, id: str) -> None:
+        """Remove the record altogether. Raise KeyError if there is none."""
+        with self._change() as rows:
+            del rows[id]
+
+    def page(
+        self, account: str | None, start: int, limit: int, *,
+        public: bool = True, deleted: bool | None = False,
+    ) -> tuple[int, list[Record]]:
+        """Return how many records belong to the scope, and `limit` of them from `start` on."""
+        if start < 0 or limit < 0:
+            raise ValueError(f"start {start} and limit {limit} must not be negative")
+        lines = _view(self._current(), (account, public, deleted))
+        return len(lines), [_decode(line) for line in lines[start:start + limit]]
+
+    def walk(
+        self, account: str | None = None, *, public: bool = True, deleted: bool | None = None,
+        start: int = 0, oldest_first: bool = False, frozen: bool = False,
+    ) -> Iterator[Record]:
+        """Yield the scope's records as they are now; changes made meanwhile are not seen."""
+        if start < 0:
+            raise ValueError(f"start {start} must not be negative")
+        lines = _view(self._current(), (account, public, deleted))
+        return map(_decode, islice(reversed(lines) if oldest_first else lines, start, None))
+
+    def revision(self) -> str:
+        """Return a text that differs whenever the file does."""
+        return self._current().revision
+
+    def check(self, repair: bool = False) -> Iterator[str]:
+        """Read the file anew and yield what is wrong. There is nothing derived to repair."""
+        if self._closed:
+            raise ValueError(f"closed: {self._path}")
+        try:
+            _release(_load(self._path)[0])
+        except OSError as error:
+            return iter([str(error)])
+        return iter([])
+
+    def close(self) -> None:
+        """Give the file back. Every later call but this one raises ValueError."""
+        with self._writing, self._loading:
+            self._closed, self._state = True, None
+            _release(self._pin)
+            self._pin = None
+
+    def __enter__(self) -> JsonStorage:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _current(self) -> _State:
+        """Return the newest state, read anew only when the file is another one."""
+        state = self._state
+        if state is None or state.identity != _identify(self._path):
+            with self._loading:
+                if self._closed:
+                    raise ValueError(f"closed: {self._path}")
+                state = self._state
+                if state is None or state.identity != _identify(self._path):
+                    state = self._install(*_load(self._path))
+        return state
+
+    def _install(self, pin: int | None, state: _State) -> _State:
+        """Make a state the current one and keep its file open; the caller holds `_loading`."""
+        _release(self._pin)
+        self._pin, self._state = pin, state
+        return state
+
+    @contextmanager
+    def _change(self) -> Iterator[dict[str, _Row]]:
+        """Hand out a copy of the rows, and write it unless the body raises."""
+        with self._writing:
+            if self._drafting:
+                raise ValueError("a change cannot be made inside another one")
+            self._current()  # a closed store, or a file that is not ours, is not even locked
+            lock = _lock(self._path)
+            self._drafting = True
+            try:
+                state = self._current()
+                rows = state.rows.copy()
+                yield rows
+                written = _save(self._path, lock, rows, state.change + 1)
+                with self._loading:
+                    self._install(*written)
+            finally:
+                self._drafting = False
+                os.close(lock)
+
+
+def _register(rows: dict[str, _Row], id: str, row: _Row) -> None:
+    """Put a row at the end; raise FileExistsError unless its id is free or a tombstone's."""
+    known = rows.pop(id, None)
+    if known and not known.deleted:
+        raise FileExistsError(id)
+    rows[id] = row
+
+
+def _view(state: _State, scope: Scope) -> list[bytes]:
+    """Return the lines of a scope, newest first, made once per state."""
+    lines = state.views.get(scope)
+    if lines is None:
+        account, public, deleted = scope
+        lines = [
+            row.line for row in reversed(state.rows.values())
+            if (account is None or row.account == account or (public and row.public))
+            and (deleted is None or row.deleted == deleted)
+        ]
+        if len(state.views) >= VIEWS:
+            state.views.clear()
+        state.views[scope] = lines
+    return lines
+
+
+def _encode(record: Record) -> tuple[str, _Row]:
+    """Return a record's id and row. Raise ValueError for what JSON or UTF-8 cannot hold."""
+    try:
+        id, account, public = record["id"], record["account_id"], record["is_public"]
+        gone = record["deleted_at"]
+        line = _encode_text(record).encode()
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"not a record: {error!r}") from error
+    if not (type(id) is type(account) is str and type(public) is bool
+            and (gone is None or type(gone) is str)):
+        raise ValueError(f"not a record: id, account_id, is_public or deleted_at of {id!r}")
+    return id, _Row(line, account, public, gone is not None)
+
+
+def _decode(line: bytes) -> Record:
+    record: Record = json.loads(line.decode())
+    return record
+
+
+# ---- the file ----
+
+
+def _medium(step: Callable[..., T]) -> Callable[..., T]:
+    """Make errors of the system name the store's file, the step's first argument."""
+
+    @functools.wraps(step)
+    def wrapped(path: str, *rest: Any) -> T:
+        try:
+            return step(path, *rest)
+        except OSError as error:
+            if error.errno is None:  # one of ours, which says path, line and column
+                raise
+            raise OSError(f"{path}: {error.strerror}") from error
+
+    return wrapped
+
+
+@_medium
+def _identify(path: str) -> tuple[int, ...]:
+    """Return what tells one state of the file from another; nothing for a missing file."""
+    try:
+        return _identity(os.stat(path))
+    except FileNotFoundError:
+        return ()
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+@_medium
+def _load(path: str) -> tuple[int | None, _State]:
+    """Read the file. Return it, still open, and its state; a missing or empty one is empty."""
+    try:
+        file = os.open(path, os.O_RDONLY | BINARY)
+    except FileNotFoundError:
+        return None, _State({}, 0, _digest(b""), (), {})
+    try:
+        identity = _identity(os.fstat(file))  # before reading: a later change shows
+        with open(file, "rb", closefd=False) as stream:
+            text = stream.read()
+        rows, change = _parse(path, text) if text else ({}, 0)
+    except BaseException:
+        os.close(file)
+        raise
+    return _keep(file), _State(rows, change, _digest(text), identity, {})
+
+
+def _keep(file: int) -> int | None:
+    """Keep a file open so that its inode number cannot be given to another one."""
+    if POSIX:
+        return file
+    os.close(file)
+    return None
+
+
+def _release(file: int | None) -> None:
+    if file is not None:
+        os.close(file)
+
+
+def _digest(text: bytes) -> str:
+    return hashlib.blake2b(text, digest_size=16).hexdigest()
+
+
+@_medium
+def _lock(path: str) -> int:
+    """Wait until this process alone may change the file. Return what holds the lock."""
+    if sys.platform == "win32":
+        file = os.open(path + ".lock", os.O_RDWR | os.O_CREAT)
+        msvcrt.locking(file, msvcrt.LK_LOCK, 1)
+        return file
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if _identify(path)[:2] == _identity(os.fstat(file))[:2]:
+                return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)  # replaced while we waited: the lock of an old file protects nothing
+
+
+@_medium
+def _save(
+    path: str, lock: int, rows: dict[str, _Row], change: int
+) -> tuple[int | None, _State]:
+    """Write all rows so that after a crash the file has the old content or the new one."""
+    text = HEAD.format(change).encode() + b",\n".join([r.line for r in rows.values()]) + TAIL
+    new = path + ".new"  # always this name: what a crash left, the next change writes over
+    pin: int | None = None
+    try:
+        pin = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | BINARY, 0o600)
+        _write(pin, text)
+        _inherit(new, os.fstat(lock))
+        os.fsync(pin)  # the content before the name: else a power cut leaves an empty file
+        pin = _keep(pin)
+        os.replace(new, path)
+        new = ""  # from here on a file of that name would be another process's
+        _sync_directory(os.path.dirname(path))
+        identity = _identity(os.stat(path) if pin is None else os.fstat(pin))
+    except BaseException:
+        _release(pin)
+        with suppress(OSError):
+            os.unlink(new)
+        raise
+    return pin, _State(rows, change, _digest(text), identity, {})
+
+
+def _write(file: int, text: bytes) -> None:
+    rest = memoryview(text)
+    while rest:
+        rest = rest[os.write(file, rest):]
+
+
+def _inherit(new: str, old: os.stat_result) -> None:
+    """Give the new file the owner and mode of the old: root's command must not take it away."""
+    if hasattr(os, "chown"):
+        with suppress(PermissionError):
+            os.chown(new, old.st_uid, old.st_gid)
+    os.chmod(new, stat.S_IMODE(old.st_mode))
+
+
+def _sync_directory(path: str) -> None:
+    """Make the rename last. Windows has no such call."""
+    if POSIX:
+        directory = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+# ---- the text ----
+
+
+def _parse(path: str, text: bytes) -> tuple[dict[str, _Row], int]:
+    """Return the rows and the change counter. Raise OSError with line and column."""
+    try:
+        whole = json.loads(text.decode())
+    except UnicodeDecodeError as error:
+        raise _fault(path, text[:error.start].decode(), "this is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise _fault(path, error.doc[:error.pos], error.msg) from error
+    except (ValueError, RecursionError) as error:  # a number or a nesting beyond all measure
+        raise _fault(path, "", str(error)) from error
+    if fault := _head_fault(whole):
+        raise _fault(path, "", fault)
+    rows: dict[str, _Row] = {}
+    for n, record in enumerate(whole["images"]):
+        try:
+            id, row = _encode(record)
+            if id in rows:
+                raise ValueError(f"the id {id!r} stands here a second time")
+        except ValueError as error:
+            raise _fault(path, _before(text.decode(), n), str(error)) from error
+        rows[id] = row
+    return rows, whole["change"]
+
+
+def _head_fault(whole: Any) -> str:
+    """Say why a parsed file is not ours; nothing if it is."""
+    if type(whole) is not dict or whole.get("format") != FORMAT:
+        return f'not a file of images: "format" is not "{FORMAT}"'
+    version, change = whole.get("version"), whole.get("change")
+    if type(version) is not int or version != VERSION:
+        return f"this program reads version {VERSION} of the format, the file has {version!r}"
+    if type(change) is not int or change < 0 or type(whole.get("images")) is not list:
+        return '"change" must be a whole number and "images" a list'
+    if len(whole) > 4:
+        return "only format, version, change and images may stand here, or a change loses it"
+    return ""
+
+
+def _before(text: str, n: int) -> str:
+    """Return the text before the n-th image; only errors pay for finding it."""
+    found = re.compile(r'"images"\s*:\s*\[\s*').search(text)
+    at = found.end() if found else 0
+    for _ in range(n):
+        at = json.JSONDecoder().raw_decode(text, at)[1]
+        at = len(text) - len(text[at:].lstrip(" \t\r\n,"))
+    return text[:at]
+
+
+def _fault(path: str, before: str, why: str) -> OSError:
+    """Return the error that says where in the file reading stopped."""
+    line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+    return OSError(f"{path}:{line}:{column}: {why}")

@@ -1,0 +1,542 @@
+"""Keep images in one SQLite file that a million of them do not slow down: `sqlite:FILE`.
+
+How it works:
+
+1. One row per image: a serial number in order of registration, the columns that decide who
+   sees it, and the whole record as JSON. `json_extract(record, '$.arch')` reaches the rest.
+2. Who sees what is a union of keys (account, is_public, deleted) that exclude one another:
+   "own and public" is own private images plus everybody's public ones. Each key has an
+   index that ends in the serial, so SQLite merges a page out of indexes and sorts nothing.
+3. `tally` counts, for each key, the images per block of 16,384 serials and per block of 128.
+   Triggers keep it, in the transaction that makes the change. A total is a sum of large
+   blocks. A page's first row is found in the list of large blocks, then among 128 small
+   ones, then by stepping over fewer than 128 index entries: it costs the same anywhere.
+4. A trigger draws a new random revision for every change, also for one by the sqlite3 shell.
+5. Durability is left to SQLite: rollback journal, full synchronisation. A change begins with
+   BEGIN IMMEDIATE, because a transaction that began by reading may not wait for its turn.
+6. Two connections a process, one reading, one writing, each under a lock. They are opened
+   anew after a fork, and when another file stands at the path.
+7. Many records are first put into a temporary table, so that a slow source holds no lock.
+
+Left out: search in fields (see 1), and a pool of connections (the interpreter lock makes
+readers queue anyway).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+BUSY_S = 30.0  # how long a call waits for another process before it fails with "locked"
+CACHE_KIB, LOAD_CACHE_KIB = 1000, 64_000  # small in a server; an index of a million fits the other
+CHUNK = 256  # records a walk reads at once: it holds no lock while they are used
+LARGE, SMALL = 14, 7  # a block of counts covers 2**14 or 2**7 serials
+LAST = 2**63 - 1  # the highest serial SQLite can give
+EVERYBODY = b""  # stands where an account would: a blob equals no text, not even an empty one
+SETTLED_NS = 3 * 10**9  # a file this old gets a new time from the next write, on any file system
+NEEDED, WAL_SAFE = (3, 24, 0), (3, 51, 3)  # upsert; earlier ones can corrupt a WAL of many writers
+APPLICATION_ID = 0x776D6931  # "wmi1" at offset 68 of the file tells it from other databases
+
+COUNT = """INSERT INTO tally VALUES
+    ({row}.account_id, {row}.is_public, {row}.deleted, 14, {row}.serial >> 14, {n}),
+    ({row}.account_id, {row}.is_public, {row}.deleted, 7, {row}.serial >> 7, {n}),
+    (x'', {row}.is_public, {row}.deleted, 14, {row}.serial >> 14, {n}),
+    (x'', {row}.is_public, {row}.deleted, 7, {row}.serial >> 7, {n})
+    ON CONFLICT (account, is_public, deleted, shift, block) DO UPDATE SET n = n + excluded.n;"""
+FORGET = """DELETE FROM tally WHERE account IN (OLD.account_id, x'')
+    AND is_public = OLD.is_public AND deleted = OLD.deleted
+    AND shift IN (14, 7) AND block IN (OLD.serial >> 14, OLD.serial >> 7) AND n = 0;"""
+RENEW = "UPDATE state SET revision = lower(hex(randomblob(16)));"
+COUNT_NEW = COUNT.format(row="NEW", n=1)
+DISCOUNT_OLD = COUNT.format(row="OLD", n=-1) + FORGET
+COLUMNS = """(serial INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
+    account_id TEXT NOT NULL, is_public INTEGER NOT NULL, deleted INTEGER NOT NULL,
+    record TEXT NOT NULL)"""
+TOMBSTONE = """TRIGGER {name} BEFORE INSERT ON {table}
+    BEGIN DELETE FROM {table} WHERE id = NEW.id AND deleted; END"""
+MIGRATIONS = (  # a file of schema version N is brought up to date by MIGRATIONS[N:]
+    (
+        f"PRAGMA application_id = {APPLICATION_ID}",
+        f"CREATE TABLE image {COLUMNS}",
+        "CREATE INDEX own ON image (account_id, is_public, deleted)",
+        "CREATE INDEX everybody ON image (is_public, deleted)",
+        """CREATE TABLE tally (account, is_public, deleted, shift, block, n NOT NULL,
+            PRIMARY KEY (account, is_public, deleted, shift, block)) WITHOUT ROWID""",
+        "CREATE TABLE state (revision TEXT NOT NULL)",
+        "INSERT INTO state VALUES (lower(hex(randomblob(16))))",
+        "CREATE " + TOMBSTONE.format(name="reuse", table="image"),
+        f"CREATE TRIGGER added AFTER INSERT ON image BEGIN {COUNT_NEW} {RENEW} END",
+        f"CREATE TRIGGER removed AFTER DELETE ON image BEGIN {DISCOUNT_OLD} {RENEW} END",
+        f"""CREATE TRIGGER changed AFTER UPDATE ON image
+            BEGIN {DISCOUNT_OLD} {COUNT_NEW} {RENEW} END""",
+    ),
+)
+
+GET = "SELECT serial, record FROM image WHERE id = ?"
+ADD = "INSERT INTO {} (id, account_id, is_public, deleted, record) VALUES (?, ?, ?, ?, ?)"
+REPLACE = """UPDATE image SET id = ?, account_id = ?, is_public = ?, deleted = ?, record = ?
+    WHERE serial = ?"""
+LIVE = "SELECT 1 FROM image WHERE id = ? AND NOT deleted"
+DELETE = "DELETE FROM image WHERE id = ?"
+NEWEST = "SELECT coalesce(max(serial), 0) FROM image"
+COLUMNS_AFTER = """SELECT serial, id, account_id, is_public, deleted, record FROM image
+    WHERE serial > ? ORDER BY serial LIMIT ?"""
+REVISION = "SELECT revision FROM state"
+BLOCKS = """SELECT block, n FROM tally WHERE account = ? AND is_public = ? AND deleted = ?
+    AND shift = ? AND block BETWEEN ? AND ?"""
+OWN = """SELECT serial, record FROM image INDEXED BY own
+    WHERE account_id = ? AND is_public = ? AND deleted = ? AND serial BETWEEN ? AND ?"""
+ANYBODY = """SELECT serial, record FROM image INDEXED BY everybody
+    WHERE is_public = ? AND deleted = ? AND serial BETWEEN ? AND ?"""
+ORDER = " ORDER BY serial {} LIMIT ? OFFSET ?"
+PUBLISH = """INSERT INTO image (id, account_id, is_public, deleted, record)
+    SELECT id, account_id, is_public, deleted, record FROM staged ORDER BY serial"""
+KNOWN = "SELECT id FROM image JOIN staged USING (id) WHERE NOT image.deleted LIMIT 1"
+RECOUNT = """SELECT account_id AS account, is_public, deleted, shift, serial >> shift AS block,
+        count(*) AS n
+    FROM image, (SELECT 14 AS shift UNION ALL SELECT 7) GROUP BY 1, 2, 3, 4, 5
+    UNION ALL SELECT x'', is_public, deleted, shift, serial >> shift, count(*)
+    FROM image, (SELECT 14 AS shift UNION ALL SELECT 7) GROUP BY 1, 2, 3, 4, 5"""
+MISCOUNTED = f"""SELECT DISTINCT account, is_public, deleted, shift, block FROM (
+    SELECT * FROM ({RECOUNT}) EXCEPT SELECT * FROM tally) UNION
+    SELECT account, is_public, deleted, shift, block FROM (
+    SELECT * FROM tally EXCEPT SELECT * FROM ({RECOUNT}))"""
+
+Record = dict[str, Any]
+Row = tuple[str, str, bool, bool, str]
+Key = tuple["str | bytes", bool, bool]
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+_inherited: list[Any] = []  # a parent's connections: closing them in a child could harm its files
+
+
+def open_storage(location: str) -> SqliteStorage:
+    """Open the store in the file `location`, made if it does not exist."""
+    return SqliteStorage(location)
+
+
+class SqliteStorage:
+    """A store in an SQLite file. Threads may share it; processes each open their own."""
+
+    def __init__(self, path: str) -> None:
+        """Open the file. Raise OSError if it is there and not ours."""
+        self._path = os.path.abspath(path)
+        self._revision: tuple[object, str] = None, ""
+        _connect(self._path).close()
+        self._reads, self._writes = _Connection(self._path), _Connection(self._path)
+
+    def get(self, id: str) -> Record:
+        """Return the record, a tombstone too. Raise KeyError if there is none."""
+        with self._reads as db:
+            return self._decode(_one(db, id)[1])
+
+    def add(self, record: Record) -> None:
+        """Add a record as the newest, in place of a tombstone. Raise FileExistsError."""
+        row = _row(record)
+        with self._writes as db:
+            db.execute("BEGIN IMMEDIATE")
+            _insert(db, "image", row)
+
+    def add_all(self, records: Iterable[Record]) -> int:
+        """Add all records or none, the last one as the newest. Return how many."""
+        count = 0
+        with self._private() as db:
+            db.execute(f"PRAGMA cache_size = -{LOAD_CACHE_KIB}")
+            db.execute(f"CREATE TEMP TABLE staged {COLUMNS}")
+            db.execute("CREATE TEMP " + TOMBSTONE.format(name="restage", table="staged"))
+            for record in records:
+                row = _row(record)
+                if db.execute(LIVE, (row[0],)).fetchone():
+                    raise FileExistsError(row[0])
+                _insert(db, "staged", row)
+                count += 1
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                db.execute(PUBLISH)
+            except sqlite3.IntegrityError:  # another process was faster
+                raise FileExistsError(db.execute(KNOWN).fetchone()[0]) from None
+            db.execute("COMMIT")
+        return count
+
+    def replace(self, id: str, change: Callable[[Record], Record]) -> Record:
+        """Put what `change` makes of the record in its place. Return a copy of it."""
+        with self._writes as db:
+            db.execute("BEGIN IMMEDIATE")
+            serial, text = _one(db, id)
+            row = _row(change(self._decode(text)))
+            if row[0] != id:
+                raise ValueError(f"the id {id!r} cannot be changed to {row[0]!r}")
+            db.execute(REPLACE, (*row, serial))
+        return self._decode(row[-1])
+
+    def delete(self, id: str) -> None:
+        """Remove the record altogether. Raise KeyError if there is none."""
+        with self._writes as db:
+            db.execute("BEGIN IMMEDIATE")
+            if not db.execute(DELETE, (id,)).rowcount:
+                raise KeyError(id)
+
+    def page(
+        self, account: str | None, start: int, limit: int, *,
+        public: bool = True, deleted: bool | None = False,
+    ) -> tuple[int, list[Record]]:
+        """Return how many records belong to the scope, and `limit` of them from `start` on."""
+        if start < 0 or limit < 0:
+            raise ValueError(f"start {start} and limit {limit} must not be negative")
+        keys = _keys(account, public, deleted)
+        with self._reads as db:
+            db.execute("BEGIN")  # the counts and the rows of one state
+            total, serials, skip = _seek(db, keys, start, "DESC")
+            rows = db.execute(*_query(keys, "DESC", serials, min(limit, total), skip)).fetchall()
+        return total, [self._decode(text) for _, text in rows]
+
+    def walk(
+        self, account: str | None = None, *, public: bool = True, deleted: bool | None = None,
+        start: int = 0, oldest_first: bool = False, frozen: bool = False,
+    ) -> Iterator[Record]:
+        """Yield the scope's records. Those of a frozen walk are all of one revision."""
+        if start < 0:
+            raise ValueError(f"start {start} must not be negative")
+        keys, order = _keys(account, public, deleted), "ASC" if oldest_first else "DESC"
+        with self._reads:  # a closed store is refused now, not when the walk begins
+            texts = self._copied if frozen else self._chunked
+        return map(self._decode, texts(keys, order, start))
+
+    def _chunked(self, keys: list[Key], order: str, start: int) -> Iterator[str]:
+        """Yield texts in chunks, each of them one reading."""
+        with self._reads as db:
+            db.execute("BEGIN")
+            _, (first, last), skip = _seek(db, keys, start, order)
+            last = min(last, db.execute(NEWEST).fetchone()[0])  # what is added later is not seen
+        while first <= last:
+            with self._reads as db:
+                rows = db.execute(*_query(keys, order, (first, last), CHUNK, skip)).fetchall()
+            for _, text in rows:
+                yield text
+            if len(rows) < CHUNK:
+                return
+            end, skip = rows[-1][0], 0
+            if not first <= end <= last:  # the table is out of order: go on, and it never ends
+                raise OSError(f"{self._path}: the images are damaged, check says where")
+            first, last = (end + 1, last) if order == "ASC" else (first, end - 1)
+
+    def _copied(self, keys: list[Key], order: str, start: int) -> Iterator[str]:
+        """Yield texts from a temporary table: writers wait for the copying only."""
+        with self._private() as db:
+            select, values = _query(keys, order, (0, LAST), -1, start)
+            db.execute("CREATE TEMP TABLE frozen (serial, record)")
+            db.execute("INSERT INTO frozen " + select, values)
+            for text, in db.execute("SELECT record FROM frozen ORDER BY rowid"):
+                yield text
+
+    def revision(self) -> str:
+        """Return a text that differs after every change. Usually it costs one `stat`."""
+        found, now = _identify(self._path), time.time_ns()
+        known, revision = self._revision
+        if found != known:
+            with self._reads as db:
+                revision, = db.execute(REVISION).fetchone()
+                mode, = db.execute("PRAGMA journal_mode").fetchone()
+            if mode == "delete" and found[-2] + SETTLED_NS < now:  # a WAL leaves the file alone
+                self._revision = found, revision
+        return str(revision)
+
+    def check(self, repair: bool = False) -> Iterator[str]:
+        """Yield each fault of the file, its columns and its counts; repair the last two."""
+        with self._reads:
+            return self._check(repair)
+
+    def _check(self, repair: bool) -> Iterator[str]:
+        wrong: list[tuple[int, Row]] = []
+        try:
+            with self._private() as db:
+                for fault, in db.execute("PRAGMA integrity_check").fetchall():
+                    if fault != "ok":
+                        yield f"{self._path}: {fault}"
+                yield from _check_columns(db, self._path, wrong)
+                for key in db.execute(MISCOUNTED).fetchall():
+                    yield f"{self._path}: the count of {key} is wrong"
+                if repair:
+                    _repair(db, wrong)
+        except OSError as error:
+            yield str(error)
+
+    def close(self) -> None:
+        """Close both connections. Every later call but this one raises ValueError."""
+        self._reads.close()
+        self._writes.close()
+        self._revision = None, ""
+
+    def __enter__(self) -> SqliteStorage:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _private(self) -> Iterator[sqlite3.Connection]:
+        """Open a connection for one long work: its cache and temporary tables go with it."""
+        with self._reads:  # a closed store is refused, a file that went away is not made anew
+            db = _connect(self._path)
+        try:
+            yield db
+        except sqlite3.Error as error:
+            raise OSError(f"{self._path}: {error}") from error
+        finally:
+            db.close()
+
+    def _decode(self, text: str) -> Record:
+        try:
+            record: Record = json.loads(text)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise OSError(f"{self._path}: a record does not parse: {error}") from error
+        return record
+
+
+class _Connection:
+    """A connection under a lock, opened when first needed, after a fork, for another file.
+
+    `with` yields it, ends a transaction that the body began, and turns errors into OSError.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path, self._lock, self._closed = path, threading.RLock(), False
+        self._db: sqlite3.Connection | None = None
+        self._opened: tuple[int, ...] = ()
+
+    def __enter__(self) -> sqlite3.Connection:
+        self._lock.acquire()
+        try:
+            if self._closed:
+                raise ValueError(f"closed: {self._path}")
+            file = os.getpid(), *_identify(self._path)[:2]
+            db = (file == self._opened and self._db) or self._reopen(file)
+            if db.in_transaction:
+                raise ValueError("a change cannot be made inside another one")
+            return db
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if self._db is not None and self._db.in_transaction:
+                self._db.execute("ROLLBACK" if kind else "COMMIT")
+        except sqlite3.Error as failed:
+            error = error or failed
+            self._drop()  # closing rolls back, whatever state this left
+        finally:
+            self._lock.release()
+        if isinstance(error, sqlite3.Error):
+            raise OSError(f"{self._path}: {error}") from error
+
+    def _reopen(self, file: tuple[int, ...]) -> sqlite3.Connection:
+        self._drop()
+        self._db = _connect(self._path)
+        self._opened = file
+        return self._db
+
+    def _drop(self) -> None:
+        db, self._db = self._db, None
+        if db is not None and self._opened[0] == os.getpid():
+            db.close()
+        elif db is not None:
+            _inherited.append(db)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._drop()
+
+
+# ---- scopes and places ----
+
+
+def _keys(account: str | None, public: bool, deleted: bool | None) -> list[Key]:
+    """Return the keys that make up a scope. No image has two of them."""
+    owner = EVERYBODY if account is None else account
+    others = EVERYBODY if public else owner
+    gone = (False, True) if deleted is None else (deleted,)
+    return [key for dead in gone for key in ((owner, False, dead), (others, True, dead))]
+
+
+def _query(
+    keys: list[Key], order: str, serials: tuple[int, int], limit: int, skip: int
+) -> tuple[str, tuple[Any, ...]]:
+    """Return the statement, and its values, that merges the keys' rows in order of serials."""
+    selects = [ANYBODY if key[0] == EVERYBODY else OWN for key in keys]
+    values = [(*(key[1:] if key[0] == EVERYBODY else key), *serials) for key in keys]
+    return " UNION ALL ".join(selects) + ORDER.format(order), (*chain(*values), limit, skip)
+
+
+def _seek(
+    db: sqlite3.Connection, keys: list[Key], start: int, order: str
+) -> tuple[int, tuple[int, int], int]:
+    """Return the total, the serials that the place `start` is in, and how many to skip there."""
+    counts = _count(db, keys, LARGE, 0, LAST)
+    total = sum(counts.values())
+    if start >= total:
+        return total, (1, 0), 0
+    if start == 0:
+        return total, (0, LAST), 0
+    large, skip = _find(counts, start, order)
+    first = large << LARGE - SMALL
+    last = first + (1 << LARGE - SMALL) - 1
+    small, skip = _find(_count(db, keys, SMALL, first, last), skip, order)
+    serial = small << SMALL
+    return total, (serial, LAST) if order == "ASC" else (0, serial + (1 << SMALL) - 1), skip
+
+
+def _count(
+    db: sqlite3.Connection, keys: list[Key], shift: int, first: int, last: int
+) -> dict[int, int]:
+    """Add up what the keys count in each of the blocks from `first` to `last`."""
+    counts: dict[int, int] = {}
+    for key in keys:
+        for block, n in db.execute(BLOCKS, (*key, shift, first, last)):
+            counts[block] = counts.get(block, 0) + n
+    return counts
+
+
+def _find(counts: dict[int, int], start: int, order: str) -> tuple[int, int]:
+    """Return the block that holds the place `start`, and the place within it."""
+    for block in sorted(counts, reverse=order == "DESC"):
+        if start < counts[block]:
+            return block, start
+        start -= counts[block]
+    return 0, 0  # only if the counts are damaged: `check` finds that
+
+
+# ---- rows ----
+
+
+def _row(record: Record) -> Row:
+    """Return a record's columns. Raise ValueError for what JSON or UTF-8 cannot hold."""
+    try:
+        id, account, public = record["id"], record["account_id"], record["is_public"]
+        gone = record["deleted_at"]
+        text = _encode(record)
+        text.encode()  # a lone surrogate
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"not a record: {error!r}") from error
+    if not (type(id) is type(account) is str and type(public) is bool
+            and (gone is None or type(gone) is str)):
+        raise ValueError(f"not a record: id, account_id, is_public or deleted_at of {id!r}")
+    return id, account, public, gone is not None, text
+
+
+def _one(db: sqlite3.Connection, id: str) -> tuple[int, str]:
+    """Return a record's serial and text. Raise KeyError."""
+    found: tuple[int, str] | None = db.execute(GET, (id,)).fetchone()
+    if found is None:
+        raise KeyError(id)
+    return found
+
+
+def _insert(db: sqlite3.Connection, table: str, row: Row) -> None:
+    """Add a row; a trigger makes room in place of a tombstone. Raise FileExistsError."""
+    try:
+        db.execute(ADD.format(table), row)
+    except sqlite3.IntegrityError:
+        raise FileExistsError(row[0]) from None
+
+
+# ---- the file ----
+
+
+def _identify(path: str) -> tuple[int, ...]:
+    """Return what tells one state of the file from another."""
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror}") from error
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _connect(path: str) -> sqlite3.Connection:
+    """Open the file, make or migrate what it holds. Raise OSError unless it is ours."""
+    if sqlite3.sqlite_version_info < NEEDED:
+        raise OSError(f"{path}: SQLite {sqlite3.sqlite_version} is too old, 3.24 is needed")
+    db = None
+    try:
+        db = sqlite3.connect(
+            path, timeout=BUSY_S, isolation_level=None, check_same_thread=False
+        )
+        db.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        db.execute("PRAGMA synchronous = EXTRA")  # FULL, and the journal's removal is synced too
+        _migrate(db, path)
+        if sqlite3.sqlite_version_info < WAL_SAFE:
+            db.execute("PRAGMA journal_mode = DELETE").fetchall()  # else PyPy has it unfinished
+    except (sqlite3.Error, OSError) as error:
+        if db is not None:
+            db.close()
+        if isinstance(error, OSError):
+            raise
+        raise OSError(f"{path}: {error}") from error
+    return db
+
+
+def _migrate(db: sqlite3.Connection, path: str) -> None:
+    """Bring the schema up to date in one transaction. On errors the caller closes."""
+    db.execute("BEGIN")
+    version = _version(db, path)
+    db.execute("COMMIT")
+    if version == len(MIGRATIONS):
+        return
+    db.execute("BEGIN IMMEDIATE")
+    for statement in chain(*MIGRATIONS[_version(db, path):]):  # another process may be first
+        db.execute(statement)
+    db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+    db.execute("COMMIT")
+
+
+def _version(db: sqlite3.Connection, path: str) -> int:
+    """Return the schema version, 0 for an empty file. Raise OSError unless it is ours."""
+    db.execute("SELECT count(*) FROM sqlite_master").fetchall()  # from here on nobody writes
+    owner, = db.execute("PRAGMA application_id").fetchone()
+    version, = db.execute("PRAGMA user_version").fetchone()
+    if os.stat(path).st_size == 0:  # SQLite takes a file cut down to some bytes for empty too
+        return 0
+    if owner != APPLICATION_ID:
+        raise OSError(f"{path}: not a store of images but another program's database")
+    if version > len(MIGRATIONS):
+        raise OSError(f"{path}: schema {version} is newer than this program's {len(MIGRATIONS)}")
+    return int(version)
+
+
+# ---- faults ----
+
+
+def _check_columns(
+    db: sqlite3.Connection, path: str, wrong: list[tuple[int, Row]]
+) -> Iterator[str]:
+    """Yield a line per record that does not parse or disagrees with its columns."""
+    last = 0
+    while rows := db.execute(COLUMNS_AFTER, (last, CHUNK)).fetchall():
+        for serial, *columns in rows:
+            try:
+                row = _row(json.loads(columns[-1]))
+            except (TypeError, ValueError, RecursionError) as error:
+                yield f"{path}: image {serial} ({columns[0]}): {error}"
+                continue
+            if (*row[:-1],) != (*columns[:-1],):
+                yield f"{path}: image {serial} ({columns[0]}): columns differ from the record"
+                wrong.append((serial, row))
+        if rows[-1][0] <= last:
+            return  # out of order, as integrity_check has said: this would never end
+        last = rows[-1][0]
+
+
+def _repair(db: sqlite3.Connection, wrong: list[tuple[int, Row]]) -> None:
+    """Make columns, indexes and counts anew from the records."""
+    db.execute("BEGIN IMMEDIATE")
+    db.executemany(REPLACE, [(*row, serial) for serial, row in wrong])
+    for statement in ("REINDEX", "DELETE FROM tally", "INSERT INTO tally " + RECOUNT):
+        db.execute(statement)
+    db.execute("COMMIT")

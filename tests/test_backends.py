@@ -1,0 +1,814 @@
+"""The contract on every store, and what is particular to the json and the sqlite one."""
+
+import contextlib
+import json
+import os
+import shutil
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import types
+import unittest
+
+import pytest
+
+import wmi
+from wmi import json_store, sqlite_store
+from wmi.contract import ALICE, BOB, StorageContract, dead, ids, image
+
+# ---- the contract ----
+
+
+class OnFile(StorageContract):
+    """A location of its own for each test."""
+
+    shared = True
+
+    def setUp(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        self.location = os.path.join(folder, "images")
+
+
+class TestMemory(StorageContract, unittest.TestCase):
+    opener = staticmethod(lambda location: wmi.MemoryStorage())
+
+
+class TestJson(OnFile, unittest.TestCase):
+    opener = staticmethod(json_store.open_storage)
+
+
+class TestSqlite(OnFile, unittest.TestCase):
+    opener = staticmethod(sqlite_store.open_storage)
+
+
+# ---- both files ----
+
+STORES = [json_store, sqlite_store]
+
+
+@pytest.fixture(params=STORES, ids=["json", "sqlite"])
+def module(request):
+    """Each backend that keeps a file."""
+    return request.param
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Where a store's file is to be, in a folder of its own."""
+    (tmp_path / "store").mkdir()
+    return str(tmp_path / "store" / "images")
+
+
+@contextlib.contextmanager
+def opened(module, path, *records):
+    """Open a store, fill it, close it."""
+    with module.open_storage(path) as store:
+        store.add_all(records)
+        yield store
+
+
+def content(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def overwrite(path, text):
+    with open(path, "wb") as file:
+        file.write(text)
+
+
+def sql(path, *statements):
+    """Run statements as the sqlite3 shell would; return the rows of the last one."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        for statement in statements:
+            rows = db.execute(statement).fetchall()
+        return rows
+
+
+def files(path):
+    return sorted(os.listdir(os.path.dirname(path)))
+
+
+def run(source, *arguments):
+    """Run Python text in another process that finds the modules; return what it printed."""
+    source = f"import sys; sys.path[:] = {sys.path!r}\n" + textwrap.dedent(source)
+    return subprocess.run([sys.executable, "-c", source, *arguments], check=True,
+                          capture_output=True, text=True, timeout=60).stdout
+
+
+def test_no_stray_file_is_left(module, path):
+    """Beside the store's own file there is nothing, while it is open and after."""
+    with opened(module, path, image(1)) as store:
+        store.add(image(2))
+        store.delete("wmi-00000001")
+        assert files(path) == ["images"]
+    assert files(path) == ["images"]
+
+
+def test_an_empty_file_is_an_empty_store(module, path):
+    """As mktemp makes it."""
+    overwrite(path, b"")
+    with opened(module, path) as store:
+        assert store.page(None, 0, 9) == (0, [])
+        store.add(image(1))
+    with module.open_storage(path) as store:
+        assert ids(store.walk()) == ["wmi-00000001"]
+
+
+@pytest.mark.parametrize("text", [
+    b"hello", b"{}", b"[]", b"\0" * 5000, b"SQLite format 3\0", b"\xff\xfe", b'{"format": "x"}',
+    b'[{"id": "wmi-00000001"}]', b"# images\n" * 1000,
+])
+def test_a_file_that_is_not_ours_is_refused_untouched(module, path, text):
+    """OSError that begins with the path; the file stays as it is, byte for byte."""
+    overwrite(path, text)
+    with pytest.raises(OSError, match="^" + path) as caught:
+        module.open_storage(path)
+    assert not isinstance(caught.value, FileExistsError)
+    assert content(path) == text
+    assert files(path) == ["images"]
+
+
+def test_the_other_store_s_file_is_refused_untouched(module, path):
+    """A json URL on a sqlite file, and the other way round."""
+    other = STORES[module is json_store]
+    with opened(other, path, image(1)):
+        pass
+    before = content(path)
+    with pytest.raises(OSError, match="^" + path):
+        module.open_storage(path)
+    assert content(path) == before
+
+
+def test_a_folder_or_a_missing_folder_is_an_error(module, path, tmp_path):
+    """OSError that begins with the path, at the latest with the first write."""
+    for place in (str(tmp_path), str(tmp_path / "absent" / "images"), "/dev/null/images"):
+        with pytest.raises(OSError, match="^" + place):
+            with module.open_storage(place) as store:
+                store.add(image(1))
+
+
+def test_a_file_replaced_by_another_is_read(module, path):
+    """A restore by rename shows in the next call; the revision is the restored one's."""
+    with opened(module, path, image(1)) as store:
+        shutil.copy(path, path + ".backup")
+        old = store.revision()
+        store.add(image(2))
+        new = store.revision()
+        os.replace(path + ".backup", path)
+        assert store.revision() == old != new
+        assert ids(store.walk()) == ["wmi-00000001"]
+        store.add(image(3))  # another content under the count that image 2 had
+        assert store.revision() not in (old, new)
+        assert ids(store.walk()) == ["wmi-00000003", "wmi-00000001"]
+    assert files(path) == ["images"]
+
+
+def test_a_file_overwritten_in_place_is_read(module, path):
+    """A restore by cp shows in the next call too."""
+    with opened(module, path, image(1)) as store:
+        old = content(path)
+        revision = store.revision()
+        store.add(image(2))
+        overwrite(path, old)
+        assert ids(store.walk()) == ["wmi-00000001"]
+        assert store.revision() == revision
+        store.add(image(3))
+        assert list(store.check()) == []
+        assert store.page(None, 0, 9)[0] == 2
+
+
+def test_a_symbolic_link_stays(module, path):
+    """Its target is what changes."""
+    target = path + ".target"
+    os.symlink(target, path)
+    with opened(module, path, image(1)) as store:
+        store.add(image(2))
+    assert os.path.islink(path)
+    with module.open_storage(target) as store:
+        assert store.page(None, 0, 0)[0] == 2
+
+
+def test_the_mode_of_the_file_is_kept(module, path):
+    """A file made private stays so; a new one obeys the umask."""
+    with opened(module, path, image(1)) as store:
+        mask = os.umask(0)
+        os.umask(mask)
+        assert stat.S_IMODE(os.stat(path).st_mode) in (0o666 & ~mask, 0o644 & ~mask)
+        for mode in (0o600, 0o640, 0o660):
+            os.chmod(path, mode)
+            store.add(image(mode))
+            assert stat.S_IMODE(os.stat(path).st_mode) == mode
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
+def test_a_read_only_file_is_read_and_not_written(module):
+    """Reads go on; each write is OSError with the path; nothing changes."""
+    folder = tempfile.mkdtemp()  # pytest's own folders are closed to other users
+    try:
+        os.chmod(folder, 0o755)
+        path = os.path.join(folder, "images")
+        with opened(module, path, image(1)):
+            pass
+        os.chmod(path, 0o444)
+        os.chmod(folder, 0o555)
+        before = content(path)
+        printed = run("""
+            import importlib, os
+            import wmi
+            module = importlib.import_module(sys.argv[1])
+            from wmi.contract import image
+            if os.getuid() == 0:
+                os.setuid(65534)
+            store = module.open_storage(sys.argv[2])
+            assert store.get("wmi-00000001") == image(1) == next(store.walk(frozen=True))
+            assert store.page(None, 0, 1)[0] == 1 and store.revision() and not list(store.check())
+            for verb in (lambda: store.add(image(2)), lambda: store.delete("wmi-00000001"),
+                         lambda: store.replace("wmi-00000001", dict),
+                         lambda: store.add_all([image(2)])):
+                try:
+                    verb()
+                except OSError as error:
+                    assert str(error).startswith(sys.argv[2]), error
+                    assert not isinstance(error, FileExistsError)
+                    print("refused")
+            assert store.get("wmi-00000001") == image(1)
+            store.close()
+            """, module.__name__, path)
+        assert printed.split() == ["refused"] * 4
+        assert content(path) == before
+        assert files(path) == ["images"]
+    finally:
+        os.chmod(folder, 0o755)
+        shutil.rmtree(folder)
+
+
+def test_records_that_are_none_are_refused(module, path):
+    """A record without the four fields, or with a wrong one, is a ValueError."""
+    with opened(module, path) as store:
+        for field, value in (("id", 1), ("account_id", None), ("is_public", 1),
+                             ("is_public", None), ("deleted_at", False)):
+            with pytest.raises(ValueError, match="not a record"):
+                store.add(image(1, **{field: value}))
+        for field in ("id", "account_id", "is_public", "deleted_at"):
+            with pytest.raises(ValueError, match="not a record"):
+                store.add({key: value for key, value in image(1).items() if key != field})
+        with pytest.raises(ValueError, match="not a record"):
+            store.add([image(1)])
+        assert store.page(None, 0, 0)[0] == 0
+
+
+def test_a_change_within_a_change_is_refused(module, path):
+    """ValueError instead of a deadlock or a lost change; the outer one is undone."""
+    with opened(module, path, image(1)) as store:
+        with pytest.raises(ValueError, match="inside another"):
+            store.replace("wmi-00000001", lambda record: store.add(image(2)))
+        assert ids(store.walk()) == ["wmi-00000001"]
+        store.add(image(3))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
+def test_a_fork_leaves_the_parent_s_store_right(module, path):
+    """A child that uses and closes the store it inherited does no harm."""
+    with opened(module, path, image(1)) as store:
+        store.add(image(2))
+        child = os.fork()
+        if not child:
+            status = 1
+            with contextlib.suppress(BaseException):
+                store.add(image(3))
+                store.get("wmi-00000001")
+                store.close()
+                status = 0
+            os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+        store.add(image(4))
+        assert store.page(None, 0, 0)[0] == 4
+        assert list(store.check()) == []
+
+
+def test_a_slow_source_of_add_all_holds_no_lock(module, path):
+    """While it is pulled others write, and what they added meanwhile is respected."""
+    with opened(module, path, image(1)) as store, module.open_storage(path) as other:
+        def source():
+            yield image(2)
+            other.add(image(3))
+            store.add(image(4))
+            yield image(5)
+
+        assert store.add_all(source()) == 2
+        assert [id[-1] for id in ids(store.walk())] == ["5", "2", "4", "3", "1"]
+
+        def race():
+            yield image(6)
+            other.add(image(6, BOB))
+
+        with pytest.raises(FileExistsError, match="wmi-00000006"):
+            store.add_all(race())
+        assert store.get("wmi-00000006") == image(6, BOB)
+
+
+def test_a_store_s_working_directory_does_not_matter(module, path, monkeypatch):
+    """A relative location is resolved once, when it is opened."""
+    monkeypatch.chdir(os.path.dirname(path))
+    with module.open_storage("images") as store:
+        store.add(image(1))
+        monkeypatch.chdir("/")
+        store.add(image(2))
+    assert files(path) == ["images"]
+
+
+# ---- json ----
+
+
+@pytest.fixture
+def table(path):
+    """A json store with images 1 to 3."""
+    with opened(json_store, path, image(1), image(2), image(3)) as store:
+        yield store
+
+
+def test_json_has_one_image_a_line(table, path):
+    """A head line that names the format, then images, the oldest first, in plain UTF-8."""
+    table.replace("wmi-00000002", lambda record: {**record, "description": "é\u2028😀\n"})
+    lines = content(path).decode().split("\n")
+    assert lines[:2] == ['{"format": "wmi-images", "version": 1, "change": 2,', '"images": [']
+    assert lines[5:] == ["]}", ""]
+    assert [json.loads(line.rstrip(","))["id"][-1] for line in lines[2:5]] == ["1", "2", "3"]
+    assert "é\u2028😀\\n" in lines[3]
+    assert json.loads(content(path))["images"] == list(table.walk(oldest_first=True))
+
+
+def test_json_changes_only_the_lines_that_it_must(table, path):
+    """A diff of two versions shows the image that changed, and the head's counter."""
+    before = content(path).split(b"\n")
+    table.replace("wmi-00000002", lambda record: {**record, "state": "changed"})
+    after = content(path).split(b"\n")
+    assert [n for n, pair in enumerate(zip(before, after)) if pair[0] != pair[1]] == [0, 3]
+
+
+def test_json_edited_by_hand_is_read(table, path):
+    """In any layout of JSON; the next change writes ours."""
+    whole = json.loads(content(path))
+    whole["images"][1]["state"] = "edited"
+    overwrite(path, json.dumps(whole, indent=4).encode())
+    assert table.get("wmi-00000002")["state"] == "edited"
+    table.delete("wmi-00000001")
+    assert content(path).count(b"\n") == 5
+
+
+@pytest.mark.parametrize(("old", "new", "fault"), [
+    ('"wmi-00000002"', '"wmi-00000002', r":4:\d+: "),
+    ('"version": 1', '"version": 2', ":1:1: .*version 1.*has 2"),
+    ('"version": 1', '"version": true', ":1:1: "),
+    ('"version": 1', '"version": 1, "more": 1', ":1:1: only"),
+    ("wmi-images", "other", ':1:1: .*not "wmi-images"'),
+    ('"change": 1', '"change": -1', ':1:1: "change"'),
+    ('"change": 1', '"change": 1.5', ':1:1: "change"'),
+    ('"images": [', '"pictures": [', ':1:1: "change" must'),
+    ("wmi-00000003", "wmi-00000001", ":5:1: the id 'wmi-00000001' .* second"),
+    ('"id": "wmi-00000002", ', "", ":4:1: .*'id'"),
+    ('"is_public": false', '"is_public": 0', ":3:1: "),
+    ('"x86_64"', "NaN", ":3:1: "),
+    ('"x86_64"', "1e999", ":3:1: "),
+    ('"x86_64"', '"\\ud800"', ":3:1: .*surrogate"),
+    ('"x86_64"', "[" * 100_000, ":"),
+    ('"x86_64"', "1" * 5000 + "x", ":[13]:"),
+    ('{"id": "wmi-00000002"', '7, {"id": "wmi-00000002"', ":4:1: "),
+])
+def test_json_says_where_it_does_not_parse(path, old, new, fault):
+    """Path, line and column; at opening and while running; the file stays as it is."""
+    with opened(json_store, path, image(1), image(2), image(3)) as store:
+        good = content(path)
+        bad = good.decode().replace(old, new, 1).encode()
+        overwrite(path, bad)
+        for verb in (lambda: store.page(None, 0, 1), lambda: store.add(image(4)),
+                     lambda: store.delete("wmi-00000001"), store.revision,
+                     lambda: json_store.open_storage(path)):
+            with pytest.raises(OSError, match="^" + path + fault):
+                verb()
+        assert [line.startswith(path + ":") for line in store.check()] == [True]
+        assert content(path) == bad
+        assert files(path) == ["images"]
+        overwrite(path, good)  # mended: everything goes on
+        store.add(image(4))
+        assert store.page(None, 0, 0)[0] == 4
+
+
+def test_json_says_where_it_is_not_utf_8(path):
+    """Line and column of the first byte that is not."""
+    with opened(json_store, path, image(1), image(2)):
+        pass
+    overwrite(path, content(path).replace(b'"wmi-00000002"', b'"wmi-\xff0000002"'))
+    with pytest.raises(OSError, match=path + ":4:13: "):
+        json_store.open_storage(path)
+
+
+def test_json_sees_a_new_file_in_the_same_tick(table, path):
+    """Also when a careless program restores times and reuses the inode number."""
+    for n in range(20):
+        before = os.stat(path)
+        text = content(path).replace(b'"available"', b'"state%04d"' % n)
+        os.unlink(path)
+        overwrite(path, text)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        with open(path, "rb") as file:
+            assert json.load(file)["images"] == list(table.walk(oldest_first=True))
+        overwrite(path, text.replace(b'"state%04d"' % n, b'"available"'))
+        assert table.get("wmi-00000001")["state"] == "available"
+
+
+def test_json_missing_reads_as_empty(table, path):
+    """The file taken away is an empty store; the next change makes it anew."""
+    os.unlink(path)
+    assert table.page(None, 0, 1) == (0, [])
+    assert files(path) == []
+    table.add(image(7))
+    assert ids(table.walk()) == ["wmi-00000007"]
+
+
+def test_json_reading_makes_no_file(path):
+    """A store that is only read leaves nothing behind."""
+    with json_store.open_storage(path) as store:
+        assert list(store.walk()) == [] == list(store.check())
+        assert store.revision()
+    assert files(path) == []
+
+
+def test_json_waits_for_the_lock_of_the_file_that_is_there(table, path):
+    """A writer that waited on a file since replaced begins again with the new one."""
+    fcntl = pytest.importorskip("fcntl")
+    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(f"""
+        import sys; sys.path[:] = {sys.path!r}
+        import wmi
+        from wmi.contract import image
+        from wmi.json_store import open_storage
+        with open_storage(sys.argv[1]) as store:
+            print("ready", flush=True)
+            store.add(image(5))
+        """), path], stdout=subprocess.PIPE)
+    with open(path, "rb") as old, child:
+        fcntl.flock(old, fcntl.LOCK_EX)
+        assert child.stdout.readline() == b"ready\n"
+        text = content(path).replace(b"wmi-00000001", b"wmi-00000009")
+        overwrite(path + ".other", text)
+        os.replace(path + ".other", path)
+        assert child.poll() is None
+        fcntl.flock(old, fcntl.LOCK_UN)
+        child.wait(60)
+    assert [id[-1] for id in ids(table.walk())] == ["5", "3", "2", "9"]
+
+
+def test_json_without_fcntl_locks_a_file_beside(path, monkeypatch):
+    """As on Windows: msvcrt, no file held open when it is replaced."""
+    locks = []
+    stub = types.ModuleType("msvcrt")
+    stub.LK_LOCK = 1
+    stub.locking = lambda file, mode, size: locks.append((mode, size))
+    monkeypatch.setitem(sys.modules, "msvcrt", stub)
+    monkeypatch.setattr(sys, "platform", "win32")
+    other = types.ModuleType("windows_json_store")
+    monkeypatch.setitem(sys.modules, other.__name__, other)
+    with open(json_store.__file__, encoding="utf-8") as file:
+        exec(compile(file.read(), json_store.__file__, "exec"), other.__dict__)
+    with opened(other, path, image(1)) as store:
+        store.add(image(2))
+        assert store.page(None, 0, 0)[0] == 2
+        assert store._pin is None
+    assert locks == [(1, 1)] * 2
+    assert files(path) == ["images", "images.lock"]
+
+
+def test_json_keeps_few_lists(table):
+    """However many accounts ask, the lists kept for them are bounded."""
+    for n in range(1000):
+        table.page(f"a-{n}", 0, 1)
+    assert len(table._state.views) <= json_store.VIEWS
+
+
+def test_json_holds_one_file_open(table, path):
+    """Not one for each state that it has read."""
+    count = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
+    if count is None:
+        pytest.skip("no /proc")
+    with json_store.open_storage(path) as other:
+        for n in range(10, 30):
+            other.add(image(n))
+            table.get(f"wmi-{n:08x}")
+    assert len(os.listdir("/proc/self/fd")) == count
+
+
+# ---- sqlite ----
+
+
+@pytest.fixture
+def base(path):
+    """A sqlite store with images 1 to 3."""
+    with opened(sqlite_store, path, image(1), image(2), image(3)) as store:
+        yield store
+
+
+SCOPES = [(account, public, deleted) for account in (None, ALICE)
+          for public in (True, False) for deleted in (None, True, False)]
+
+
+@pytest.mark.parametrize("order", ["ASC", "DESC"])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_sqlite_sorts_and_scans_nothing(base, path, scope, order):
+    """The plan of a page merges index searches, also after ANALYZE."""
+    keys = sqlite_store._keys(*scope)
+    query, values = sqlite_store._query(keys, order, (0, sqlite_store.LAST), 20, 0)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        for statement in ("SELECT 1", "ANALYZE"):
+            db.execute(statement)
+            plan = [row[3] for row in db.execute("EXPLAIN QUERY PLAN " + query, values)]
+            assert not [step for step in plan if "SCAN" in step or "TEMP B-TREE" in step]
+            assert len([step for step in plan if step.startswith("SEARCH")]) == len(keys)
+            assert any("MERGE" in step for step in plan)
+
+
+@pytest.mark.parametrize("name", ["GET", "LIVE", "DELETE", "BLOCKS", "REPLACE"])
+def test_sqlite_finds_by_index(base, path, name):
+    """No statement of a verb scans a table."""
+    query = getattr(sqlite_store, name)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        plan = db.execute("EXPLAIN QUERY PLAN " + query, [1] * query.count("?")).fetchall()
+    assert all(row[3].startswith("SEARCH") for row in plan), plan
+
+
+def test_sqlite_pages_cost_the_same_anywhere(path):
+    """Any of 50,000 images is reached with about the work of the first page.
+
+    Counted in steps of SQLite's machine, not in seconds: a busy computer counts the same.
+    """
+    steps = []
+    with sqlite_store.open_storage(path) as store:
+        store.add_all(image(n, ALICE if n % 9 else BOB, is_public=n % 2 == 0)
+                      for n in range(1000))
+        steps.append(count_steps(store, 0))
+        store.add_all(image(n, ALICE if n % 9 else BOB, is_public=n % 2 == 0)
+                      for n in range(1000, 50_000))
+        total = store.page(ALICE, 0, 0)[0]
+        steps.append(count_steps(store, 0))
+        deep = [count_steps(store, start) for start in range(100, total, total // 50)]
+    assert steps[1] <= 4 * steps[0]
+    assert max(deep) <= 4 * steps[1] + 128 * 30  # the rows stepped over in one small block
+    assert max(deep) < 10_000
+
+
+def count_steps(store, start):
+    """Return how many hundreds of SQLite's steps a page takes, in steps."""
+    count = 0
+
+    def step():
+        nonlocal count
+        count += 10
+
+    with store._reads as db:
+        db.set_progress_handler(step, 10)
+    assert len(store.page(ALICE, start, 20)[1]) > 0
+    with store._reads as db:
+        db.set_progress_handler(None, 10)
+    return count
+
+
+def test_sqlite_adding_costs_the_same_later(path):
+    """The time of one add does not grow with the store: the statements touch few pages."""
+    def grow(store, first):
+        with store._writes as db:
+            before = db.execute("PRAGMA page_count").fetchone()[0]
+        store.add(image(first))
+        with store._writes as db:
+            return db.execute("PRAGMA page_count").fetchone()[0] - before
+
+    with opened(sqlite_store, path, *[image(n) for n in range(5000)]) as store:
+        assert max(grow(store, 10_000 + n) for n in range(20)) <= 4
+
+
+def test_sqlite_fields_are_reached_in_the_shell(base, path):
+    """The record is JSON that SQLite's functions read, beside columns for the scope."""
+    rows = sql(path, "SELECT id, json_extract(record, '$.source.uri') FROM image"
+                     " WHERE json_extract(record, '$.arch') = 'x86_64' AND NOT is_public")
+    assert rows[0] == ("wmi-00000001", "http://images.example/1")
+    assert len(rows) == 3
+
+
+def test_sqlite_changed_in_the_shell_is_seen(base, path):
+    """Triggers keep counts and revision for any program."""
+    seen = [base.revision()]
+    for statement in (
+        "UPDATE image SET record = json_set(record, '$.state', 'shell') WHERE id LIKE '%1'",
+        "DELETE FROM image WHERE id = 'wmi-00000002'",
+        """INSERT INTO image (id, account_id, is_public, deleted, record)
+            SELECT 'wmi-00000009', account_id, 1, 0, json_set(record, '$.id', 'wmi-00000009',
+            '$.is_public', json('true')) FROM image LIMIT 1""",
+    ):
+        sql(path, statement)
+        seen.append(base.revision())
+    assert len(set(seen)) == 4
+    assert base.get("wmi-00000001")["state"] == "shell"
+    assert base.page(BOB, 0, 9)[0] == 1
+    assert list(base.check()) == []
+
+
+def test_sqlite_revision_costs_a_stat_once_settled(base, path):
+    """A file older than the coarsest clock is not asked again until its times change."""
+    with sqlite_store.open_storage(path) as other:
+        for n in range(5):
+            os.utime(path, (1e9, 1e9))
+            first = base.revision()
+            assert base._revision[1] == first == base.revision()
+            other.replace("wmi-00000001", lambda record, n=n: {**record, "ordinal": n})
+            assert base.revision() == other.revision() != first
+            assert base._revision[1] == first  # too fresh to be kept
+
+
+def test_sqlite_revision_is_not_kept_in_wal_mode(path):
+    """There a change leaves the file's times alone."""
+    with opened(sqlite_store, path, image(1)) as store:
+        sql(path, "PRAGMA journal_mode = WAL")
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as shell:
+            os.utime(path, (1e9, 1e9))
+            first = store.revision()
+            shell.execute("UPDATE image SET record = record")
+            os.utime(path, (1e9, 1e9))
+            assert store.revision() != first
+
+
+@pytest.mark.parametrize(("version", "mode"), [((3, 51, 2), "delete"), ((3, 51, 3), "wal")])
+def test_sqlite_leaves_wal_where_it_is_not_safe(path, monkeypatch, version, mode):
+    """A file that a shell put into WAL mode is put back by SQLite before 3.51.3."""
+    with opened(sqlite_store, path, image(1)):
+        assert sql(path, "PRAGMA journal_mode") == [("delete",)]
+    sql(path, "PRAGMA journal_mode = WAL")
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", version)
+    with sqlite_store.open_storage(path) as store:
+        assert ids(store.walk()) == ["wmi-00000001"]
+        with store._reads as db:
+            assert db.execute("PRAGMA journal_mode").fetchone() == (mode,)
+
+
+def test_sqlite_syncs_as_it_promises(base):
+    """Both connections wait for the disk, the journal's removal included."""
+    for connection in (base._reads, base._writes):
+        with connection as db:
+            assert db.execute("PRAGMA synchronous").fetchone() == (3,)
+            assert db.execute("PRAGMA cache_size").fetchone() == (-sqlite_store.CACHE_KIB,)
+
+
+def test_sqlite_too_old_is_refused(path, monkeypatch):
+    """OSError that says which one is needed; no file is made."""
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 23, 9))
+    with pytest.raises(OSError, match=r"too old, 3\.24"):
+        sqlite_store.open_storage(path)
+    assert files(path) == []
+
+
+def test_sqlite_newer_schema_is_refused_untouched(path):
+    """Its message names both versions."""
+    with opened(sqlite_store, path, image(1)):
+        pass
+    sql(path, "PRAGMA user_version = 99")
+    before = content(path)
+    with pytest.raises(OSError, match=f"^{path}: schema 99 is newer than .* 1"):
+        sqlite_store.open_storage(path)
+    assert content(path) == before
+
+
+def test_sqlite_older_schema_is_migrated_in_one_transaction(path, monkeypatch):
+    """The scripts that are missing run, all or none, and only once."""
+    with opened(sqlite_store, path, image(1)):
+        pass
+    good = ("CREATE TABLE note (text)", "INSERT INTO note VALUES ('migrated')")
+    monkeypatch.setattr(sqlite_store, "MIGRATIONS", (*sqlite_store.MIGRATIONS, (*good, "NONSENSE")))
+    with pytest.raises(OSError, match="NONSENSE"):
+        sqlite_store.open_storage(path)
+    assert sql(path, "SELECT count(*) FROM sqlite_master WHERE name = 'note'") == [(0,)]
+    monkeypatch.setattr(sqlite_store, "MIGRATIONS", (*sqlite_store.MIGRATIONS[:-1], good))
+    for _ in range(2):
+        with sqlite_store.open_storage(path) as store:
+            assert ids(store.walk()) == ["wmi-00000001"]
+    assert sql(path, "SELECT text FROM note") == [("migrated",)]
+    assert sql(path, "PRAGMA user_version") == [(2,)]
+
+
+@pytest.mark.parametrize("prepare", [
+    ("CREATE TABLE image (id)",), ("PRAGMA user_version = 1",), ("PRAGMA application_id = 7",),
+    ("PRAGMA journal_mode = WAL", "CREATE TABLE other (x)"),
+])
+def test_sqlite_foreign_database_is_refused_untouched(path, prepare):
+    """Another program's database, whatever its tables are called."""
+    sql(path, *prepare)
+    before = content(path)
+    with pytest.raises(OSError, match=f"^{path}: not a store of images"):
+        sqlite_store.open_storage(path)
+    assert content(path) == before
+
+
+def test_sqlite_taken_away_is_an_error_until_it_is_back(base, path):
+    """It is not made anew under a running server."""
+    os.rename(path, path + ".away")
+    for verb in (base.revision, lambda: base.page(None, 0, 1), lambda: base.add(image(9)),
+                 lambda: base.add_all([image(9)]), lambda: list(base.walk(frozen=True))):
+        with pytest.raises(OSError, match="^" + path):
+            verb()
+    assert files(path) == ["images.away"]
+    os.rename(path + ".away", path)
+    base.add(image(9))
+    assert base.page(None, 0, 0)[0] == 4
+
+
+def test_sqlite_threads_share_two_connections(base, path, monkeypatch):
+    """Sixty-four threads open none of their own."""
+    opens = []
+    connect = sqlite_store._connect
+    monkeypatch.setattr(sqlite_store, "_connect", lambda path: opens.append(1) or connect(path))
+    case = TestSqlite()
+    case.gather(*[lambda n=n: (base.page(ALICE, 0, 9), base.add(image(100 + n)))
+                  for n in range(64)])
+    assert len(opens) <= 2
+    assert base.page(None, 0, 0)[0] == 67
+
+
+def test_sqlite_a_waiting_writer_does_not_hold_up_readers(base, path):
+    """While another process has the file reserved, reads go on and the write comes after."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        writer = threading.Thread(target=base.add, args=(image(9),))
+        writer.start()
+        deadline = time.monotonic() + 30
+        while base._writes._lock.acquire(blocking=False) and time.monotonic() < deadline:
+            base._writes._lock.release()  # until the writer has it, and waits for the file
+        assert base.get("wmi-00000001") == image(1)
+        assert base.page(None, 0, 0)[0] == 3
+        assert writer.is_alive()
+        other.execute("COMMIT")
+        writer.join(30)
+    assert base.page(None, 0, 0)[0] == 4
+
+
+def test_sqlite_check_finds_tampered_counts(base, path):
+    """And repair rebuilds them from the images."""
+    for statement in ("UPDATE tally SET n = n + 1 WHERE shift = 14", "DELETE FROM tally",
+                      "INSERT INTO tally VALUES ('nobody', 0, 0, 7, 99, 5)",
+                      "UPDATE tally SET account = 'a-other' WHERE account = 'a-00000001'"):
+        sql(path, statement)
+        faults = list(base.check())
+        assert faults and all(f.startswith(path + ": the count of") for f in faults)
+        assert list(base.check(repair=True)) == faults
+        assert list(base.check()) == []
+        assert base.page(ALICE, 1, 1) == (3, [image(2)])
+
+
+def test_sqlite_check_finds_columns_that_lie(base, path):
+    """Repair sets them by the record, with the counts."""
+    sql(path, "UPDATE image SET is_public = 1, account_id = 'x' WHERE id = 'wmi-00000001'",
+        "UPDATE image SET id = 'other' WHERE id = 'wmi-00000002'",
+        "UPDATE image SET deleted = 1 WHERE id = 'wmi-00000003'")
+    assert len(list(base.check(repair=True))) == 3
+    assert list(base.check()) == []
+    assert list(base.walk(ALICE, public=False, deleted=False)) == [image(3), image(2), image(1)]
+    assert base.get("wmi-00000002") == image(2)
+
+
+def test_sqlite_a_record_that_does_not_parse_is_an_error(base, path):
+    """Reading it is OSError with the path; check names it; others are served."""
+    sql(path, "UPDATE image SET record = '{' WHERE id = 'wmi-00000002'")
+    with pytest.raises(OSError, match=f"^{path}: .*parse"):
+        base.get("wmi-00000002")
+    assert base.get("wmi-00000001") == image(1)
+    faults = list(base.check(repair=True))
+    assert len(faults) == 1 and "wmi-00000002" in faults[0]
+
+
+def test_sqlite_check_finds_an_index_that_lies(path):
+    """An index that misses an image is a fault, and repair makes it anew."""
+    with opened(sqlite_store, path, *[image(n) for n in range(50)]) as store:
+        sql(path, "PRAGMA writable_schema = ON",
+            "UPDATE sqlite_master SET sql = 'CREATE INDEX own ON image"
+            " (account_id, is_public, deleted) WHERE serial > 25' WHERE name = 'own'")
+        sql(path, "REINDEX own")
+        sql(path, "PRAGMA writable_schema = ON",
+            "UPDATE sqlite_master SET sql = 'CREATE INDEX own ON image"
+            " (account_id, is_public, deleted)' WHERE name = 'own'")
+    with sqlite_store.open_storage(path) as store:
+        assert any("missing from index own" in fault for fault in store.check())
+        list(store.check(repair=True))
+        assert list(store.check()) == []
+        assert len(store.page(ALICE, 0, 99)[1]) == 50
+
+
+def test_sqlite_a_tombstone_counts_as_one(base):
+    """Dead images are counted apart, and one that is added anew is counted once."""
+    base.replace("wmi-00000002", dead)
+    assert base.page(ALICE, 0, 0)[0] == 2
+    assert base.page(ALICE, 0, 0, deleted=True)[0] == 1
+    base.add(image(2))
+    assert base.page(ALICE, 0, 0, deleted=None)[0] == 3
+    assert list(base.check()) == []
