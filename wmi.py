@@ -47,6 +47,7 @@ import random
 import re
 import signal
 import socket
+import stat
 import struct
 import sys
 import threading
@@ -1725,10 +1726,15 @@ def listen(host: str = "127.0.0.1", port: int = 9001, unix_socket: str | None = 
     with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(unix_socket)
-        except ConnectionRefusedError:  # nobody listens any more: what a crash left
-            os.unlink(unix_socket)
+        except ConnectionRefusedError:
+            if stat.S_ISSOCK(os.stat(unix_socket).st_mode):  # nobody listens any more: what a crash left
+                os.unlink(unix_socket)
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(unix_socket)
+    try:
+        listener.bind(unix_socket)
+    except OSError as error:
+        listener.close()
+        raise OSError(f"{unix_socket}: {error.strerror or error}") from error
     listener.listen(128)
     return listener
 
@@ -1778,7 +1784,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def report(self, text: str) -> None:
         """Log a failure, in one line of visible ASCII."""
-        self.log("error: " + text.encode("unicode_escape").decode())
+        self.log(f"error: {ascii(text)[1:-1]}")  # a codec would be imported first, which needs a descriptor
 
     def service_actions(self) -> None:
         """Stop, between two polls, when the supervising process is gone."""
@@ -1795,8 +1801,8 @@ class Server(http.server.ThreadingHTTPServer):
         except OSError as error:
             self._slots.release()
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self.report(f"accept: {error}")
                 time.sleep(0.1)  # the listener stays ready: without a pause this would spin
+                self.report(f"accept: {error}")
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -1832,11 +1838,11 @@ class Server(http.server.ThreadingHTTPServer):
         return True
 
 
-def run_server(make_server: Callable[[], Server], workers: int = 1) -> int:
+def run_server(make_server: Callable[[], Server], workers: int = 1, listener: socket.socket | None = None) -> int:
     """Serve until SIGTERM or SIGINT, here or in so many forked processes, and return 0.
 
-    make_server is called after the fork, so that processes share nothing of a store. A worker that
-    dies is replaced. A second signal ends everything at once.
+    make_server is called after the fork, so that processes share the listener and nothing of a store.
+    A worker that dies is replaced. A second signal ends everything at once.
     """
     if workers == 1:
         return _run_here(make_server)
@@ -1845,6 +1851,8 @@ def run_server(make_server: Callable[[], Server], workers: int = 1) -> int:
 
     def stop(signum: int, frame: Any) -> None:
         signals.append(signum)
+        if listener:
+            listener.close()  # ours is the last: from now on connections are refused
         for pid in children.copy():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)
@@ -2285,7 +2293,7 @@ def _serve(options: Any) -> int:
         print(f"wmi: warning: {address} is open to others, and a caller may claim any account", file=sys.stderr)
     print(f"wmi: serving {options.store} on {address}/api/images", file=sys.stderr, flush=True)
     try:
-        return run_server(make_server, options.workers)
+        return run_server(make_server, options.workers, listener)
     finally:
         storage.close()
         if address == f"unix:{options.unix_socket}":
