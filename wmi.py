@@ -219,6 +219,8 @@ _YAML_CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": Fal
 class Timestamp(str):
     """Be a time that is text in JSON (2011-11-23T07:36:00Z) and a timestamp in YAML."""
 
+    __slots__ = ()
+
 
 def to_yaml(value: Any) -> str:
     """Return value, of dicts, lists and scalars, as one YAML document with symbol keys."""
@@ -263,6 +265,8 @@ def parse_yaml_mapping(text: str) -> dict[str, Any]:
     Reads what this module and the originals (Ruby 1.8's syck, later psych) wrote for `source` and
     `features`. Everything else of YAML is a ValueError that says what was found.
     """
+    if re.search("[\x85\u2028\u2029]", text):
+        raise ValueError(f"expected escapes for the line breaks of YAML in {text!r:.60}")
     start, _, rest = text.partition("\n")
     start = start.strip()
     if start == "--- {}" and not rest.strip():
@@ -271,8 +275,8 @@ def parse_yaml_mapping(text: str) -> dict[str, Any]:
         rest = text
     elif start != "---":
         raise ValueError(f"expected '---' and a mapping, not {start!r:.60}")
-    folded = re.sub(r"\\\n +\\?|\n +", lambda m: "" if m[0][0] == "\\" else " ", rest)  # a long scalar goes on
-    return dict(_parse_yaml_entry(line.rstrip()) for line in folded.split("\n") if line.strip())
+    folded = re.sub(r"\\\n +|\n +", lambda m: "" if m[0][0] == "\\" else " ", rest)  # a long scalar goes on
+    return dict(_parse_yaml_entry(line.rstrip(" \t\r")) for line in folded.split("\n") if line.strip(" \t\r"))
 
 
 def _parse_yaml_entry(line: str) -> tuple[str, Any]:
@@ -1245,13 +1249,13 @@ def check_size(head: bytes) -> None:
         raise RequestHeaderFieldsTooLarge(f"the head has more than {MAX_HEAD} bytes")
 
 
-def check_partial(head: bytes, checked: int) -> None:
+def check_partial(head: bytes, checked: int = 0) -> None:
     """Refuse a head that cannot become legal before the rest of it arrives.
 
     So many bytes were checked before: looking at them for each new one would be a way to keep us busy.
     """
     end = head.find(b"\r\n", 0, MAX_REQUEST_LINE + 2)
-    if end >= max(0, checked - 1) or (end < 0 and len(head) > MAX_REQUEST_LINE + 1):
+    if end >= max(0, checked - 1) or (end < 0 and len(head) - head.endswith(b"\r") > MAX_REQUEST_LINE):
         parse_request_line(head[:end] if end >= 0 else head)
     if _NEVER_IN_HEAD.search(head, max(0, checked - 1)):
         raise BadRequest("the head has a bare CR, a bare LF or a control character")
@@ -1451,11 +1455,11 @@ def render_page(version: Version, page: Page, format: str) -> Iterator[str]:
     envelope = [envelope] if version.wrapped else envelope
     images = (render(version, image) for image in page.images)
     if format == "json":
-        before, _, after = to_json(envelope).rpartition("]" if not version.wrapped else "]}]")
-        yield before
+        before, after = to_json(envelope).split("[]")
+        yield f"{before}["
         for number, image in enumerate(images):
             yield ("," if number else "") + to_json(image)
-        yield "]}]" if version.wrapped else "]}"
+        yield f"]{after}"
         return
     before = to_yaml(envelope)[: -len(" []\n")]  # the list stands last
     number = 0
@@ -1930,8 +1934,11 @@ class Client:
         self, url: str, account: str, *, version: str = DOCUMENT, timeout: float = 10.0, deadline: float = 60.0,
         retries: int = 3, proxies: bool = False, max_answer: int = 64 << 20,
     ) -> None:  # fmt: skip
-        if not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#\s]*)?", url):
-            raise refuse("url", url, "http://HOST:PORT or https://HOST:PORT")
+        try:
+            if not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#\s]*)?", url) or urllib.parse.urlsplit(url).port == 0:
+                raise ValueError("not such a URL")
+        except ValueError as error:
+            raise refuse("url", url, "http://HOST:PORT or https://HOST:PORT") from error
         self.account = check_account("account", account)
         self.version = find_version(version)
         self._url = url.rstrip("/") + self.version.path
@@ -1948,8 +1955,10 @@ class Client:
             body = answer[0] if isinstance(answer, list) else answer  # deployed servers wrap it
             total = body["owner_total"] if "owner_total" in body else body["total"]
             images = body["result"] if "result" in body else body["results"]
-            return Page(int(total), int(body["start"]), body["limit"], list(map(_shown_record, images)))
-        except (TypeError, KeyError, ValueError, IndexError, OverflowError) as error:
+            limit = None if body["limit"] is None else whole_number("limit", body["limit"])
+            counts = whole_number("total", total), whole_number("start", body["start"])
+            return Page(*counts, limit, list(map(_shown_record, images)))
+        except (TypeError, KeyError, ValueError, IndexError, InvalidParameter) as error:
             raise BadAnswer(f"the answer is not an index of images: {error!r}") from error
 
     def images(self, **filters: Any) -> Iterator[Record]:
@@ -2001,7 +2010,10 @@ class Client:
         opener.add_handler(urllib.request.HTTPErrorProcessor())
         try:
             with opener.open(request, timeout=max(0.001, min(self._timeout, until - time.monotonic()))) as answer:
-                return self._read(answer)
+                body = self._read(answer)
+            if bounded.expired:  # without a length, what we cut ourselves would look whole
+                raise ConnectionError("the deadline has passed")
+            return body
         except urllib.error.HTTPError as error:
             with error:
                 raise self._error_of(error) from error
@@ -2042,6 +2054,15 @@ class _SameHostRedirects(urllib.request.HTTPRedirectHandler):
 
     max_redirections = 5
 
+    def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
+        try:
+            return super().http_error_302(req, fp, code, msg, headers)
+        except (Error, ValueError):
+            fp.close()  # nobody else would
+            raise
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         ours, theirs = urllib.parse.urlsplit(req.full_url), urllib.parse.urlsplit(newurl)
         if req.get_method() not in ("GET", "HEAD") or ours[:2] != theirs[:2]:
@@ -2057,6 +2078,7 @@ class _BoundedConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandle
 
     def __init__(self, until: float) -> None:
         super().__init__()
+        self.expired = False
         self._until = until
         self._timers: list[threading.Timer] = []
 
@@ -2072,7 +2094,7 @@ class _BoundedConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandle
 
         def connect_and_watch() -> None:
             connect()
-            timer = threading.Timer(self._until - time.monotonic(), _hang_up, [connection.sock])
+            timer = threading.Timer(self._until - time.monotonic(), self._hang_up, [connection.sock])
             timer.daemon = True
             timer.start()
             self._timers.append(timer)
@@ -2080,14 +2102,14 @@ class _BoundedConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandle
         connection.connect = connect_and_watch
         return connection
 
+    def _hang_up(self, stream: socket.socket) -> None:
+        self.expired = True
+        with contextlib.suppress(OSError):
+            stream.shutdown(socket.SHUT_RDWR)
+
     def cancel(self) -> None:
         for timer in self._timers:
             timer.cancel()
-
-
-def _hang_up(stream: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        stream.shutdown(socket.SHUT_RDWR)
 
 
 def _parse_answer(body: bytes) -> Any:
@@ -2203,7 +2225,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> Any:
     either = (
         store,
         option("--url", default=os.environ.get("WMI_URL"), help="a server, http://HOST:PORT, instead of a store"),
-        option("--account", metavar="A", default=os.environ.get("WMI_ACCOUNT"), help="who asks; on a store: default all"),
+        option("--account", metavar="A", default=os.environ.get("WMI_ACCOUNT"), help="who asks (on a store: anybody)"),
         option("-o", "--output", choices=("table", "json", "yaml", "id"), default="table"),
     )
     id, file = option("id", metavar="ID"), option("file", metavar="FILE", nargs="?", default="-")
@@ -2224,7 +2246,8 @@ def _parse_arguments(argv: Sequence[str] | None) -> Any:
     command("volume", _add, "register a volume snapshot", store, *fields(registering=True), parents=kinds,
             ).add_argument("location", metavar="SNAPSHOT_ID", help="or bo-…, a backup object")  # fmt: skip
     command("list", _list, "list images, newest first", *either,
-            option("--start", default="0", help="offset of the first"), option("--limit", help="at most so many"))  # fmt: skip
+            option("--start", default="0", help="offset of the first"),
+            option("--limit", help="at most so many"))  # fmt: skip
     command("show", _show, "show one image", *either, id)
     for name in ("delete", "del"):  # del is vdc-manage's name
         command(name, _delete, "delete images and print their ids", *either, option("id", metavar="ID", nargs="+"))
@@ -2235,7 +2258,8 @@ def _parse_arguments(argv: Sequence[str] | None) -> Any:
     command("load", _load, "load images from JSON lines, all or none", store, file,
             option("--keep-going", action="store_true", help="report bad lines and load the others"))  # fmt: skip
     command("dump", _dump, "write all images as JSON lines, oldest first", store, file)
-    command("copy", _copy, "copy a store into an empty one", option("source", metavar="URL"), option("target", metavar="URL"))
+    command("copy", _copy, "copy a store into an empty one",
+            option("source", metavar="URL"), option("target", metavar="URL"))  # fmt: skip
     command("check", _check, "read a whole store and say what is wrong", option("store", metavar="URL"),
             option("--repair", action="store_true", help="rebuild what can be derived from the images"))  # fmt: skip
     return parser.parse_args(argv)
@@ -2373,7 +2397,8 @@ def _list(options: Any) -> int:
                 print(end=(",\n" if number else "") + to_json(image))
             print("]")
             return 0
-        print(end={"table": "ID               ACCOUNT      ARCH    BOOT    PUBLIC  STATE      NAME\n"}.get(options.output, ""))
+        if options.output == "table":
+            print("ID               ACCOUNT      ARCH    BOOT    PUBLIC  STATE      NAME")
         for image in images:
             if options.output == "table":
                 _print_row(image)

@@ -1,0 +1,238 @@
+"""The README and the docstrings are true: what they print is run, what they name exists."""
+
+import ast
+import doctest
+import os
+import pathlib
+import re
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import textwrap
+import unittest
+
+import pytest
+
+import wmi
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SOURCE = pathlib.Path(wmi.__file__).read_text(encoding="utf-8")
+
+# A fresh Debian has no curl and no sqlite3 shell; then these stand in for them.
+STAND_INS = {
+    "curl": """
+        import sys, urllib.error, urllib.request
+        args, headers, method, url = iter(sys.argv[1:]), {}, "GET", ""
+        for arg in args:
+            if arg == "-H":
+                name, _, value = next(args).partition(": ")
+                headers[name] = value
+            elif arg == "-X":
+                method = next(args)
+            elif not arg.startswith("-"):
+                url = arg
+        try:
+            answer = urllib.request.urlopen(urllib.request.Request(url, None, headers, method=method))
+        except urllib.error.HTTPError as error:
+            answer = error
+        sys.stdout.buffer.write(answer.read())
+        """,
+    "sqlite3": """
+        import sqlite3, sys
+        for row in sqlite3.connect(sys.argv[1]).execute(sys.argv[2]):
+            print("|".join(map(str, row)))
+        """,
+}
+
+
+def blocks(language):
+    """Return the fenced blocks of the README in a language, such as "python backend"."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def examples():
+    """Return the README's console examples in order: command, what it prints."""
+    return [
+        (command, printed)
+        for block in blocks("console")
+        for command, printed in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
+    ]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with what a fresh clone has, a free port, and a PATH with the README's commands."""
+    folder = tmp_path_factory.mktemp("clone")
+    shutil.copy(wmi.__file__, folder / "wmi.py")
+    backends = next(path for path in map(pathlib.Path, wmi.__path__) if path.is_dir())
+    shutil.copytree(backends, folder / "backends", ignore=shutil.ignore_patterns("__pycache__"))
+    commands = folder / "bin"
+    commands.mkdir()
+    (commands / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    for name, code in STAND_INS.items():
+        if not shutil.which(name):
+            (commands / name).write_text(f"#!{sys.executable}\n{textwrap.dedent(code)}")
+    for command in commands.iterdir():
+        command.chmod(command.stat().st_mode | stat.S_IXUSR)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WMI_")}
+    environment["PATH"] = f"{commands}{os.pathsep}{environment['PATH']}"
+    return folder, str(port), environment
+
+
+@pytest.fixture(scope="module")
+def server(place):
+    """The README's first example, running: the process and the line that it printed."""
+    folder, port, environment = place
+    command, _ = examples()[0]
+    process = subprocess.Popen(
+        ["bash", "-c", f"exec {command} --port {port}"],
+        cwd=folder, env=environment, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    line = process.stderr.readline()
+    log = pathlib.Path(folder, "log").open("w")
+    drain = subprocess.Popen(["cat"], stdin=process.stderr, stdout=log)
+    yield line
+    process.terminate()
+    assert process.wait(15) == 0
+    drain.wait(15)
+    process.stderr.close()
+    log.close()
+
+
+def run(place, command):
+    """Return what a command of the README prints, on the port where the server listens."""
+    folder, port, environment = place
+    done = subprocess.run(
+        ["bash", "-c", command.replace("9001", port)],
+        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60,
+    )  # fmt: skip
+    return done.stdout.decode().replace(port, "9001")
+
+
+def test_first_example_serves(place, server):
+    """The first command of the README prints its line and serves."""
+    command, printed = examples()[0]
+    assert command == "python3 wmi.py serve --sample"
+    assert server.replace(place[1], "9001") == printed
+
+
+def test_examples_print_what_the_readme_prints(place, server):
+    """Every other command, in order, prints exactly what stands below it."""
+    assert len(examples()) > 10
+    for command, printed in examples()[1:]:
+        output = run(place, command)
+        if output and not output.endswith("\n"):
+            output += "\n"  # curl prints the body as it is
+        assert output == printed, command
+
+
+def test_python_blocks_run(place, server, tmp_path):
+    """The Python blocks run, one after the other, against the running example server."""
+    code = "\n".join(blocks("python"))
+    assert "Client(" in code
+    assert "Server(" in code
+    environment = {**place[2], "PYTHONPATH": str(place[0])}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code.replace("9001", place[1])],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_backend_of_the_readme_passes_the_contract(tmp_path, monkeypatch):
+    """The whole backend that the README shows is held to the contract, as the README says."""
+    (tmp_path / "tiny_store.py").write_text(blocks("python backend")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    names = {}
+    exec(blocks("python contract")[0], names)
+    suite = unittest.defaultTestLoader.loadTestsFromTestCase(names["TinyContract"])
+    with open(os.devnull, "w") as nothing:
+        result = unittest.TextTestRunner(nothing).run(suite)
+    assert result.wasSuccessful(), result.failures + result.errors
+    assert result.testsRun > 40
+
+
+def test_docstring_session_is_true():
+    """The session in the module's docstring prints what it shows."""
+    assert doctest.testmod(wmi).attempted > 4
+    assert doctest.testmod(wmi).failed == 0
+
+
+@pytest.fixture(scope="module")
+def help_texts():
+    """What every subcommand prints for --help."""
+    commands = ("", "serve", "add local", "add volume", "list", "show", "delete", "modify", "features", "load", "dump")
+    return {
+        command: subprocess.run(
+            [sys.executable, wmi.__file__, *command.split(), "--help"],
+            capture_output=True, text=True, timeout=60, check=True, env={**os.environ, "COLUMNS": "300"},
+        ).stdout
+        for command in (*commands, "copy", "check")
+    }  # fmt: skip
+
+
+def test_every_option_is_in_the_readme(help_texts):
+    """An option that --help names is documented, or is one with its dashes written as underscores."""
+    options = {option for text in help_texts.values() for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", text)}
+    missing = {option for option in options if option not in README and option.replace("_", "-") not in README}
+    assert missing == set()
+
+
+def test_every_subcommand_is_in_the_readme(help_texts):
+    """A subcommand that --help lists is documented."""
+    commands = re.findall(r"^    ([a-z]+) ", help_texts[""], re.MULTILINE)
+    assert "serve" in commands
+    assert [name for name in commands if f"`{name}" not in README] == []
+
+
+def test_every_route_and_parameter_is_in_the_readme():
+    """Each version's path, and each of its parameters and fields to set, is documented."""
+    for version in wmi.VERSIONS.values():
+        for name in (version.path, *version.filters, *version.updatable):
+            assert f"`{name}" in README, name
+
+
+def test_limits_of_the_readme_are_those_of_the_code():
+    """The table of limits says what the constants say."""
+    rows = {
+        "request line": f"{wmi.MAX_REQUEST_LINE // 1024} KiB",
+        "one header field · all of them": (
+            f"{wmi.MAX_FIELD_LINE // 1024} KiB · {wmi.MAX_FIELDS} fields, {wmi.MAX_HEAD // 1024} KiB"
+        ),
+        "body": f"{wmi.MAX_BODY // 1024} KiB",
+        "a whole head · a whole body": f"{wmi.HEAD_SECONDS} s · {wmi.BODY_SECONDS} s",
+        "idle between requests": f"{wmi.IDLE_SECONDS} s",
+        "a reader that does not read": f"{wmi.SEND_SECONDS} s",
+        "connections a process": f"{wmi.MAX_CONNECTIONS}",
+    }
+    for what, limit in rows.items():
+        assert f"| {what} | {limit}" in README
+
+
+def test_parts_stand_in_the_order_of_the_design():
+    """The banners are the table of contents, from errors to the command line."""
+    banners = re.findall(r"^#{100}\n# (.*)\n#{100}$", SOURCE, re.MULTILINE)
+    assert banners == ["Errors", "YAML", "Image", "Storage", "Catalog", "HTTP", "Client", "Command line"]
+    assert ", ".join(banners) in " ".join((wmi.__doc__ or "").split())
+
+
+def test_every_public_name_has_a_docstring():
+    """Public functions, classes and methods say what they do; overridden ones of the library too."""
+    classes = [node for node in ast.parse(SOURCE).body if isinstance(node, ast.ClassDef)]
+    functions = [node for node in ast.parse(SOURCE).body if isinstance(node, ast.FunctionDef)]
+    methods = [
+        item
+        for node in classes
+        if not node.name.startswith("_")
+        for item in node.body
+        if isinstance(item, ast.FunctionDef)
+    ]
+    public = [node for node in (*classes, *functions, *methods) if not node.name.startswith("_")]
+    assert len(public) > 100
+    assert [node.name for node in public if not ast.get_docstring(node)] == []
