@@ -1722,11 +1722,10 @@ def listen(host: str = "127.0.0.1", port: int = 9001, unix_socket: str | None = 
     if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS", "0") != "0":
         return socket.socket(fileno=3)
     if unix_socket is None:
+        if not 0 <= port <= 65535 or not re.fullmatch("[0-9A-Za-z.:%_-]+", host) or ".." in host:
+            raise refuse("address", f"{host}:{port}", "a host, and a port of 0 to 65535")
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            return socket.create_server((host, port), family=family, backlog=128)
-        except (OverflowError, UnicodeError) as error:
-            raise refuse("address", f"{host}:{port}", "a host, and a port of 0 to 65535") from error
+        return socket.create_server((host, port), family=family, backlog=128)
     with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(unix_socket)
@@ -1895,8 +1894,10 @@ def _run_here(make_server: Callable[[], Server], parent: int = 0) -> int:
 
     def stop(signum: int, frame: Any) -> None:
         signals.append(signum)
-        if len(signals) > 1:
+        if len(signals) > 1 and not parent:
             os._exit(128 + signum)
+        if len(signals) > 1:  # systemd tells every process, then the parent tells us again; it kills if need be
+            return
         server.stopping = True
         threading.Thread(target=server.shutdown, daemon=True).start()  # it waits for this very thread
 
@@ -2167,9 +2168,7 @@ _FIELD_OPTIONS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # JSON and ids are UTF-8 in any locale
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    _prepare_streams()
     try:
         options = _parse_arguments(argv)
         code: int = options.run(options)
@@ -2187,6 +2186,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _prepare_streams() -> None:
+    """Open closed standard descriptors, or a store's file would get their numbers; speak UTF-8 in any locale."""
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        for number, name in enumerate(("stdin", "stdout", "stderr")):
+            setattr(sys, name, getattr(sys, name) or open(null, "w" if number else "r", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> Any:
@@ -2298,6 +2309,7 @@ def _serve(options: Any) -> int:
         raise InvalidParameter("--workers and --max-connections: at least 1")
     if options.workers > 1 and (options.store.startswith("memory:") or not hasattr(os, "fork")):
         raise InvalidParameter("--workers: processes share neither memory: nor a system without fork; use 1")
+    log = _line_writer(options.log)
     storage = open_storage(options.store)  # before any fork, so that a bad one is refused here
     with storage_errors():
         if options.sample and not storage.page(None, 0, 0, deleted=None)[0]:
@@ -2305,7 +2317,6 @@ def _serve(options: Any) -> int:
     if options.workers > 1:
         storage.close()
     listener = listen(options.host, options.port, options.unix_socket)
-    log = _line_writer(options.log)
 
     def make_server() -> Server:
         ours = storage if options.workers == 1 else open_storage(options.store)
@@ -2381,7 +2392,7 @@ def _visible(value: Any) -> str:
 
 
 def _print_row(image: Record) -> None:
-    boot = {BOOT_DEV_SAN: "volume", BOOT_DEV_LOCAL: "local"}.get(image.get("boot_dev_type", 0), "?")
+    boot = "volume" if image.get("boot_dev_type") == BOOT_DEV_SAN else "local"
     name = image.get("display_name") or image.get("description") or ""
     id, account, arch, public, state = map(image.get, ("id", "account_id", "arch", "is_public", "state"))
     cells = (id, account, arch, boot, public, state, name)
@@ -2403,16 +2414,16 @@ def _list(options: Any) -> int:
             if options.output == "table":
                 _print_row(image)
             else:
-                print(image["id"] if options.output == "id" else "".join(yaml_lines([image], "")).rstrip("\n"))
+                print(_visible(image["id"]) if options.output == "id" else "".join(yaml_lines([image], "")).rstrip("\n"))
     return 0
 
 
 def _print_image(image: Record, output: str) -> int:
     texts: dict[str, Callable[[], str]] = {
-        "table": lambda: "\n".join(f"{name + ':':<21}{_visible(value)}" for name, value in image.items()),
+        "table": lambda: "\n".join(f"{_visible(name) + ':':<21}{_visible(value)}" for name, value in image.items()),
         "json": lambda: json.dumps(image, ensure_ascii=False, indent=2),
         "yaml": lambda: to_yaml(image).rstrip("\n"),
-        "id": lambda: image["id"],
+        "id": lambda: _visible(image["id"]),
     }
     print(texts[output]())
     return 0
