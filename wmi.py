@@ -647,11 +647,8 @@ class _Row(NamedTuple):
 class MemoryStorage:
     """Keep records in this process, for tests and trials; see Storage for the verbs."""
 
-    _VIEWS_KEPT = 64  # scopes whose order is remembered until the next change
-
     def __init__(self) -> None:
         self._rows: dict[str, _Row] = {}  # in order of registration; replaced, never changed
-        self._views: dict[Any, list[_Row]] = {}
         self._lock = threading.RLock()
         self._nonce, self._changes = os.urandom(8).hex(), 0  # no other process has our revisions
         self._closed = False
@@ -698,38 +695,36 @@ class MemoryStorage:
             self._commit(rows)
 
     def _commit(self, rows: dict[str, _Row]) -> None:
-        self._rows, self._views, self._changes = rows, {}, self._changes + 1
-
-    def _view(self, account: str | None, public: bool, deleted: bool | None, start: int) -> list[_Row]:
-        """Return the rows in scope, newest first."""
-        if start < 0:
-            raise ValueError("start is negative")
-        with self._opened():
-            if len(self._views) >= self._VIEWS_KEPT:
-                self._views = {}
-            if (account, public, deleted) not in self._views:
-                self._views[account, public, deleted] = [
-                    row
-                    for row in reversed(self._rows.values())
-                    if (account is None or row.account == account or (public and row.public))
-                    and (deleted is None or row.deleted == deleted)
-                ]
-            return self._views[account, public, deleted]
+        self._rows, self._changes = rows, self._changes + 1
 
     def page(
         self, account: str | None, start: int, limit: int, *, public: bool = True, deleted: bool | None = False
     ) -> tuple[int, list[Record]]:
         """Return the size of the scope, and limit records of it from offset start, newest first."""
-        view = self._view(account, public, deleted, min(start, limit))
-        return len(view), [_decoded(row) for row in view[start : start + limit]]
+        if start < 0 or limit < 0:
+            raise ValueError("start or limit is negative")
+        rows = list(self._scope(account, public, deleted))
+        return len(rows), [_decoded(row) for row in rows[start : start + limit]]
 
     def walk(
         self, account: str | None = None, *, public: bool = True, deleted: bool | None = None, start: int = 0,
         oldest_first: bool = False, frozen: bool = False,
     ) -> Iterator[Record]:  # fmt: skip
         """Yield the scope from offset start, always as it was at one moment."""
-        view = self._view(account, public, deleted, start)
-        return map(_decoded, itertools.islice(reversed(view) if oldest_first else view, start, None))
+        if start < 0:
+            raise ValueError("start is negative")
+        rows = self._scope(account, public, deleted, oldest_first)
+        return map(_decoded, itertools.islice(rows, start, None))
+
+    def _scope(
+        self, account: str | None, public: bool, deleted: bool | None, oldest_first: bool = False
+    ) -> Iterator[_Row]:
+        with self._opened():
+            rows = self._rows.values()  # of this moment: a change makes another dict
+        for row in rows if oldest_first else reversed(rows):
+            mine = account is None or row.account == account or (public and row.public)
+            if mine and (deleted is None or row.deleted == deleted):
+                yield row
 
     def revision(self) -> str:
         """Return what changes whenever anything changes."""
@@ -743,7 +738,7 @@ class MemoryStorage:
 
     def close(self) -> None:
         """Forget everything; a second time is harmless."""
-        self._closed, self._rows, self._views = True, {}, {}
+        self._closed, self._rows = True, {}
 
     def __enter__(self) -> MemoryStorage:
         return self
