@@ -324,7 +324,15 @@ Check = Callable[[str, Any], Any]  # (field, value) -> the value as kept, or Inv
 
 def refuse(field: str, value: Any, allowed: str) -> InvalidParameter:
     """Return the error for a value: it names the field, the value and what is allowed."""
-    return InvalidParameter(f"{field}: {value!r:.80} is not allowed; expected {allowed}")
+    return InvalidParameter(f"{field}: {brief(value)} is not allowed; expected {allowed}")
+
+
+def brief(value: Any) -> str:
+    """Return at most 80 characters that show a value, however deep it is nested."""
+    try:
+        return f"{value!r:.80}"
+    except RecursionError:
+        return f"a deeply nested {type(value).__name__}"
 
 
 def _matching(pattern: str, allowed: str) -> Check:
@@ -443,7 +451,7 @@ def image_record(fields: Mapping[str, Any]) -> Record:
     given = {name: value for name, value in fields.items() if name not in _ALWAYS_EMPTY or value != []}
     uuid = given.pop("uuid", None)
     if uuid is not None and given.setdefault("id", uuid) != uuid:
-        raise refuse("uuid", uuid, f"the same as id, {given['id']!r}")
+        raise refuse("uuid", uuid, f"the same as id, {brief(given['id'])}")
     for name in given:
         if name not in FIELDS:
             raise refuse("field", name, ", ".join(FIELDS))
@@ -1770,6 +1778,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._write_line = log
         self._max_connections = max_connections
         self._slots = threading.Semaphore(max_connections)
+        ascii("é")  # PyPy imports a codec for it, which report() could not do without descriptors
 
     @property
     def url(self) -> str:
@@ -2118,7 +2127,7 @@ def _parse_answer(body: bytes) -> Any:
 def _shown_record(shown: Any) -> Record:
     """Return an image that a server showed, source and features as dicts."""
     if not isinstance(shown, dict) or "id" not in shown:
-        raise BadAnswer(f"the answer is not an image: {shown!r:.80}")
+        raise BadAnswer(f"the answer is not an image: {brief(shown)}")
     try:
         texts = {name: shown[name] for name in ("source", "features") if isinstance(shown.get(name), str)}
         return {**shown, **{name: parse_yaml_mapping(text) for name, text in texts.items()}}
@@ -2189,7 +2198,7 @@ def _prepare_streams() -> None:
         while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass
         for number, name in enumerate(("stdin", "stdout", "stderr")):
-            setattr(sys, name, getattr(sys, name) or open(null, "w" if number else "r", closefd=False))
+            setattr(sys, name, getattr(sys, name) or os.fdopen(null, "w" if number else "r", closefd=False))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -2386,12 +2395,12 @@ def _visible(value: Any) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-def _print_row(image: Record) -> None:
+def _table_row(image: Record) -> str:
     boot = "volume" if image.get("boot_dev_type") == BOOT_DEV_SAN else "local"
     name = image.get("display_name") or image.get("description") or ""
     id, account, arch, public, state = map(image.get, ("id", "account_id", "arch", "is_public", "state"))
     cells = (id, account, arch, boot, public, state, name)
-    print("{:<16} {:<12} {:<7} {:<7} {:<7} {:<10} {:.60}".format(*map(_visible, cells)).rstrip())
+    return "{:<16} {:<12} {:<7} {:<7} {:<7} {:<10} {:.60}".format(*map(_visible, cells)).rstrip()
 
 
 def _list(options: Any) -> int:
@@ -2405,11 +2414,13 @@ def _list(options: Any) -> int:
             return 0
         if options.output == "table":
             print("ID               ACCOUNT      ARCH    BOOT    PUBLIC  STATE      NAME")
+        lines: dict[str, Callable[[Record], str]] = {
+            "table": _table_row,
+            "yaml": lambda image: "".join(yaml_lines([image], "")).rstrip("\n"),
+            "id": lambda image: _visible(image["id"]),
+        }
         for image in images:
-            if options.output == "table":
-                _print_row(image)
-            else:
-                print(_visible(image["id"]) if options.output == "id" else "".join(yaml_lines([image], "")).rstrip("\n"))
+            print(lines[options.output](image))
     return 0
 
 
