@@ -1,0 +1,1153 @@
+"""The command: each subcommand on a store and on a server, what it prints, its exit code, and bad input."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from serving import serving
+
+import wmi
+
+ACCOUNT = "a-shpoolxx"
+SCRIPT = os.path.abspath(wmi.__file__)
+SECONDS = 20.0
+STORES = ["json:images", "sqlite:images"]
+HOSTILE = [
+    "",
+    " ",
+    "é\n\"'\\",
+    "\x00\x1b[2J\x07\x7f\x85\x9b31m",
+    "\u2028\u202e\ufeff",
+    "\U0001f4a9" * 30,
+    "--- !ruby/object:Gem {}",
+    "null",
+    "a: b #c",
+    "\r\n",
+    "x" * 70_000,
+    "<script>",
+    "%s{}",
+]
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path, monkeypatch):
+    """Each test has an empty folder, and an environment without our variables."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith(("WMI_", "LISTEN_"))]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Return a function that runs the command and returns exit code, stdout and stderr."""
+
+    def run(*argv, stdin=b""):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        try:
+            code = wmi.main(list(map(str, argv)))
+        except SystemExit as exit:  # argparse's way out
+            code = exit.code
+        text = capsys.readouterr()
+        assert "Traceback" not in text.err
+        return code, text.out, text.err
+
+    return run
+
+
+@pytest.fixture
+def done(run):
+    """Return a function that runs the command, which must succeed, and returns its stdout."""
+
+    def done(*argv, **options):
+        code, out, err = run(*argv, **options)
+        assert code == 0, err
+        return out
+
+    return done
+
+
+@pytest.fixture
+def refused(run):
+    """Return a function that runs the command, which must refuse in one line, and returns that line."""
+
+    def refused(*argv, **options):
+        code, out, err = run(*argv, **options)
+        assert (code, out) == (1, ""), err
+        assert err.startswith("wmi: ") and err.endswith("\n") and err.count("\n") == 1, err
+        assert all(char.isprintable() for char in err[:-1]), err
+        return err
+
+    return refused
+
+
+def process(*argv, **options):
+    """Run the command in a process of its own."""
+    options = {"capture_output": True, "timeout": SECONDS, **options}
+    return subprocess.run([sys.executable, SCRIPT, *argv], **options)
+
+
+def kept(url="sqlite:images.db"):
+    """Return all records of a store, oldest first."""
+    with wmi.open_storage(url) as storage:
+        return list(storage.walk(oldest_first=True))
+
+
+def fill(url, count=3, **fields):
+    """Put images into a store."""
+    with wmi.open_storage(url) as storage:
+        storage.add_all(
+            wmi.image_record({"id": f"wmi-{n}", "account_id": ACCOUNT, **fields}) for n in range(count)
+        )
+
+
+# ---- add ----
+
+
+def test_add_local_of_a_file(done, tmp_path):
+    """A file that is here is stored as a file:// URI, with its checksum; the id is all that is printed."""
+    path = tmp_path / "a b é%.raw"
+    path.write_bytes(b"image" * 1000)
+    out = done("add", "local", path.name, "--account-id", ACCOUNT)
+    assert re.fullmatch(r"wmi-[a-z0-9]{8}\n", out)
+    (record,) = kept()
+    assert record["id"] == out.strip()
+    assert record["source"] == {"uri": path.as_uri()}
+    assert record["md5sum"] == hashlib.md5(path.read_bytes()).hexdigest()
+    assert (record["boot_dev_type"], record["state"], record["is_public"]) == (2, "init", False)
+
+
+def test_add_local_with_a_checksum_reads_nothing(done, tmp_path):
+    """A checksum that is given is taken, in lower case."""
+    (tmp_path / "x").write_bytes(b"image")
+    done("add", "local", "x", "-a", ACCOUNT, "-m", "ABCDEF0123456789" * 2)
+    assert kept()[0]["md5sum"] == "abcdef0123456789" * 2
+
+
+@pytest.mark.parametrize("uri", ["file:///no/such file", "http://127.0.0.1:1/x?y#z", "s3://é"])
+def test_add_local_of_a_uri(done, uri):
+    """A URI is stored as it is; nothing is fetched."""
+    done("add", "local", uri, "-a", ACCOUNT)
+    assert (kept()[0]["source"], kept()[0]["md5sum"]) == ({"uri": uri}, None)
+
+
+@pytest.mark.parametrize("location", ["missing", "", ".", "/dev/null/x", "a\nb", "file:relative", "\x1b[31m"])
+def test_add_local_of_nothing(refused, location):
+    """A path that is no file is an error that names it, and registers nothing."""
+    refused("add", "local", location, "-a", ACCOUNT)
+    assert not os.path.exists("images.db") or kept() == []
+
+
+def test_add_volume(done):
+    """A snapshot is a source of its own kind; a backup object goes into its own field."""
+    done("add", "volume", "snap-lucid1", "--account-id", ACCOUNT)
+    done("add", "volume", "bo-abc1", "--account-id", ACCOUNT)
+    done("add", "local", "bo-abc2", "--account-id", ACCOUNT)
+    assert [(row["boot_dev_type"], row["source"], row["backup_object_id"]) for row in kept()] == [
+        (1, {"snapshot_id": "snap-lucid1"}, None),
+        (1, {}, "bo-abc1"),
+        (2, {}, "bo-abc2"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [
+            "--account-id",
+            ACCOUNT,
+            "--uuid",
+            "wmi-abc",
+            "--arch",
+            "x86",
+            "--md5sum",
+            "0" * 32,
+            "--description",
+            "text",
+            "--is-public",
+        ],
+        [
+            "--account_id",
+            ACCOUNT,
+            "--uuid",
+            "wmi-abc",
+            "--arch",
+            "x86",
+            "--md5sum",
+            "0" * 32,
+            "--description",
+            "text",
+            "--is_public",
+        ],
+        ["-a", ACCOUNT, "-u", "wmi-abc", "-r", "x86", "-m", "0" * 32, "-d", "text", "-p"],
+        [f"-a{ACCOUNT}", "-uwmi-abc", "-rx86", "-m" + "0" * 32, "-dtext", "-p"],
+        [
+            f"--account-id={ACCOUNT}",
+            "--uuid=wmi-abc",
+            "--arch=x86",
+            "--md5sum=" + "0" * 32,
+            "--description=text",
+            "--is-public",
+        ],
+    ],
+)
+def test_add_takes_both_generations_of_options(done, options):
+    """vdc-manage of 11.12 and of 12.03 spelled them differently: all are understood."""
+    assert done("add", "local", "file:///x", *options) == "wmi-abc\n"
+    (record,) = kept()
+    assert [record[name] for name in ("account_id", "arch", "md5sum", "description", "is_public")] == [
+        ACCOUNT,
+        "x86",
+        "0" * 32,
+        "text",
+        True,
+    ]
+
+
+def test_add_of_every_field(done):
+    """The fields of 12.03 have their options too."""
+    options = {
+        "state": "available",
+        "file-format": "qcow2",
+        "root_device": "label:root",
+        "instance-model-name": "kvm",
+        "os-type": "windows",
+        "parent_image_id": "wmi-parent",
+        "service-type": "lb",
+        "display-name": "né",
+        "backup-object-id": "bo-1",
+    }
+    flags = itertools.chain.from_iterable((f"--{name}", value) for name, value in options.items())
+    done(
+        "add",
+        "volume",
+        "snap-1",
+        "-a",
+        ACCOUNT,
+        *flags,
+        "--is-cacheable",
+        "--no-is-public",
+        "--feature",
+        "virtio",
+        "--feature",
+        "acpi",
+    )
+    (record,) = kept()
+    assert {name: record[name.replace("-", "_")] for name in options} == options
+    assert (record["is_cacheable"], record["is_public"], record["features"]) == (
+        True,
+        False,
+        {"virtio": True, "acpi": True},
+    )
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("--account-id", "nobody"),
+        ("--account-id", "a-\n"),
+        ("--uuid", "x"),
+        ("--uuid", "wmi-A"),
+        ("--uuid", "wmi-" + "a" * 252),
+        ("--uuid", ""),
+        ("--arch", "arm"),
+        ("--md5sum", "0"),
+        ("--md5sum", "é" * 32),
+        ("--state", "gone"),
+        ("--state", "deleted"),
+        ("--feature", "magic"),
+        ("--file-format", ""),
+        ("--service-type", "x"),
+        ("--os-type", "bsd"),
+        ("--parent-image-id", "x"),
+        ("--backup-object-id", "x"),
+        ("--description", "\udcff"),
+        ("--uuid", "\x1b[2J\n"),
+    ],
+)
+def test_add_of_bad_fields(refused, option, value, tmp_path):
+    """Each is refused with field, value and what is allowed, and nothing is registered."""
+    account = [] if option == "--account-id" else ["-a", ACCOUNT]
+    line = refused("add", "local", "file:///x", *account, option, value)
+    named = {"--uuid": "id", "--feature": "features"}.get(option, option[2:].replace("-", "_"))
+    named = "deleted_at" if value == "deleted" else named  # what a tombstone lacks
+    assert line.startswith(f"wmi: {named}: ")
+    assert not os.path.exists("images.db") or kept() == []
+
+
+def test_add_of_an_id_that_is_taken(done, refused):
+    """An id that exists is refused and stays as it was; a deleted one may be registered anew."""
+    done("add", "local", "file:///one", "-a", ACCOUNT, "-u", "wmi-one")
+    assert "wmi-one" in refused("add", "local", "file:///two", "-a", ACCOUNT, "-u", "wmi-one")
+    assert kept()[0]["source"] == {"uri": "file:///one"}
+    done("delete", "wmi-one")
+    assert done("add", "local", "file:///three", "-a", ACCOUNT, "-u", "wmi-one") == "wmi-one\n"
+    assert [row["source"] for row in kept()] == [{"uri": "file:///three"}]
+
+
+def test_account_of_the_environment(done, refused, monkeypatch):
+    """WMI_ACCOUNT says whose image it is where no option does; without either it is refused."""
+    assert "account_id" in refused("add", "local", "file:///x")
+    monkeypatch.setenv("WMI_ACCOUNT", "a-env")
+    done("add", "local", "file:///x")
+    done("add", "local", "file:///x", "-a", "a-option")
+    assert [row["account_id"] for row in kept()] == ["a-env", "a-option"]
+
+
+# ---- list, show, delete, modify, features: on a store and on a server ----
+
+
+@pytest.fixture(params=["store", "url"])
+def where(request, monkeypatch):
+    """Say by options where the images are: in a store, or behind a server of the same store."""
+    fill("sqlite:images.db", 3, is_public=True, source={"uri": "file:///x"})
+    if request.param == "store":
+        yield ["--store", "sqlite:images.db"]
+    else:
+        with wmi.open_storage("sqlite:images.db") as storage, serving(storage) as served:
+            yield ["--url", served.url, "--account", ACCOUNT]
+
+
+def test_list(done, where):
+    """The newest comes first, in each form; --start and --limit page."""
+    assert done("list", *where, "-o", "id") == "wmi-2\nwmi-1\nwmi-0\n"
+    assert [row["id"] for row in json.loads(done("list", *where, "-o", "json"))] == [
+        "wmi-2",
+        "wmi-1",
+        "wmi-0",
+    ]
+    assert re.findall(r"^- :id: (\S+)|^  :id: ", done("list", *where, "-o", "yaml"), re.MULTILINE) == [
+        "wmi-2",
+        "wmi-1",
+        "wmi-0",
+    ]
+    table = done("list", *where).splitlines()
+    assert table[0].split() == ["ID", "ACCOUNT", "ARCH", "BOOT", "PUBLIC", "STATE", "NAME"]
+    assert table[1].split() == ["wmi-2", ACCOUNT, "x86_64", "local", "true", "init"]
+    assert done("list", *where, "-o", "id", "--start", "1", "--limit", "1") == "wmi-1\n"
+    assert done("list", *where, "-o", "id", "--start", "9") == ""
+    assert done("list", *where, "-o", "json", "--start", "9") == "[]\n"
+
+
+def test_show(done, where):
+    """One image, all its fields, in each form."""
+    assert done("show", *where, "wmi-1", "-o", "id") == "wmi-1\n"
+    assert json.loads(done("show", *where, "wmi-1", "-o", "json"))["source"] == {"uri": "file:///x"}
+    assert ":id: wmi-1\n" in done("show", *where, "wmi-1", "-o", "yaml")
+    assert re.search(r"(?m)^arch: +x86_64$", done("show", *where, "wmi-1"))
+
+
+@pytest.mark.parametrize("name", ["delete", "del"])
+def test_delete(done, run, where, name):
+    """Deleted images are printed; they are gone from the list; a second time is an error."""
+    assert done(name, *where, "wmi-0", "wmi-2") == "wmi-0\nwmi-2\n"
+    assert done("list", *where, "-o", "id") == "wmi-1\n"
+    code, out, err = run(name, *where, "wmi-1", "wmi-0", "wmi-9")
+    assert (code, out) == (1, "wmi-1\n")  # what was done is told, then the error
+    assert err == "wmi: wmi-0\n" or "wmi-0" in err
+
+
+def test_modify(done, where):
+    """Description and name can be set on both; the image is printed."""
+    assert (
+        done("modify", *where, "wmi-1", "--description", "new é", "--display-name", "n", "-o", "id")
+        == "wmi-1\n"
+    )
+    assert [(row["description"], row["display_name"]) for row in kept()] == [
+        (None, ""),
+        ("new é", "n"),
+        (None, ""),
+    ]
+
+
+def test_modify_and_features_on_a_store(done, refused):
+    """On a store every field can be set, features also by their own command, which keeps the others."""
+    fill("sqlite:images.db", 1)
+    done(
+        "modify",
+        "wmi-0",
+        "--account_id",
+        "a-new",
+        "--arch",
+        "x86",
+        "--no-is-public",
+        "--state",
+        "available",
+        "--feature",
+        "virtio",
+    )
+    done("features", "wmi-0", "--acpi")
+    assert kept()[0]["features"] == {"virtio": True, "acpi": True}
+    done("features", "wmi-0", "--no-virtio")
+    (record,) = kept()
+    assert (record["account_id"], record["arch"], record["state"], record["features"]) == (
+        "a-new",
+        "x86",
+        "available",
+        {"acpi": True},
+    )
+    refused("features", "wmi-9", "--acpi")
+    refused("modify", "wmi-9", "--arch", "x86")
+    assert "arch" in refused("modify", "wmi-0", "--arch", "arm")
+    refused("modify", "wmi-0")
+    assert kept() == [record]
+
+
+def test_modify_of_other_fields_on_a_server(run, where):
+    """A server sets name and description; anything else is refused, not silently left out."""
+    code, _, err = run("modify", *where, "wmi-1", "--arch", "x86")
+    assert code == (1 if "--url" in where else 0)
+    assert ("arch" in err) == ("--url" in where)
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["show", "wmi-9"], "wmi-9"),
+        (["show", "nope"], "Invalid UUID Syntax: nope"),
+        (["show", "wmi-\x1b[2J\n"], "Invalid UUID Syntax: "),
+        (["delete", "wmi-9"], "wmi-9"),
+        (["delete", ""], "Invalid UUID Syntax"),
+        (["show", "wmi-é"], "wmi-é"),
+        (["list", "--start", "x"], "start"),
+        (["list", "--limit", "-1"], "limit"),
+        (["list", "--limit", "9" * 19], "limit"),
+        (["list", "--start", ""], "start"),
+        (["show", "wmi-\udcff"], "wmi-"),
+    ],
+)
+def test_bad_input(refused, where, argv, said):
+    """One line that names it, alike on a store and on a server."""
+    argv = [*argv[:1], *where, *argv[1:]]
+    argv = [a.replace("--limit=", "") for a in argv]
+    if "-1" in argv:
+        argv[argv.index("--limit") :] = ["--limit=-1"]
+    assert said in refused(*argv)
+
+
+@pytest.mark.parametrize("account", ["nobody", "", "a-A", "a-\n"])
+def test_bad_accounts(refused, where, account):
+    """An account that is none is refused before anything is asked."""
+    refused("list", *[word for word in where if word not in ("--account", ACCOUNT)], "--account", account)
+
+
+def test_account_on_a_store(done, refused):
+    """With --account a store answers as a server would; without, the operator sees everything."""
+    fill("sqlite:images.db", 1)
+    assert done("list", "-o", "id") == "wmi-0\n"
+    assert done("list", "-o", "id", "--account", "a-other") == ""
+    refused("show", "wmi-0", "--account", "a-other")
+    refused("delete", "wmi-0", "--account", "a-other")
+
+
+def test_environment(done, monkeypatch):
+    """WMI_STORE, WMI_URL and WMI_ACCOUNT stand for the options, which win over them."""
+    fill("json:one", 1)
+    fill("json:two", 2)
+    monkeypatch.setenv("WMI_STORE", "json:one")
+    assert done("list", "-o", "id") == "wmi-0\n"
+    assert done("list", "-o", "id", "--store", "json:two") == "wmi-1\nwmi-0\n"
+    with wmi.open_storage("json:two") as storage, serving(storage) as served:
+        monkeypatch.setenv("WMI_URL", served.url)
+        monkeypatch.setenv("WMI_ACCOUNT", ACCOUNT)
+        assert done("list", "-o", "id") == "wmi-1\nwmi-0\n"
+        assert done("list", "-o", "id", "--account", "a-other") == ""
+
+
+# ---- what went wrong: one line, exit code 1 or 2, files untouched ----
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "images.db",
+        "nope:x",
+        "SQLITE:x",
+        ":x",
+        "../x:y",
+        "sys:x",
+        "os.path:x",
+        "json store:x",
+        "sqlite",
+        "é:x",
+        "\x1b[2J:x",
+    ],
+)
+@pytest.mark.parametrize(
+    "argv", [["list"], ["dump"], ["add", "volume", "snap-1", "-a", ACCOUNT], ["serve", "--port", "0"]]
+)
+def test_bad_store_urls(refused, url, argv):
+    """A URL without a known scheme names those there are, and imports nothing."""
+    line = refused(*argv, "--store", url)
+    assert all(scheme in line for scheme in ("memory", "json", "sqlite"))
+    assert os.listdir(".") == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "json:.",
+        "sqlite:.",
+        "json:no/such/folder/x",
+        "sqlite:no/such/folder/x",
+        "json:/dev/null/x",
+        "sqlite:/dev/null/x",
+    ],
+)
+@pytest.mark.parametrize("argv", [["list"], ["add", "volume", "snap-1", "-a", ACCOUNT]])
+def test_stores_that_cannot_be_opened(run, url, argv):
+    """A folder, or a file in no folder, is an error; nothing is made."""
+    code, _, err = run(*argv, "--store", url)
+    assert code == (0 if argv == ["list"] and "no/such" in url and url.startswith("json") and not err else 1)
+    assert err.count("\n") <= 1
+    assert os.listdir(".") == []
+
+
+FOREIGN = {
+    "text": b"this is not an image store\n",
+    "empty object": b"{}",
+    "cut": b'{"format": "wmi-images", "version": 1, "change": ',
+    "newer": b'{"format": "wmi-images", "version": 99, "change": 1,\n"images": [\n\n]}\n',
+    "binary": bytes(range(256)) * 20,
+    "list": b"[]",
+    "deep": b"[" * 100_000,
+    "html": b"<html>",
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("scheme", ["json", "sqlite"])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["list", "--store"],
+        ["add", "volume", "snap-1", "-a", ACCOUNT, "--store"],
+        ["check"],
+        ["load", "--store"],
+        ["copy", "memory:"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_files_of_others_are_refused_and_untouched(refused, content, scheme, argv):
+    """A file that is not ours, does not parse, or is newer, is named and stays as it is, byte for byte."""
+    with open("precious", "wb") as file:
+        file.write(content)
+    assert "precious" in refused(*argv, f"{scheme}:precious")
+    with open("precious", "rb") as file:
+        assert file.read() == content
+    assert os.listdir(".") == ["precious"]
+
+
+def test_databases_of_others_are_refused_and_untouched(refused):
+    """An SQLite file of another program, or of a newer schema, is not ours to touch."""
+    with sqlite3.connect("theirs") as db:
+        db.execute("CREATE TABLE image (a)")
+    db.close()
+    fill("sqlite:newer", 1)
+    db = sqlite3.connect("newer")
+    db.execute("PRAGMA user_version = 99")
+    db.close()
+    for name in ("theirs", "newer"):
+        with open(name, "rb") as file:
+            before = file.read()
+        for argv in (["list"], ["add", "volume", "snap-1", "-a", ACCOUNT], ["load"]):
+            refused(*argv, "--store", f"sqlite:{name}")
+        with open(name, "rb") as file:
+            assert file.read() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_folder(refused):
+    """A folder that may not be entered is an error in one line."""
+    os.mkdir("closed", 0)
+    refused("list", "--store", "sqlite:closed/images.db")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["nope"],
+        ["show"],
+        ["list", "--nope"],
+        ["list", "-o", "xml"],
+        ["add"],
+        ["add", "local"],
+        ["copy", "memory:"],
+        ["serve", "--port", "x"],
+        ["serve", "--unversioned", "1"],
+        ["features", "wmi-1", "--magic"],
+        ["load", "a", "b"],
+        ["delete"],
+        ["modify", "wmi-1", "--uuid", "wmi-2"],
+    ],
+)
+def test_wrong_usage(run, argv):
+    """What cannot be understood is exit code 2, with the usage, and nothing is done."""
+    code, out, err = run(*argv)
+    assert (code, out) == (2, "") and err.startswith("usage: wmi")
+    assert os.listdir(".") == []
+
+
+def test_version_and_help(run):
+    """--version and --help are answers: exit code 0, on stdout."""
+    assert run("--version") == (0, f"wmi {wmi.__version__}\n", "")
+    for argv in ([], ["add"], ["add", "local"], ["list"], ["serve"], ["load"], ["check"]):
+        code, out, err = run(*argv, "--help")
+        assert (code, err) == (0, "") and out.startswith("usage: wmi")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--port", "70000"],
+        ["--port", "-1"],
+        ["--workers", "0"],
+        ["--workers", "-1"],
+        ["--max-connections", "0"],
+        ["--workers", "2", "--store", "memory:"],
+        ["--host", "no.such.host.invalid."],
+        ["--host", "a..b"],
+        ["--host", "x" * 300],
+        ["--host", "\udcff"],
+        ["--log", "no/such/folder/log"],
+    ],
+)
+def test_serve_refuses(refused, options):
+    """What cannot be served is said in one line, before anything is served."""
+    refused("serve", "--store", "memory:", "--port", "0", *options)
+
+
+def test_serve_on_a_port_that_is_taken(refused):
+    """The port in use is an error in one line."""
+    with wmi.MemoryStorage() as storage, serving(storage) as served:
+        refused("serve", "--store", "memory:", "--port", served.port)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:1",
+        "ftp://127.0.0.1/",
+        "nope",
+        "http://[::1",
+        "file:///etc/passwd",
+        "http://127.0.0.1:99999",
+        "http://a b",
+        "http://\x1b[2J",
+    ],
+)
+@pytest.mark.parametrize(
+    "argv",
+    [["list"], ["show", "wmi-1"], ["delete", "wmi-1"], ["modify", "wmi-1", "-o", "id", "--description", "x"]],
+)
+def test_servers_that_cannot_be_asked(refused, monkeypatch, url, argv):
+    """A URL that is none, or where nobody answers, is one line."""
+    monkeypatch.setattr(wmi.time, "sleep", lambda seconds: None)
+    refused(*argv, "--url", url, "--account", ACCOUNT)
+
+
+def test_a_server_asks_who_calls(refused):
+    """--url without an account is refused with the way to give one."""
+    assert "--account" in refused("list", "--url", "http://127.0.0.1:1")
+
+
+# ---- what other servers answer ----
+
+
+class Answering(wmi.MemoryStorage):
+    """A store that shows what it is given, whatever that is."""
+
+    def __init__(self, shown):
+        super().__init__()
+        self.shown = shown
+
+    def page(self, *args, **options):
+        """Return one image."""
+        return 1, [self.shown]
+
+    def get(self, id):
+        """Return that image."""
+        return self.shown
+
+
+GOOD = {
+    "id": "wmi-one",
+    "account_id": ACCOUNT,
+    "arch": "x86",
+    "boot_dev_type": 2,
+    "is_public": True,
+    "state": "init",
+    "deleted_at": None,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"arch": None},
+        {"boot_dev_type": []},
+        {"boot_dev_type": {}},
+        {"description": 5},
+        {"state": ["x"]},
+        {"id": "wmi-\ud800"},
+        {"description": "\ud800"},
+        {"account_id": {"a": {}}},
+        {"id": "wmi-\x1b[2J"},
+        {"is_public": "\x9b31m\n"},
+        {"\x1b[2J\n": "x"},
+        {"id": None},
+        {"arch": "..."},
+    ],
+    ids=ascii,
+)
+@pytest.mark.parametrize("output", ["table", "json", "yaml", "id"])
+@pytest.mark.parametrize("verb", [["list"], ["show", "wmi-one"]], ids=["list", "show"])
+def test_hostile_servers(run, monkeypatch, changes, output, verb):
+    """Whatever a server shows as an image is printed or refused, and a table moves no cursor."""
+    shown = {**GOOD, **changes}
+    if changes == {"arch": "..."}:
+        shown = {"id": "wmi-one"}
+    page = {"total": 1, "start": 0, "limit": None, "result": [shown]}
+    body = json.dumps(shown if verb[0] == "show" else page).encode()
+    monkeypatch.setattr(wmi.Client, "_send", lambda self, request, until: body)
+    code, out, err = run(*verb, "--url", "http://127.0.0.1:1", "--account", ACCOUNT, "-o", output)
+    assert code in (0, 1) and err.count("\n") == code
+    if output in ("table", "id"):
+        assert all(char.isprintable() for char in out.replace("\n", "")), ascii(out)
+    assert all(char.isprintable() for char in err.replace("\n", "")), ascii(err)
+
+
+# ---- terminals ----
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text)[:20])
+def test_tables_cannot_move_the_cursor(done, text):
+    """Control characters in a description are shown, not obeyed; one image stays one line."""
+    fill("sqlite:images.db", 1, description=text, display_name=text)
+    table = done("list")
+    assert table.count("\n") == 2
+    for out in (table, done("show", "wmi-0")):
+        assert all(char.isprintable() for char in out.replace("\n", ""))
+    assert json.loads(done("show", "wmi-0", "-o", "json"))["description"] == text
+    assert json.loads(done("list", "-o", "json"))[0]["description"] == text
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("argv", [["list"], ["show", "wmi-0", "-o", "yaml"], ["dump"]], ids=" ".join)
+def test_terminals_of_other_encodings(encoding, argv):
+    """Text that the terminal's encoding does not have is no traceback."""
+    fill("sqlite:images.db", 1, description="é\u2603\U0001f4a9")
+    done = process(*argv, env={**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C"})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == b"" and b"wmi-0" in done.stdout
+
+
+def terminal(*argv):
+    """Run the command with stderr on a terminal; return its exit code and what the terminal got."""
+    pty = pytest.importorskip("pty", reason="terminals are POSIX's")
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, SCRIPT, *argv], stdout=subprocess.DEVNULL, stderr=theirs, stdin=subprocess.DEVNULL
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while True:
+            piece = os.read(ours, 65536)
+            if not piece:
+                break
+            shown += piece
+    except OSError:  # Linux's way to say that nobody writes any more
+        pass
+    finally:
+        os.close(ours)
+    return child.wait(SECONDS), shown
+
+
+def test_progress_is_for_terminals(tmp_path):
+    """Long work counts on a terminal and cleans the line up; in a pipe it is quiet."""
+    with open("big", "wb") as file:
+        file.truncate(300 << 20)  # sparse: costs no disk
+    code, shown = terminal("add", "local", "big", "-a", ACCOUNT)
+    assert code == 0
+    assert b"\rmd5 of big" in shown and shown.endswith(b"\r\x1b[K")
+    done = process("add", "local", "big", "-a", ACCOUNT)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_errors_after_progress_begin_their_own_line():
+    """A failure after progress was shown is not written over it."""
+    lines = [
+        json.dumps({"id": f"wmi-{n}", "account_id": ACCOUNT, "description": "x" * 2000})
+        for n in range(20_000)
+    ]
+    with open("lines", "w") as file:
+        file.write("\n".join([*lines, "nonsense"]))
+    code, shown = terminal("load", "lines", "--store", "memory:")
+    assert code == 1
+    assert b"loaded" in shown
+    assert re.split(rb"[\r\n]|\x1b\[K", shown.rstrip())[-1].startswith(b"wmi: line 20001: ")
+
+
+# ---- pipes, signals, descriptors ----
+
+
+def test_head_is_no_error():
+    """A reader that has seen enough is not answered with a traceback."""
+    fill("sqlite:images.db", 5000)
+    for argv in (["list"], ["list", "-o", "json"], ["list", "-o", "yaml"], ["dump"]):
+        child = subprocess.Popen(
+            [sys.executable, SCRIPT, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        child.stdout.read(10)
+        child.stdout.close()
+        assert child.stderr.read() == b""
+        child.stderr.close()
+        assert child.wait(SECONDS) in (0, 1)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("argv", [["list"], ["dump"], ["dump", "/dev/full"], ["show", "wmi-0"]], ids=" ".join)
+def test_full_disk(argv):
+    """Output that cannot be written is one line and exit code 1."""
+    fill("sqlite:images.db", 3)
+    with open("/dev/full", "wb") as full:
+        done = process(
+            *argv,
+            capture_output=False,
+            stdout=full if len(argv) < 2 or argv[0] == "show" else subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith(b"wmi: ") and done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a POSIX shell's way")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("argv", ["list", "load", "show wmi-9"])
+def test_closed_descriptors(closed, argv):
+    """A cron job without stdin, stdout or stderr gets an exit code, no traceback."""
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" "$1" {argv} {closed}', sys.executable, SCRIPT],
+        capture_output=True,
+        timeout=SECONDS,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode in (0, 1, 2)
+    assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_interrupted():
+    """SIGINT in the middle of long work is exit code 130 without a traceback, and nothing is half done."""
+    os.mkfifo("pipe")
+    child = subprocess.Popen([sys.executable, SCRIPT, "load", "pipe"], stderr=subprocess.PIPE)
+    with open("pipe", "wb") as pipe:  # waits until the command reads
+        pipe.write(b'{"account_id": "a-x"}\n' * 10)
+        pipe.flush()
+        until_open = time.monotonic() + SECONDS
+        while not os.path.exists("images.db") and time.monotonic() < until_open:
+            threading.Event().wait(0.01)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(SECONDS) == 130
+    assert b"Traceback" not in child.stderr.read()
+    child.stderr.close()
+    assert kept() == []
+
+
+# ---- load and dump ----
+
+
+def hostile_images():
+    """Return lines of images whose texts, times, states and order try everything."""
+    for number, text in enumerate(HOSTILE):
+        yield {
+            "id": f"wmi-{number}",
+            "account_id": ACCOUNT,
+            "description": text,
+            "display_name": text,
+            "root_device": text,
+            "created_at": f"20{number:02}-02-28T23:59:59Z",
+            "updated_at": "1970-01-01T00:00:00Z",
+            "is_public": bool(number % 2),
+            "features": {"virtio": True} if number % 3 else {},
+            "source": {"uri": "file:///é 'x'"} if number % 2 else {},
+        }
+    yield {"id": "wmi-gone", "account_id": ACCOUNT, "state": "deleted", "deleted_at": "2012-02-29T00:00:00Z"}
+    yield {
+        "id": "wmi-volume",
+        "account_id": ACCOUNT,
+        "boot_dev_type": 1,
+        "source": {"snapshot_id": "snap-1"},
+        "md5sum": "0" * 32,
+    }
+
+
+@pytest.mark.parametrize("url", STORES)
+def test_round_trip(done, url):
+    """What was dumped, loaded and dumped again is the same: bytes, ids, times, tombstones, order."""
+    lines = "\n".join(json.dumps(row) for row in hostile_images()).encode()
+    done("load", "--store", url, stdin=lines)
+    first = done("dump", "--store", url)
+    assert [json.loads(line)["id"] for line in first.rstrip("\n").split("\n")] == [
+        row["id"] for row in hostile_images()
+    ]
+    done("load", "--store", "json:second", stdin=first.encode())
+    assert done("dump", "--store", "json:second") == first
+    assert kept(url) == kept("json:second")
+    done("dump", "file", "--store", url)
+    with open("file", encoding="utf-8", newline="") as file:
+        assert file.read() == first
+    done("load", "file", "--store", "sqlite:third")
+    assert kept("sqlite:third") == kept(url)
+
+
+@pytest.mark.parametrize("version", wmi.VERSIONS)
+def test_load_of_what_a_server_shows(done, version):
+    """The images in an answer of any version can be loaded as they are."""
+    fill("json:images", 2, description="é", source={"uri": "file:///x"}, features={"virtio": True})
+    with wmi.open_storage("json:images") as storage:
+        shown = [wmi.render(wmi.VERSIONS[version], record) for record in storage.walk(oldest_first=True)]
+    done("load", "--store", "json:second", stdin="\n".join(map(json.dumps, shown)).encode())
+    again = kept("json:second")
+    for name in set(wmi.FIELDS) & set(shown[0]) - {"state"}:
+        assert [row[name] for row in again] == [row[name] for row in kept("json:images")], name
+
+
+@pytest.mark.parametrize("text", [b"", b"\n\n", b"  \r\n\t\n"])
+def test_load_of_nothing(run, text):
+    """Empty lines are no images."""
+    assert run("load", stdin=text)[:2] == (0, "")
+    assert kept() == []
+
+
+LINE = b'{"account_id": "a-x", "id": "wmi-good%d"}'
+BAD = {
+    "json": b"{",
+    "text": b"hello",
+    "list": b"[]",
+    "number": b"5",
+    "null": b"null",
+    "no account": b"{}",
+    "utf-8": b'{"account_id": "a-\xff"}',
+    "utf-16": '{"account_id": "a-x"}'.encode("utf-16"),
+    "nul": b"\x00",
+    "deep": b"[" * 100_000,
+    "field": b'{"account_id": "a-x", "nope": 1}',
+    "arch": b'{"account_id": "a-x", "arch": "arm"}',
+    "id": b'{"account_id": "a-x", "id": "x"}',
+    "time": b'{"account_id": "a-x", "created_at": "x"}',
+    "two ids": b'{"account_id": "a-x", "id": "wmi-a", "uuid": "wmi-b"}',
+    "surrogate": b'{"account_id": "a-x", "description": "\\ud800"}',
+    "tombstone": b'{"account_id": "a-x", "state": "deleted"}',
+    "source": b'{"account_id": "a-x", "source": "--- !ruby/object:X {}"}',
+    "escape": b'{"account_id": "a-x", "source": "---\\n:uri: \\"\\\\UFFFFFFFF\\"\\n"}',
+    "long number": b"9" * 10_000,
+    "infinite": b'{"account_id": "a-x", "boot_dev_type": 1e999}',
+    "nested": b'{"account_id": "a-x", "arch": ' + b"[" * 900 + b"]" * 900 + b"}",
+    "escapes": b'{"account_id": "a-x", "\\u001b[2J\\n": 1}',
+    "true": b'{"account_id": "a-x", "boot_dev_type": true}',
+    "one": b'{"account_id": "a-x", "is_public": 1}',
+    "two": LINE + b" " + LINE,
+    "day": b'{"account_id": "a-x", "created_at": "2011-02-30"}',
+    "duplicate": LINE % 1,
+    "cr": b'{"account_id": "a-x"}\r{"account_id": "a-y"}',
+}
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("url", STORES)
+def test_load_of_bad_lines(refused, run, url, bad):
+    """The line's number is told, and nothing of the file is loaded; with --keep-going all the others are."""
+    text = b"\n".join([LINE % 1, b"", LINE % 2, bad, LINE % 3])
+    assert refused("load", "--store", url, stdin=text).startswith("wmi: line 4: ")
+    assert kept(url) == []
+    code, out, err = run("load", "--store", url, "--keep-going", stdin=text)
+    assert (code, out) == (1, "")
+    assert [row["id"] for row in kept(url)] == ["wmi-good1", "wmi-good2", "wmi-good3"]
+    first, *_, last = err.splitlines()
+    assert first.startswith("wmi: line 4: ") and "loaded 3, refused 1" in last
+    assert len(err.splitlines()) == 2 and all(char.isprintable() for char in err.replace("\n", ""))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LINE % 1 + b"\r\n" + LINE % 2 + b"\r\n",
+        LINE % 1 + b"\n\n\n" + LINE % 2,
+        b" \t" + LINE % 1 + b" \n" + LINE % 2,
+    ],
+)
+def test_load_of_other_line_ends(done, text):
+    """CRLF, empty lines, blanks around, no end after the last line: all are lines."""
+    done("load", stdin=text)
+    assert [row["id"] for row in kept()] == ["wmi-good1", "wmi-good2"]
+
+
+def test_load_of_a_byte_order_mark(run):
+    """What editors put before the first line is skipped or refused by its name, never a puzzle."""
+    code, _, err = run("load", stdin=b"\xef\xbb\xbf" + LINE % 1)
+    assert code == 0 or "BOM" in err
+
+
+def test_load_of_a_huge_line(done):
+    """A line of 20 MB is a line."""
+    done("load", stdin=b'{"account_id": "a-x", "description": "' + b"x" * 20_000_000 + b'"}')
+    assert len(kept()[0]["description"]) == 20_000_000
+
+
+def test_load_over_images_that_are_there(refused, run, done):
+    """An id that is taken is refused with its line; the rest is loaded only when asked."""
+    fill("sqlite:images.db", 1)
+    before = kept()
+    text = b'{"account_id": "a-x", "id": "wmi-new"}\n{"account_id": "a-x", "id": "wmi-0"}\n'
+    line = refused("load", stdin=text)
+    assert "wmi-0" in line and kept() == before
+    assert run("load", "--keep-going", stdin=text)[0] == 1
+    assert [row["id"] for row in kept()] == ["wmi-0", "wmi-new"] and kept()[0] == before[0]
+
+
+def test_load_and_dump_of_files_that_are_not_there(refused):
+    """A file that cannot be read or written is one line that names it."""
+    assert "missing" in refused("load", "missing")
+    assert "no/such" in refused("dump", "no/such/file")
+    refused("load", ".")
+    refused("dump", ".")
+
+
+# ---- copy and check ----
+
+
+@pytest.mark.parametrize("source, target", list(itertools.product(STORES, repeat=2)))
+def test_copy(done, refused, source, target):
+    """Ids, times, tombstones and order are kept; a store that is not empty is left alone."""
+    target += "-copy"
+    done("load", "--store", source, stdin="\n".join(map(json.dumps, hostile_images())).encode())
+    done("copy", source, target)
+    assert kept(target) == kept(source)
+    assert "not empty" in refused("copy", source, target)
+    assert kept(target) == kept(source)
+
+
+def test_copy_onto_itself(refused):
+    """A store copied to itself is refused: it is not empty."""
+    fill("json:images", 2)
+    refused("copy", "json:images", "json:images")
+    assert len(kept("json:images")) == 2
+
+
+def test_copy_of_a_tombstone_alone_counts_as_not_empty(refused):
+    """A target that holds only deleted images is not empty."""
+    fill("json:target", 1, state="deleted", deleted_at="2012-01-01T00:00:00Z")
+    refused("copy", "memory:", "json:target")
+
+
+@pytest.mark.parametrize("url", [*STORES, "memory:"])
+def test_check_of_a_good_store(run, url):
+    """A store without faults is exit code 0, and nothing on stdout."""
+    if url != "memory:":
+        fill(url, 3, description="é")
+    code, out, err = run("check", url)
+    assert (code, out) == (0, "") and err.count("\n") == 1
+
+
+def test_check_of_bad_records(run):
+    """A record that no command would have written is told with its id; the store is not changed."""
+    fill("json:images", 2)
+    with open("images", encoding="utf-8") as file:
+        text = file.read()
+    text = text.replace('"x86_64"', '"arm\\u001b[2J"', 1)
+    with open("images", "w", encoding="utf-8") as file:
+        file.write(text)
+    code, out, _ = run("check", "json:images")
+    assert code == 1
+    assert out.count("\n") == 1 and "wmi-0" in out and "arch" in out
+    assert all(char.isprintable() for char in out.replace("\n", ""))
+    with open("images", encoding="utf-8") as file:
+        assert file.read() == text
+
+
+def test_check_and_repair(run):
+    """What is derived from the images is compared with them, and rebuilt when asked."""
+    fill("sqlite:images", 5)
+    db = sqlite3.connect("images")
+    db.execute("UPDATE tally SET n = n + 1")
+    db.commit()
+    db.close()
+    before = kept("sqlite:images")
+    code, out, _ = run("check", "sqlite:images")
+    assert code == 1 and out
+    assert run("check", "sqlite:images")[0] == 1
+    run("check", "sqlite:images", "--repair")
+    assert run("check", "sqlite:images")[:2] == (0, "")
+    assert kept("sqlite:images") == before
+
+
+# ---- serve ----
+
+
+def test_serve(tmp_path):
+    """The command serves what the other commands change, and the sample only where the store is empty."""
+    for _ in range(2):
+        child = subprocess.Popen(
+            [sys.executable, SCRIPT, "serve", "--sample", "--port", "0", "--log", "-"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            url = re.search(r"(http://.*)/api/images\n", child.stderr.readline())[1]
+            caller = wmi.Client(url, ACCOUNT)
+            ids = [row["id"] for row in caller.images()]
+            assert ids[-1] == "wmi-lucid0" and len(ids) == len(set(ids)) == len(kept())
+            if "wmi-new" not in ids:
+                assert (
+                    process("add", "local", "file:///x", "-a", ACCOUNT, "-u", "wmi-new").stdout
+                    == b"wmi-new\n"
+                )
+            assert next(caller.images())["id"] == "wmi-new"
+        finally:
+            child.terminate()
+            rest = child.communicate(timeout=SECONDS)[1]
+        assert (child.returncode, rest) == (0, "")
+
+
+def test_serve_of_another_version(tmp_path):
+    """--unversioned makes /api/images speak another version."""
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            SCRIPT,
+            "serve",
+            "--sample",
+            "--port",
+            "0",
+            "--unversioned",
+            "12.03",
+            "--store",
+            "memory:",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        url = re.search(r"(http://.*)/api/images\n", child.stderr.readline())[1]
+        page = wmi.Client(url, ACCOUNT).index()
+        assert page.limit == 250 and "service_type" in page.images[0]
+    finally:
+        child.terminate()
+        child.communicate(timeout=SECONDS)
+    assert child.returncode == 0

@@ -1,0 +1,1027 @@
+"""The client: against our server, where it must behave as a catalog does, and against other servers.
+
+The others are scripts: a thread that accepts connections and says, to each, what it was told to say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import inspect
+import itertools
+import json
+import re
+import socket
+import ssl
+import struct
+import threading
+import time
+
+import pytest
+from serving import serving
+
+import wmi
+
+ACCOUNT = "a-shpoolxx"
+SECONDS = 20.0  # for anything to happen, on a machine that is busy
+SHOWN = {
+    "id": "wmi-one",
+    "uuid": "wmi-one",
+    "account_id": ACCOUNT,
+    "source": "---\n:uri: file:///a\n",
+    "features": "--- {}\n",
+}
+
+
+def image(id="wmi-one", **fields):
+    """Return the record of an image."""
+    return wmi.image_record({"id": id, "account_id": ACCOUNT, **fields})
+
+
+# ---- servers that are not ours ----
+
+
+class Scripted:
+    """A server that plays one act a connection, the last one again and again, and keeps what it was asked.
+
+    An act is bytes to send after a request was read, or a function of the connection and the request.
+    """
+
+    def __init__(self, *acts, before=lambda connection: connection):
+        self.acts, self.before = list(acts), before
+        self.requests = []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._serve)
+
+    def _serve(self):
+        while True:
+            connection, _ = self.listener.accept()
+            with connection, contextlib.suppress(OSError):
+                if self.stopped.is_set():
+                    return
+                connection.settimeout(SECONDS)
+                act = self.acts.pop(0) if len(self.acts) > 1 else self.acts[0]
+                with self.before(connection) as stream:
+                    self._play(act, stream)
+
+    def _play(self, act, stream):
+        request = b""
+        while b"\r\n\r\n" not in request:
+            piece = stream.recv(65536)
+            if not piece:
+                return
+            request += piece
+        head, _, body = request.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
+        while length and len(body) < int(length[1]):
+            body += stream.recv(65536)
+        request = head + b"\r\n\r\n" + body
+        self.requests.append(request)
+        if callable(act):
+            act(stream, request)
+        else:
+            stream.sendall(act)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exc):
+        self.stopped.set()
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", self.port), SECONDS).close()
+        self.thread.join()
+        self.listener.close()
+
+
+def http(body=b"[]", status="200 OK", *fields, length=None):
+    """Return a raw answer with its length."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [
+        f"HTTP/1.1 {status}",
+        f"Content-Length: {len(body) if length is None else length}",
+        "Connection: close",
+        *fields,
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def error(name, status, message="", code="100"):
+    """Return an error as DCMGR answers it."""
+    return http(
+        {"error": f"Dcmgr::Endpoints::Errors::{name}", "message": message, "code": code}, f"{status} X"
+    )
+
+
+def hang(stream, request):
+    """Say nothing until the client goes."""
+    while stream.recv(65536):
+        pass
+
+
+def dripping(text, begin=b"", pause=0.02):
+    """Return an act that sends one byte at a time, while the client stays."""
+
+    def act(stream, request):
+        stream.sendall(begin)
+        stream.settimeout(pause)
+        for byte in itertools.islice(itertools.cycle(text), 400):  # 8 s: longer than any test waits
+            stream.sendall(bytes([byte]))
+            with contextlib.suppress(socket.timeout):
+                if not stream.recv(1):
+                    return
+
+    return act
+
+
+def reset(stream, request):
+    """Hang up with a reset."""
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def client(server, **options):
+    """Return a client that gives up soon."""
+    options = {"timeout": 5, "deadline": 10, "retries": 0, **options}
+    return wmi.Client(server if isinstance(server, str) else server.url, ACCOUNT, **options)
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch):
+    """No random pause takes long, no proxy of this machine plays a part, and no timer stays behind."""
+    monkeypatch.setattr(wmi.random, "uniform", lambda low, high: 0.01)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    yield
+    end = time.monotonic() + SECONDS
+    while any(isinstance(thread, threading.Timer) for thread in threading.enumerate()):
+        assert time.monotonic() < end, "a timer stays behind"
+        threading.Event().wait(0.005)
+
+
+# ---- the same verbs and errors as a catalog ----
+
+
+@pytest.fixture
+def storage():
+    """A store with images of two accounts."""
+    with wmi.MemoryStorage() as storage:
+        storage.add(
+            image(
+                "wmi-mine",
+                source={"uri": "file:///a b"},
+                features={"virtio": True},
+                description="\u00e9\n\"'\u2028\U0001f4a9",
+            )
+        )
+        storage.add(image("wmi-public", account_id="a-other", is_public=True))
+        storage.add(image("wmi-private", account_id="a-other"))
+        storage.add(image("wmi-volume", boot_dev_type=1, source={"snapshot_id": "snap-1"}, md5sum="0" * 32))
+        yield storage
+
+
+@pytest.fixture(params=["catalog", "client"])
+def opened(request, storage):
+    """Return a function that opens the catalog, or a client on a server of the same store."""
+    with contextlib.ExitStack() as stack:
+        if request.param == "catalog":
+            yield lambda account=ACCOUNT, version="document": wmi.Catalog(storage, account, version)
+        else:
+            url = stack.enter_context(serving(storage)).url
+            yield lambda account=ACCOUNT, version="document": wmi.Client(url, account, version=version)
+
+
+VERSIONS = pytest.mark.parametrize("version", wmi.VERSIONS)
+
+
+@VERSIONS
+def test_index(opened, version):
+    """An index has the same total, start and images on a store and on a server."""
+    page = opened(version=version).index()
+    own = ["wmi-volume", "wmi-mine"]
+    expected = own if version == "12.03" else ["wmi-volume", "wmi-public", "wmi-mine"]
+    assert (page.total, page.start, page.limit) == (len(expected), 0, 250 if version == "12.03" else None)
+    assert [row["id"] for row in page.images] == expected
+    second = opened(version=version).index(1, 1)
+    assert (second.total, second.start, second.limit) == (len(expected), 1, 1)
+    assert [row["id"] for row in second.images] == expected[1:2]
+    assert list(opened(version=version).index("9", "1").images) == []
+
+
+def test_filters(opened):
+    """The filters of 12.03 are named and valued alike."""
+    catalog = opened(version="12.03")
+    assert [row["id"] for row in catalog.index(is_public=True).images] == [
+        "wmi-volume",
+        "wmi-public",
+        "wmi-mine",
+    ]
+    assert catalog.index(filter="deleted_at.nil", state="alive").total == 2
+    catalog.destroy("wmi-mine")
+    assert [row["id"] for row in catalog.index(state="deleted").images] == ["wmi-mine"]
+    assert [row["id"] for row in catalog.images(sort_by="created_at.asc", state="alive")] == ["wmi-volume"]
+
+
+@VERSIONS
+def test_every_image(opened, version):
+    """images() yields all, page by page."""
+    assert [row["id"] for row in opened(version=version).images()][-1] == "wmi-mine"
+
+
+@pytest.mark.parametrize("id", ["wmi-mine", "wmi-volume", "wmi-public"])
+def test_show(opened, storage, id):
+    """An image has the same fields, source and features as dicts, in the document's order."""
+    shown, kept = opened().show(id), storage.get(id)
+    for name in set(wmi.VERSIONS["document"].fields) - {"uuid"}:
+        assert shown[name] == kept[name]
+    assert isinstance(shown["source"], dict) and isinstance(shown["features"], dict)
+
+
+def test_destroy(opened):
+    """Destroy returns the id, and the image is gone; in 12.03 it stays as a tombstone."""
+    assert opened().destroy("wmi-mine") == "wmi-mine"
+    with pytest.raises(wmi.UnknownUUIDResource):
+        opened().show("wmi-mine")
+    with pytest.raises(wmi.UnknownUUIDResource):
+        opened().destroy("wmi-mine")
+    assert opened(version="12.03").show("wmi-mine")["state"] == "deleted"
+    assert opened(version="12.03").destroy("wmi-mine") == "wmi-mine"
+
+
+@pytest.mark.parametrize("text", ["new", "a&b=c+d %41;\n\u00e9\u2028", "", " "])
+def test_update(opened, text):
+    """Any text arrives as it is."""
+    catalog = opened(version="12.03")
+    changed = catalog.update("wmi-mine", display_name=text)
+    assert (changed["id"], changed["display_name"]) == ("wmi-mine", text)
+    assert catalog.show("wmi-mine")["display_name"] == text
+
+
+ERRORS = [
+    (wmi.UnknownUUIDResource, 404, "100", lambda c: c().show("wmi-none"), "wmi-none"),
+    (wmi.OperationNotPermitted, 403, "105", lambda c: c().show("wmi-private"), ""),
+    (wmi.OperationNotPermitted, 403, "105", lambda c: c().destroy("wmi-public"), ""),
+    (wmi.UnknownUUIDResource, 404, "100", lambda c: c(version="12.03").show("wmi-private"), "wmi-private"),
+    (wmi.InvalidParameter, 400, "143", lambda c: c().show("nope"), "Invalid UUID Syntax: nope"),
+    (wmi.InvalidParameter, 400, "143", lambda c: c().show("wmi-a/../x"), "Invalid UUID Syntax: wmi-a/../x"),
+    (wmi.InvalidParameter, 400, "143", lambda c: c().destroy(""), "Invalid UUID Syntax: "),
+    (wmi.InvalidParameter, 400, "143", lambda c: c().index("x"), "start"),
+    (wmi.InvalidParameter, 400, "143", lambda c: c().index(0, -1), "limit"),
+    (wmi.InvalidParameter, 400, "143", lambda c: c(version="12.03").index(state="x"), "state"),
+    (wmi.InvalidParameter, 400, "143", lambda c: c().update("wmi-mine", description="x"), None),
+    (wmi.InvalidParameter, 400, "143", lambda c: c(version="12.03").update("wmi-mine", arch="x86"), None),
+    (wmi.InvalidParameter, 400, "143", lambda c: c("nobody"), None),
+    (wmi.InvalidParameter, 400, "143", lambda c: c(version="1.0"), None),
+]
+
+
+@pytest.mark.parametrize("kind, status, code, call, message", ERRORS)
+def test_errors_are_the_same(opened, kind, status, code, call, message):
+    """Class, status, code and message are the catalog's, whichever side they come from."""
+    with pytest.raises(wmi.Error) as caught:
+        call(opened)
+    assert type(caught.value) is kind
+    assert (caught.value.status, caught.value.code) == (status, code)
+    if message and "Syntax" not in message:
+        assert str(caught.value) in (message, f"Dcmgr::Endpoints::{kind.__name__}")
+
+
+def test_system_account(opened):
+    """a-00000000 may show and delete any image."""
+    assert opened("a-00000000").show("wmi-private")["account_id"] == "a-other"
+    assert opened("a-00000000").destroy("wmi-private") == "wmi-private"
+
+
+def test_a_script_written_for_one_runs_on_the_other():
+    """The client has every public verb that a server can answer, with the same parameters."""
+    for name in ("index", "images", "show", "destroy", "update"):
+        ours, theirs = (inspect.signature(getattr(kind, name)) for kind in (wmi.Client, wmi.Catalog))
+        assert list(ours.parameters.items()) == list(theirs.parameters.items()), name
+
+
+def test_a_store_that_fails_is_the_same_error(storage):
+    """DatabaseError comes through a server as DatabaseError."""
+    with serving(storage) as served:
+        storage.close()
+        with pytest.raises(wmi.DatabaseError) as caught:
+            client(served.url).index()
+    assert (caught.value.status, caught.value.code, caught.value.retry_after) == (503, "110", 1.0)
+
+
+def test_the_account_is_the_clients_own(storage):
+    """Two clients do not mix."""
+    with serving(storage) as served:
+        totals = [
+            wmi.Client(served.url + end, account).index().total
+            for account in (ACCOUNT, "a-third")
+            for end in ("", "/")
+        ]
+    assert totals == [3, 3, 1, 1]
+
+
+# ---- reading answers ----
+
+
+@pytest.mark.parametrize("wrap", [lambda body: body, lambda body: [body]], ids=["object", "array"])
+@pytest.mark.parametrize("total", ["owner_total", "total"])
+@pytest.mark.parametrize("result", ["result", "results"])
+def test_documented_and_deployed_indexes(wrap, total, result):
+    """An object or an array of one; owner_total or total; result or results; a limit or null."""
+    for limit in (None, 250):
+        body = wrap({total: 7, "start": 2, "limit": limit, result: [SHOWN]})
+        with Scripted(http(body)) as server:
+            page = client(server).index(2)
+        assert page == wmi.Page(7, 2, limit, [{**SHOWN, "source": {"uri": "file:///a"}, "features": {}}])
+
+
+@pytest.mark.parametrize(
+    "source, read",
+    [
+        ("---\n:uri: file:///a\n", {"uri": "file:///a"}),
+        ("--- \n:uri: file:///a\n", {"uri": "file:///a"}),
+        ({"uri": "file:///a"}, {"uri": "file:///a"}),
+        ("--- \n:snapshot_id: snap-1\n", {"snapshot_id": "snap-1"}),
+        ("--- {}\n\n", {}),
+        (None, None),
+    ],
+)
+def test_source_as_text_or_object(source, read):
+    """The text of Ruby's old and new YAML and an object are the same dict."""
+    with Scripted(http({**SHOWN, "source": source})) as server:
+        assert client(server).show("wmi-one")["source"] == read
+
+
+def test_image_of_12_03_has_no_source():
+    """Where an answer has no source, the image has none."""
+    with Scripted(http({"id": "wmi-one", "features": {"virtio": True}})) as server:
+        assert client(server, version="12.03").show("wmi-one") == {
+            "id": "wmi-one",
+            "features": {"virtio": True},
+        }
+
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
+JUNK = {
+    "empty": b"",
+    "html": b"<!DOCTYPE html><title>It works!</title>",
+    "text": b"OK",
+    "bytes": b"\xff\xfe\x00",
+    "cut": b'{"id": "wm',
+    "deep": DEEP,
+    "null": b"null",
+    "number": b"5",
+    "string": b'"wmi-one"',
+    "array": b"[]",
+    "arrays": b"[[]]",
+    "object": b"{}",
+    "nan": b"NaN",
+    "long": b"9" * 10_000,
+    "error": b'{"error": "x"}',
+}
+INDEXES = {
+    "result": b'{"total": 1, "start": 0, "limit": null, "result": 5}',
+    "row": b'{"total": 1, "start": 0, "limit": 0, "result": [5]}',
+    "rows": b'{"total": 1, "start": 0, "limit": 0, "result": {"a": 1}}',
+    "total": b'{"total": "x", "start": 0, "limit": 0, "result": []}',
+    "infinite": b'{"total": 1e999, "start": 0, "limit": 0, "result": []}',
+    "start": b'{"total": 0, "start": [], "limit": 0, "result": []}',
+    "no limit": b'{"total": 0, "start": 0, "result": []}',
+    "no id": b'{"total": 1, "start": 0, "limit": 0, "result": [{"uuid": 1}]}',
+    "null": b'{"total": null, "start": 0, "limit": 0, "result": null}',
+    "text": b'{"total": 3, "start": 0, "limit": 0, "result": "abc"}',
+    "limit": b'{"total": 0, "start": 0, "limit": {"a": 1}, "result": []}',
+    "inf": b'{"total": 0, "start": Infinity, "limit": 0, "result": []}',
+}
+IMAGES = {
+    "source": {**SHOWN, "source": "---\n- a\n"},
+    "tag": {**SHOWN, "source": "--- !ruby/object:Gem\nx: y\n"},
+    "anchor": {**SHOWN, "source": "---\n:uri: &a b\n"},
+    "escape": {**SHOWN, "source": '---\n:uri: "\\UFFFFFFFF"\n'},
+    "digits": {**SHOWN, "source": '---\n:uri: "\\uzzzz"\n'},
+    "features": {**SHOWN, "features": "virtio"},
+    "list": [SHOWN],
+}
+
+
+@pytest.mark.parametrize(
+    "body", [*JUNK.values(), *INDEXES.values()], ids=[*JUNK, *(f"index {name}" for name in INDEXES)]
+)
+def test_junk_for_an_index(body):
+    """200 with anything but an index is BadAnswer, without a second try."""
+    with Scripted(http(body)) as server:
+        with pytest.raises(wmi.BadAnswer):
+            client(server, retries=3).index()
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("body", [*JUNK.values(), *IMAGES.values()], ids=[*JUNK, *IMAGES])
+def test_junk_for_an_image(body):
+    """200 with anything but an image is BadAnswer; nothing in it is executed or instantiated."""
+    with Scripted(http(body)) as server, pytest.raises(wmi.BadAnswer):
+        client(server).show("wmi-one")
+
+
+@pytest.mark.parametrize("depth", [300, 900, 950, 990, 1000, 3000, 30_000])
+def test_no_depth_escapes(depth):
+    """At no depth of nesting does RecursionError reach the caller."""
+    body = b'{"id": "wmi-one", "source": ' + b"[" * depth + b"]" * depth + b"}"
+    with Scripted(http(body)) as server, contextlib.suppress(wmi.BadAnswer):
+        assert client(server).show("wmi-one")["id"] == "wmi-one"
+
+
+@pytest.mark.parametrize("body", JUNK.values(), ids=JUNK)
+@pytest.mark.parametrize("status", [400, 404, 418, 500])
+def test_junk_for_an_error(body, status):
+    """An error that is not in the API's form is an Error with its status."""
+    with Scripted(http(body, f"{status} Whatever")) as server, pytest.raises(wmi.Error) as caught:
+        client(server).index()
+    assert caught.value.status == status
+    assert str(status) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "status, name, kind",
+    [
+        (404, "UnknownUUIDResource", wmi.UnknownUUIDResource),
+        (403, "OperationNotPermitted", wmi.OperationNotPermitted),
+        (400, "InvalidRequestCredentials", wmi.InvalidRequestCredentials),
+        (503, "DatabaseError", wmi.DatabaseError),
+        (400, "SomethingElse", wmi.Error),
+        (405, "MethodNotAllowed", wmi.MethodNotAllowed),
+        (400, "", wmi.Error),
+        (400, "__class__", wmi.Error),
+    ],
+)
+def test_errors_of_other_servers(status, name, kind):
+    """The class is found by its name; status and code are the answer's."""
+    with Scripted(error(name, status, "text", "77")) as server, pytest.raises(wmi.Error) as caught:
+        client(server).index()
+    assert type(caught.value) is kind
+    assert (caught.value.status, caught.value.code, str(caught.value)) == (status, "77", "text")
+
+
+# ---- what is sent ----
+
+
+def test_requests_as_they_are_sent(storage):
+    """Account, path, extension and query are the documented ones; PUT is a form."""
+    with Scripted(http(SHOWN)) as server:
+        caller = client(server)
+        with pytest.raises(wmi.BadAnswer):
+            caller.index(3, 4)
+        caller.show("wmi-one")
+        client(server, version="12.03").update("wmi-one", display_name="a b&")
+    first, second, third = server.requests
+    assert first.startswith(b"GET /api/images.json?start=3&limit=4 HTTP/1.1\r\n")
+    assert second.startswith(b"GET /api/images/wmi-one.json HTTP/1.1\r\n")
+    assert third.startswith(b"PUT /api/12.03/images/wmi-one.json HTTP/1.1\r\n") and third.endswith(
+        b"\r\n\r\ndisplay_name=a+b%26"
+    )
+    for request in server.requests:
+        assert f"x-vdc-account-uuid: {ACCOUNT}\r\n".encode() in request.lower()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///etc/passwd",
+        "ftp://127.0.0.1/",
+        "127.0.0.1:9001",
+        "//127.0.0.1",
+        "",
+        "http://",
+        "http:///x",
+        "data:,x",
+        "gopher://h",
+        "http://h/?a",
+        "http://h/#a",
+        "http://h /",
+        "http://h\r\nX: y/",
+        "http://user:word@h/",
+        "HTTP//h",
+        "javascript:0",
+        "unix:/x",
+    ],
+)
+def test_urls_that_are_refused(url):
+    """Only http and https, a host, and nothing that could become a header."""
+    with pytest.raises(wmi.InvalidParameter):
+        wmi.Client(url, ACCOUNT)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:99999",
+        "http://127.0.0.1:x",
+        "http://a..b",
+        "http://[::1",
+        "http://\u0100" + "x" * 70,
+        "http://127.0.0.1:-1",
+        "http://[zz]",
+        "http://.",
+        "http://127.0.0.1:1/\u00e9",
+        "http://%00",
+    ],
+)
+def test_urls_that_cannot_work(url):
+    """A URL that passes the check and yet cannot be called is an Error too."""
+    with pytest.raises(wmi.Error):
+        client(url, timeout=0.5).index()
+
+
+@pytest.mark.parametrize("account", ["", "a-", "A-x", "a-\n", "a-x\r\nX: y", "a-\u00e9", None, 5, "a-x "])
+def test_accounts_that_are_refused(account):
+    """What is not an account never gets into a header."""
+    with pytest.raises(wmi.InvalidParameter):
+        wmi.Client("http://127.0.0.1:1", account)
+
+
+# ---- redirects ----
+
+
+def moved(where, status="302 Found"):
+    """Return a redirect."""
+    return http(b"", status, f"Location: {where}")
+
+
+@pytest.mark.parametrize("status", ["301 M", "302 F", "303 S", "307 T"])
+def test_redirect_on_the_same_server_is_followed(status):
+    """GET follows a redirect to the same scheme, host and port, with the account."""
+    with Scripted(moved("/elsewhere/x", status), http(SHOWN)) as server:
+        assert client(server).show("wmi-one")["id"] == "wmi-one"
+        assert server.requests[1].startswith(b"GET /elsewhere/x HTTP/1.1\r\n")
+        assert ACCOUNT.encode() in server.requests[1]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "http://127.0.0.1:{port}/x",
+        "http://localhost:{same}/x",
+        "https://127.0.0.1:{same}/x",
+        "//127.0.0.1:{port}/x",
+        "http://u:p@127.0.0.1:{same}/x",
+        "http://127.0.0.1/x",
+    ],
+)
+def test_redirect_to_another_server_is_not_followed(form):
+    """The account is never handed to another scheme, host, port or user: not a byte goes there."""
+    with Scripted(http(SHOWN)) as other:
+        target = []
+        with Scripted(lambda stream, request: stream.sendall(moved(target[0]))) as server:
+            target.append(form.format(port=other.port, same=server.port))
+            with pytest.raises(wmi.BadAnswer):
+                client(server).show("wmi-one")
+        assert other.requests == []
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "where", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:text/plain,x", "javascript:0"]
+)
+def test_redirect_to_another_scheme_is_an_error(where):
+    """file:, ftp: and whatever there is are not opened."""
+    with Scripted(moved(where)) as server, pytest.raises(wmi.Error):
+        client(server).show("wmi-one")
+
+
+@pytest.mark.parametrize(
+    "where", ["", "http://[", "\x00", "http://h:x/", "//", "?", "http://127.0.0.1:99999999/"]
+)
+def test_redirect_to_nonsense_is_an_error(where):
+    """A Location that is none is one of our errors."""
+    with Scripted(moved(where)) as server, pytest.raises(wmi.Error):
+        client(server).show("wmi-one")
+
+
+@pytest.mark.parametrize("where", ["http://127.0.0.1/other", "ftp://x/", "/circle"])
+def test_refused_redirects_leave_nothing_open(where):
+    """The connection of a redirect that is not followed is closed at once, not when memory is collected."""
+    ended = threading.Event()
+
+    def act(stream, request):
+        stream.sendall(moved(where).replace(b"Connection: close\r\n", b""))
+        if stream.recv(1) == b"":
+            ended.set()
+
+    gc.disable()
+    try:
+        with Scripted(act) as server:
+            with pytest.raises(wmi.Error):
+                client(server).show("wmi-one")
+            assert ended.wait(SECONDS / 4)
+    finally:
+        gc.enable()
+        gc.collect()
+
+
+@pytest.mark.parametrize("hops", [5, 6])
+def test_redirects_are_counted(hops):
+    """At most five are followed."""
+    with Scripted(*(moved(f"/{number}") for number in range(hops)), http(SHOWN)) as server:
+        if hops == 5:
+            assert client(server).show("wmi-one")["id"] == "wmi-one"
+        else:
+            with pytest.raises(wmi.Error):
+                client(server).show("wmi-one")
+        assert len(server.requests) == 6
+
+
+def test_redirect_in_a_circle():
+    """A circle ends."""
+    with Scripted(moved("/a")) as server:
+        with pytest.raises(wmi.Error):
+            client(server).show("wmi-one")
+        assert len(server.requests) <= 6
+
+
+@pytest.mark.parametrize("status", ["301 M", "302 F", "303 S", "307 T", "308 P"])
+@pytest.mark.parametrize(
+    "call",
+    [lambda c: c.destroy("wmi-one"), lambda c: c.update("wmi-one", display_name="x")],
+    ids=["DELETE", "PUT"],
+)
+def test_changes_do_not_follow_redirects(status, call):
+    """A DELETE or PUT that is redirected is an error; it is not done elsewhere, nor as a GET."""
+    with Scripted(moved("/elsewhere", status), http(SHOWN)) as server:
+        with pytest.raises(wmi.Error):
+            call(client(server, version="12.03"))
+        assert len(server.requests) == 1
+
+
+# ---- proxies ----
+
+
+def test_proxies_of_the_environment_are_ignored(monkeypatch):
+    """Whatever http_proxy says, the server itself is called."""
+    with Scripted(http(SHOWN)) as proxy, Scripted(http(SHOWN)) as server:
+        for name in ("http_proxy", "all_proxy", "https_proxy"):
+            monkeypatch.setenv(name, proxy.url)
+        assert client(server).show("wmi-one")["id"] == "wmi-one"
+        assert (len(proxy.requests), len(server.requests)) == (0, 1)
+
+
+def test_proxies_are_used_when_asked_for(monkeypatch):
+    """With proxies=True the environment's is used, also for a second try."""
+    with Scripted(http(b"", "502 X"), http(SHOWN)) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        assert client("http://images.example:81", proxies=True, retries=1).show("wmi-one")["id"] == "wmi-one"
+    for request in proxy.requests:
+        assert request.startswith(b"GET http://images.example:81/api/images/wmi-one.json HTTP/1.1\r\n")
+    assert len(proxy.requests) == 2
+
+
+# ---- time ----
+
+
+def elapsed(call):
+    """Return how long a call took that must be Unreachable."""
+    began = time.monotonic()
+    with pytest.raises(wmi.Unreachable) as caught:
+        call()
+    assert str(caught.value)
+    return time.monotonic() - began
+
+
+def test_defaults_are_bounded():
+    """Without any option there is a timeout of 10 s, a deadline, and a cap on answers."""
+    defaults = {name: p.default for name, p in inspect.signature(wmi.Client.__init__).parameters.items()}
+    assert defaults["timeout"] == 10 and 10 <= defaults["deadline"] <= 120
+    assert defaults["max_answer"] == 64 << 20 and defaults["proxies"] is False
+
+
+def test_silent_server():
+    """A server that says nothing is given up after the timeout."""
+    with Scripted(hang) as server:
+        assert 0.2 < elapsed(lambda: client(server, timeout=0.3).show("wmi-one")) < 5
+
+
+def test_server_that_does_not_accept():
+    """A listener whose backlog is full is given up after the timeout."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        peers = []
+        try:
+            for _ in range(3):
+                peers.append(socket.socket())
+                peers[-1].setblocking(False)
+                peers[-1].connect_ex(listener.getsockname())
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            assert elapsed(lambda: client(url, timeout=0.3).show("wmi-one")) < 5
+        finally:
+            for peer in peers:
+                peer.close()
+
+
+DRIPS = {
+    "status": dripping(b"HTTP/1.1 200 OK"),
+    "fields": dripping(b"A: b\r\n", b"HTTP/1.1 200 OK\r\n"),
+    "continue": dripping(b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "body": dripping(b" ", b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"),
+    "chunks": dripping(b"1\r\n \r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"),
+    "chunk line": dripping(b"1", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;"),
+    "error": dripping(b" ", b"HTTP/1.1 500 No\r\nContent-Length: 1000000\r\n\r\n"),
+    "redirect": dripping(b" ", b"HTTP/1.1 302 F\r\nLocation: /x\r\nContent-Length: 1000000\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("drip", DRIPS.values(), ids=DRIPS)
+def test_deadline_is_for_the_whole_call(drip):
+    """A byte now and then, each within the timeout, does not outlast the deadline."""
+    with Scripted(drip) as server:
+        began = time.monotonic()
+        with pytest.raises(wmi.Error):
+            client(server, timeout=5, deadline=0.5, retries=5).show("wmi-one")
+        assert time.monotonic() - began < 4
+
+
+def test_answer_without_length_at_the_deadline():
+    """An answer that only the connection's end would end is not taken as whole when the deadline ends it."""
+    body = json.dumps(SHOWN).encode()
+    with Scripted(dripping(b" ", b"HTTP/1.1 200 OK\r\n\r\n" + body)) as server:
+        assert elapsed(lambda: client(server, timeout=5, deadline=0.5).show("wmi-one")) < 4
+
+
+def test_deadline_bounds_the_tries_too():
+    """However many tries are allowed and whatever Retry-After asks, the deadline ends the call."""
+    with Scripted(http(b"", "503 Busy", "Retry-After: 1")) as server:
+        began = time.monotonic()
+        with pytest.raises(wmi.Error):
+            client(server, retries=8, deadline=1.5).index()
+        assert time.monotonic() - began < 4
+        assert 1 <= len(server.requests) <= 2
+
+
+# ---- trying again ----
+
+
+def refuse_connections():
+    """Return the URL of a port on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+GOOD = http(SHOWN)
+FAILURES = {
+    "502": http(b"<html>", "502 Bad Gateway"),
+    "503": http(b"", "503 Busy"),
+    "504": http(b"", "504 T"),
+    "reset": reset,
+    "close": lambda stream, request: None,
+    "cut body": http(b"{}", length=50),
+    "cut chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
+    "no http": b"SSH-2.0-OpenSSH\r\n",
+    "database": error("DatabaseError", 503),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+def test_failures_are_tried_again(failure):
+    """Connections that fail, cut answers, 502, 503 and 504 are tried again; then the answer counts."""
+    with Scripted(failure, failure, GOOD) as server:
+        assert client(server, retries=2).show("wmi-one")["id"] == "wmi-one"
+        assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+def test_tries_are_counted(failure):
+    """After the last try the failure is raised, as one of our errors with a status for a gateway."""
+    with Scripted(failure) as server:
+        with pytest.raises(wmi.Error) as caught:
+            client(server, retries=2).show("wmi-one")
+        assert len(server.requests) == 3
+    assert caught.value.status in (502, 503, 504)
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 405, 409, 429, 500, 501, 505])
+def test_other_errors_are_final(status):
+    """What would be the same the next time is not tried again."""
+    with Scripted(error("Whatever", status), GOOD) as server:
+        with pytest.raises(wmi.Error) as caught:
+            client(server, retries=3).show("wmi-one")
+        assert len(server.requests) == 1
+    assert caught.value.status == status
+
+
+@pytest.mark.parametrize("failure", ["503", "reset", "cut body"])
+@pytest.mark.parametrize(
+    "call",
+    [lambda c: c.index(), lambda c: c.destroy("wmi-one"), lambda c: c.update("wmi-one", display_name="x")],
+    ids=["GET", "DELETE", "PUT"],
+)
+def test_each_verb_is_tried_again(failure, call):
+    """GET, DELETE and PUT may be sent twice, and are sent the same way again."""
+    answer = http({**SHOWN, "total": 0, "start": 0, "limit": None, "results": []})
+    with Scripted(FAILURES[failure], answer) as server:
+        call(client(server, retries=1, version="12.03"))
+        assert len(server.requests) == 2
+        assert server.requests[0] == server.requests[1]
+
+
+def test_nobody_listens():
+    """A refused connection is Unreachable, and says where."""
+    url = refuse_connections()
+    with pytest.raises(wmi.Unreachable, match=url):
+        client(url, retries=2).index()
+
+
+def test_delete_that_was_done_is_done():
+    """404 for the second try of a DELETE means that the first one had been done."""
+    gone = error("UnknownUUIDResource", 404, "wmi-one")
+    with Scripted(reset, gone) as server:
+        assert client(server, retries=1).destroy("wmi-one") == "wmi-one"
+    with Scripted(gone) as server, pytest.raises(wmi.UnknownUUIDResource):
+        client(server, retries=1).destroy("wmi-one")
+
+
+def test_404_after_a_failure_counts_for_other_verbs():
+    """Only DELETE takes a 404 for success."""
+    with (
+        Scripted(reset, error("UnknownUUIDResource", 404, "wmi-one")) as server,
+        pytest.raises(wmi.UnknownUUIDResource),
+    ):
+        client(server, retries=1).show("wmi-one")
+
+
+@pytest.mark.parametrize(
+    "asked, slept",
+    [
+        ("0", 0.01),
+        ("1", 1),
+        ("3", 3),
+        ("3600", 5),
+        ("999999999", 5),
+        ("-1", 0.01),
+        ("x", 0.01),
+        ("1.5", 0.01),
+        ("9" * 5000, 0.01),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0.01),
+    ],
+)
+def test_retry_after_is_honoured_up_to_a_cap(asked, slept, monkeypatch):
+    """The pause is as long as the server asks, at most five seconds; what is no number is ignored."""
+    pauses = []
+    monkeypatch.setattr(wmi.time, "sleep", pauses.append)
+    with Scripted(http(b"", "503 Busy", f"Retry-After: {asked}"), GOOD) as server:
+        client(server, retries=1, deadline=60).show("wmi-one")
+    assert pauses == [slept]
+
+
+def test_pauses_grow(monkeypatch):
+    """Without Retry-After each pause is longer than the one before, up to the cap."""
+    pauses = []
+    monkeypatch.setattr(wmi.time, "sleep", pauses.append)
+    with Scripted(http(b"", "503 Busy")) as server, pytest.raises(wmi.Error):
+        client(server, retries=12, deadline=600).show("wmi-one")
+    assert pauses == [min(5.0, 0.01 * 2**number) for number in range(12)]
+
+
+# ---- bodies ----
+
+
+@pytest.mark.parametrize("missing", [1, 10, 1 << 20])
+def test_cut_body(missing):
+    """A body shorter than its Content-Length is Unreachable, even if what came is good JSON."""
+    body = json.dumps(SHOWN).encode()
+    with Scripted(http(body, length=len(body) + missing)) as server, pytest.raises(wmi.Unreachable):
+        client(server).show("wmi-one")
+
+
+@pytest.mark.parametrize("end", [b"", b"5\r\n", b"zz\r\n"])
+def test_cut_chunks(end):
+    """A chunked body without its last chunk is Unreachable, even if what came is good JSON."""
+    body = json.dumps(SHOWN).encode()
+    text = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n" % (len(body), body)
+    with Scripted(text + end) as server, pytest.raises(wmi.Unreachable):
+        client(server).show("wmi-one")
+    with Scripted(text + b"0\r\n\r\n") as server:
+        assert client(server).show("wmi-one")["id"] == "wmi-one"
+
+
+@pytest.mark.parametrize("spare", [-1, 0, 1])
+def test_too_large_answers_are_refused(spare):
+    """An answer of max_answer bytes is read, one byte more is BadAnswer, without a second try."""
+    body = json.dumps(SHOWN).encode()
+    body += b" " * (200_000 + spare - len(body))
+    with Scripted(http(body)) as server:
+        if spare <= 0:
+            assert client(server, max_answer=200_000).show("wmi-one")["id"] == "wmi-one"
+        else:
+            with pytest.raises(wmi.BadAnswer):
+                client(server, max_answer=200_000, retries=3).show("wmi-one")
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "begin", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 500 No\r\n\r\n"], ids=["answer", "error"]
+)
+def test_endless_answers_are_refused(begin):
+    """A body without end is read up to the cap, and no further."""
+    sent = [0]
+
+    def flood(stream, request):
+        stream.sendall(begin)
+        while True:
+            sent[0] += stream.send(b" " * 65536)
+
+    with Scripted(flood) as server, pytest.raises(wmi.BadAnswer):
+        client(server, max_answer=1 << 20).show("wmi-one")
+    assert sent[0] < 40 << 20
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nA: b\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 1000,
+        b"HTTP/1.1 200 OK\r\nA: " + b"b" * 100_000,
+        b"HTTP/1.1 999999 OK\r\n\r\n",
+        b"HTTP/1.1 2x0 OK\r\n\r\n",
+        b"\x00" * 100,
+        b"HTTP/9.9 200 OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n",
+        b"HTTP/1.1 204 No\r\n\r\n",
+        b"HTTP/1.1 304 No\r\n\r\n",
+        b"HTTP/1.1 101 S\r\n\r\n",
+    ],
+)
+def test_broken_answers_are_errors(answer):
+    """Whatever a server sends, what is raised is one of our errors."""
+    with Scripted(answer) as server, pytest.raises(wmi.Error):
+        client(server).show("wmi-one")
+
+
+# ---- https ----
+
+# A certificate for nobody, signed by itself; whoever trusts it has only themselves to blame.
+CERTIFICATE = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg82+sCHm+r/No1QKk
+Lqigf37oiN1qyswg5WWiofma1+KhRANCAAQPtbFiM4dlA9F6ovfyxf37+quSMHoF
+pVCE99aPRFea6Zrl0lMKbGN4uVy/JaNaCKLUPdWkUbyLqjNAXOhgsYUK
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBYTCCAQegAwIBAgIBATAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAlsb2NhbGhv
+c3QwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBQxEjAQBgNVBAMM
+CWxvY2FsaG9zdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABA+1sWIzh2UD0Xqi
+9/LF/fv6q5IwegWlUIT31o9EV5rpmuXSUwpsY3i5XL8lo1oIotQ91aRRvIuqM0Bc
+6GCxhQqjSDBGMBQGA1UdEQQNMAuCCWxvY2FsaG9zdDAPBgNVHRMBAf8EBTADAQH/
+MB0GA1UdDgQWBBQNPJW2FUkn5mnvVoqmP03VcOxeLzAKBggqhkjOPQQDAgNIADBF
+AiAqPHPrazjszgtx8lHlnurFOIN4y9vjOqTzx4hlO19qTgIhAIuIF4FP23Z+PqNc
+WsryLZK4i2gWeg7bW4WrboAbw9XD
+-----END CERTIFICATE-----
+"""
+
+
+@pytest.fixture
+def https(tmp_path):
+    """Return what makes a scripted server speak TLS with a certificate that nobody knows."""
+    (tmp_path / "pem").write_text(CERTIFICATE)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(str(tmp_path / "pem"))
+    return lambda connection: context.wrap_socket(connection, server_side=True)
+
+
+def test_unknown_certificate_is_unreachable(https):
+    """Nothing is said to a server whose certificate does not prove who it is."""
+    with Scripted(GOOD, before=https) as server:
+        with pytest.raises(wmi.Unreachable, match="(?i)certificate"):
+            client(server.url.replace("http:", "https:")).show("wmi-one")
+        assert server.requests == []
+
+
+def test_https_to_a_server_without_it():
+    """A server that does not speak TLS is Unreachable."""
+    with Scripted(GOOD) as server, pytest.raises(wmi.Unreachable):
+        client(server.url.replace("http:", "https:"), timeout=0.5).show("wmi-one")
+
+
+def test_deadline_holds_during_the_handshake():
+    """A TLS hello that comes byte by byte does not outlast the deadline."""
+
+    def before(connection):
+        with contextlib.suppress(OSError):
+            connection.settimeout(0.02)
+            for byte in itertools.chain(b"\x16\x03\x03\x40\x00\x02\x00\x3f\xfc\x03\x03", itertools.repeat(0)):
+                connection.sendall(bytes([byte]))
+                with contextlib.suppress(socket.timeout):
+                    if not connection.recv(65536):
+                        break
+        return connection
+
+    with Scripted(b"", before=before) as server:
+        url = server.url.replace("http:", "https:")
+        assert elapsed(lambda: client(url, timeout=5, deadline=0.5).show("wmi-one")) < 4
+
+
+def test_https_works_where_the_certificate_is_trusted(https, tmp_path, monkeypatch):
+    """With a certificate that is known, https is like http."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "pem"))
+    with Scripted(GOOD, before=https) as server:
+        assert client(f"https://localhost:{server.port}").show("wmi-one")["id"] == "wmi-one"

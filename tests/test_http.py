@@ -1,0 +1,1197 @@
+"""The parser's functions and the service without a socket, then answers that are streamed through one.
+
+The raw requests that a server must read or refuse are in corpus.py; here is what each function
+promises, and each limit at one below, at and one above.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from serving import parse_answer, serving, unchunk
+
+import wmi
+
+ACCOUNT = "a-shpoolxx"
+
+
+def image(id="wmi-one", **fields):
+    """Return the record of an image."""
+    return wmi.image_record({"id": id, "account_id": ACCOUNT, **fields})
+
+
+def request(target="/api/images", method="GET", account=ACCOUNT, **fields):
+    """Return the request that a head with these fields makes."""
+    lines = [f"{method} {target} HTTP/1.1", "Host: images.example"]
+    lines += [f"X-VDC-ACCOUNT-UUID: {account}"] if account else []
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in fields.items()]
+    return wmi.parse_head("\r\n".join([*lines, "", ""]).encode("latin-1"))
+
+
+def fields_of(answer):
+    """Return the header fields of an answer, names in lower case."""
+    pairs = (line.split(": ", 1) for line in answer.head.decode("ascii").split("\r\n") if line)
+    return {name.lower(): value for name, value in pairs}
+
+
+# ---- the request line: RFC 9112, 3 ----
+
+
+def test_request_line_is_taken_apart():
+    """A request line is method, target and minor version, as sent."""
+    assert wmi.parse_request_line(b"GET /api/images?a=b HTTP/1.1") == ("GET", "/api/images?a=b", 1)
+    assert wmi.parse_request_line(b"M-SEARCH * HTTP/1.0") == ("M-SEARCH", "*", 0)
+    assert wmi.parse_request_line(b"get / HTTP/1.9") == ("get", "/", 9)  # RFC 9110, 9.1: case matters
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"GET",
+        b"GET /",
+        b"GET  / HTTP/1.1",
+        b"GET / HTTP/1.1 ",
+        b"GET / http/1.1",
+        b"GET / HTTP/1",
+        b"GET / HTTP/1.10",
+        b"GET / HTTP/0.9",
+        b"G\xc3\x89T / HTTP/1.1",
+        b"GET /\xe9 HTTP/1.1",
+        b"GET /a b HTTP/1.1",
+        b"GET /\x7f HTTP/1.1",
+    ],
+)
+def test_request_line_of_another_form_is_refused(line):
+    """What is not METHOD SP TARGET SP HTTP/1.d is a BadRequest."""
+    with pytest.raises(wmi.BadRequest):
+        wmi.parse_request_line(line)
+
+
+@pytest.mark.parametrize("version", [b"2.0", b"3.0", b"9.9"])
+def test_other_versions_are_refused_as_such(version):
+    """RFC 9110, 15.6.6: a major version that is not spoken here is 505."""
+    with pytest.raises(wmi.HTTPVersionNotSupported):
+        wmi.parse_request_line(b"GET / HTTP/" + version)
+
+
+@pytest.mark.parametrize("spare", [-1, 0])
+def test_longest_request_line_is_read(spare):
+    """RFC 9112, 3 asks for 8000 bytes at least; a line of the limit is read."""
+    target = b"/" + b"a" * (wmi.MAX_REQUEST_LINE - len(b"GET / HTTP/1.1") + spare)
+    assert wmi.parse_request_line(b"GET " + target + b" HTTP/1.1")[1] == target.decode()
+    assert wmi.MAX_REQUEST_LINE == 8192
+
+
+def test_request_line_over_the_limit_is_refused():
+    """RFC 9112, 3: one byte more is 414, which is decided before anything else."""
+    with pytest.raises(wmi.URITooLong):
+        wmi.parse_request_line(b"\x00" * (wmi.MAX_REQUEST_LINE + 1))
+
+
+# ---- fields: RFC 9112, 5 and RFC 9110, 5 ----
+
+
+def test_fields_are_taken_apart():
+    """Names are case-insensitive, blanks around a value are not part of it, bytes are latin-1."""
+    lines = [b"Host:images.example", b"X-A: \t a b \t", b"x-b:", b"X-C: \xe9:,"]
+    assert wmi.parse_fields(lines) == {"host": "images.example", "x-a": "a b", "x-b": "", "x-c": "\xe9:,"}
+
+
+def test_repeated_fields_are_one_list():
+    """RFC 9110, 5.3: fields of one name are joined in order; empty ones too."""
+    assert wmi.parse_fields([b"A: 1", b"B: 2", b"a: 3", b"A:"]) == {"a": "1, 3, ", "b": "2"}
+
+
+def test_equal_lengths_are_one():
+    """RFC 9112, 6.3: equal Content-Lengths may be taken as one; different ones are refused."""
+    assert wmi.parse_fields([b"Content-Length: 5", b"content-length: 5"]) == {"content-length": "5"}
+    different = wmi.parse_fields([b"Content-Length: 5", b"Content-Length: 6"])
+    with pytest.raises(wmi.BadRequest):
+        wmi.parse_framing(different, 1)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"A",
+        b": a",
+        b"A : a",
+        b" A: a",
+        b"\tA: a",
+        b"A\xe9: a",
+        b"A: a\x00",
+        b"A: \x0b",
+        b"A: a\rb",
+        b"A: a\nb",
+        b"A: \x7f",
+        b"A(b): c",
+    ],
+)
+def test_field_of_another_form_is_refused(line):
+    """RFC 9112, 5.1 and 5.2: no folding, no blank before the colon, no control character."""
+    with pytest.raises(wmi.BadRequest):
+        wmi.parse_fields([b"Host: a", line])
+
+
+@pytest.mark.parametrize("second", [b"Host: a", b"host: b", b"HOST:"])
+def test_second_host_is_refused(second):
+    """RFC 9112, 3.2: more than one Host is 400, equal ones too."""
+    with pytest.raises(wmi.BadRequest):
+        wmi.parse_fields([b"Host: a", second])
+
+
+def test_only_the_accounts_field_may_be_spelled_with_underscores():
+    """mussel's X_VDC_ACCOUNT_UUID is the account; Content_Length is nothing, for a proxy may drop it."""
+    fields = wmi.parse_fields(
+        [b"X_VDC_ACCOUNT_UUID: a-one", b"Content_Length: 5", b"Transfer_Encoding: chunked"]
+    )
+    assert fields["x-vdc-account-uuid"] == "a-one"
+    assert wmi.parse_framing(fields, 1) == (0, False)
+
+
+def test_two_spellings_of_the_account_do_not_pick_one():
+    """Two accounts in one head, however spelled, are no account: none of them is believed."""
+    fields = wmi.parse_fields([b"X-VDC-ACCOUNT-UUID: a-one", b"x_vdc_account_uuid: a-two"])
+    assert fields == {"x-vdc-account-uuid": "a-one, a-two"}
+
+
+@pytest.mark.parametrize("spare", [-1, 0])
+def test_longest_field_is_read(spare):
+    """A header line of the limit is read."""
+    value = b"v" * (wmi.MAX_FIELD_LINE - len(b"A: ") + spare)
+    assert wmi.parse_fields([b"A: " + value]) == {"a": value.decode()}
+    assert wmi.MAX_FIELD_LINE == 8192
+
+
+def test_field_over_the_limit_is_refused():
+    """RFC 6585, 5: one byte more is 431."""
+    with pytest.raises(wmi.RequestHeaderFieldsTooLarge):
+        wmi.parse_fields([b"A: " + b"v" * (wmi.MAX_FIELD_LINE - 2)])
+
+
+@pytest.mark.parametrize("count", [wmi.MAX_FIELDS - 1, wmi.MAX_FIELDS])
+def test_most_fields_are_read(count):
+    """As many header lines as the limit are read."""
+    assert len(wmi.parse_fields([b"A%d: 1" % number for number in range(count)])) == count
+    assert wmi.MAX_FIELDS == 64
+
+
+def test_fields_over_the_limit_are_refused():
+    """RFC 6585, 5: one line more is 431, also where all have one name."""
+    with pytest.raises(wmi.RequestHeaderFieldsTooLarge):
+        wmi.parse_fields([b"A: 1"] * (wmi.MAX_FIELDS + 1))
+
+
+# ---- host, target, framing, connection, expect ----
+
+
+@pytest.mark.parametrize(
+    "host", ["a", "images.example:9001", "127.0.0.1:1", "[::1]", "[2001:db8::1.2.3.4]:65535", "a_b"]
+)
+def test_hosts(host):
+    """RFC 9110, 7.2: a name, an address, either with a port."""
+    wmi.check_host({"host": host}, 1)
+
+
+@pytest.mark.parametrize(
+    "host", ["", "a b", "a:b", "a:", "a/b", "a@b", "a,b", "::1", "[::1", "a:123456", "\xe9", "a\x00"]
+)
+@pytest.mark.parametrize("minor", [0, 1])
+def test_no_hosts(host, minor):
+    """RFC 9112, 3.2: a Host that is not a host is 400, in HTTP/1.0 too."""
+    with pytest.raises(wmi.BadRequest):
+        wmi.check_host({"host": host}, minor)
+
+
+def test_only_http_1_0_may_leave_host_out():
+    """RFC 9112, 3.2: HTTP/1.1 without Host is 400."""
+    wmi.check_host({}, 0)
+    with pytest.raises(wmi.BadRequest):
+        wmi.check_host({}, 1)
+
+
+@pytest.mark.parametrize(
+    "target, path, query",
+    [
+        ("/a/b", "/a/b", ""),
+        ("/a?b?c=d", "/a", "b?c=d"),
+        ("/?", "/", ""),
+        ("//a", "//a", ""),
+        ("/a%2fb", "/a%2fb", ""),
+        ("http://h/a?b", "/a", "b"),
+        ("HTTP://h:80", "/", ""),
+        ("http://h?b", "/", "b"),
+        ("http://[::1]/x", "/x", ""),
+    ],
+)
+def test_targets(target, path, query):
+    """RFC 9112, 3.2.1 and 3.2.2: origin-form and absolute-form, nothing decoded yet."""
+    assert wmi.parse_target("GET", target) == (path, query)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "a",
+        "?a",
+        "/a#b",
+        "#",
+        "*",
+        "ftp://h/",
+        "http:/a",
+        "http://",
+        "http://a b/",
+        "http://u@h/",
+        "http://h:x/",
+        "h:443",
+    ],
+)
+def test_no_targets(target):
+    """RFC 9112, 3.2: another form is 400; * belongs to OPTIONS alone (3.2.4)."""
+    with pytest.raises(wmi.BadRequest):
+        wmi.parse_target("GET", target)
+    assert wmi.parse_target("OPTIONS", "*") == ("*", "")
+
+
+@pytest.mark.parametrize(
+    "fields, framing",
+    [
+        ({}, (0, False)),
+        ({"content-length": "0"}, (0, False)),
+        ({"content-length": "0000000000000000007"[-18:]}, (7, False)),
+        ({"transfer-encoding": "chunked"}, (0, True)),
+        ({"transfer-encoding": "Chunked"}, (0, True)),
+    ],
+)
+def test_framing(fields, framing):
+    """RFC 9112, 6.3: a length, or chunks, or no body."""
+    assert wmi.parse_framing(fields, 1) == framing
+
+
+@pytest.mark.parametrize(
+    "length", ["", "+1", "-1", "1_0", "0x1", "1 ", " 1", "1, 1", "\u0663", "1.0", "1e1", "0" * 19, "9" * 19]
+)
+def test_lengths_that_are_none(length):
+    """RFC 9112, 6.3: a length is digits, at most 18 of them."""
+    with pytest.raises(wmi.BadRequest):
+        wmi.parse_framing({"content-length": length}, 1)
+
+
+def test_largest_body():
+    """RFC 9110, 15.5.14: a body of the limit may come, one byte more is 413."""
+    assert wmi.MAX_BODY == 65536
+    for length in (wmi.MAX_BODY - 1, wmi.MAX_BODY):
+        assert wmi.parse_framing({"content-length": str(length)}, 1) == (length, False)
+    with pytest.raises(wmi.ContentTooLarge):
+        wmi.parse_framing({"content-length": str(wmi.MAX_BODY + 1)}, 1)
+
+
+def test_length_and_chunks_exclude_one_another():
+    """RFC 9112, 6.1: both together are how requests are smuggled."""
+    with pytest.raises(wmi.BadRequest):
+        wmi.parse_framing({"content-length": "5", "transfer-encoding": "chunked"}, 1)
+    with pytest.raises(wmi.BadRequest):
+        wmi.parse_framing({"transfer-encoding": "chunked"}, 0)
+    with pytest.raises(wmi.BadRequest):
+        wmi.parse_framing({"transfer-encoding": "gzip"}, 0)
+
+
+@pytest.mark.parametrize("coding", ["gzip", "identity", "chunked, chunked", "gzip, chunked", "xchunked", ""])
+def test_unknown_codings(coding):
+    """RFC 9112, 6.1: a coding that is not understood is 501."""
+    with pytest.raises(wmi.UnknownTransferCoding):
+        wmi.parse_framing({"transfer-encoding": coding}, 1)
+
+
+@pytest.mark.parametrize(
+    "connection, minor, kept",
+    [
+        (None, 1, True),
+        (None, 0, False),
+        ("keep-alive", 0, True),
+        ("Keep-Alive", 0, True),
+        ("close", 1, False),
+        ("CLOSE", 1, False),
+        ("keep-alive, close", 1, False),
+        ("keep-alive,close", 0, False),
+        ("x-close", 1, True),
+        ("upgrade", 1, True),
+        ("", 1, True),
+        (" close ", 1, False),
+    ],
+)
+def test_keep_alive(connection, minor, kept):
+    """RFC 9112, 9.3: HTTP/1.1 stays open unless close is said, HTTP/1.0 only when asked to."""
+    fields = {} if connection is None else {"connection": connection}
+    assert wmi.parse_keep_alive(fields, minor) is kept
+
+
+def test_expect():
+    """RFC 9110, 10.1.1: 100-continue is met in HTTP/1.1, ignored in 1.0; anything else is 417."""
+    assert wmi.parse_expect({"expect": "100-Continue"}, 1) is True
+    assert wmi.parse_expect({"expect": "100-continue"}, 0) is False
+    assert wmi.parse_expect({}, 1) is False
+    with pytest.raises(wmi.ExpectationFailed):
+        wmi.parse_expect({"expect": "a-miracle"}, 1)
+
+
+def head_of(size):
+    """Return a legal head of so many bytes."""
+    head = b"GET / HTTP/1.1\r\nHost: a\r\n"
+    while size - len(head) > 8000:
+        head += b"A: " + b"a" * 4000 + b"\r\n"
+    return head + b"B: " + b"b" * (size - len(head) - 7) + b"\r\n\r\n"
+
+
+def test_largest_head():
+    """RFC 6585, 5: a head of the limit is read, one byte more is 431."""
+    assert wmi.MAX_HEAD == 32768
+    for size in (wmi.MAX_HEAD - 1, wmi.MAX_HEAD):
+        assert len(head_of(size)) == size
+        assert wmi.parse_head(head_of(size)).path == "/"
+    with pytest.raises(wmi.RequestHeaderFieldsTooLarge):
+        wmi.parse_head(head_of(wmi.MAX_HEAD + 1))
+
+
+def test_head_is_put_together():
+    """A parsed head says everything that the server needs."""
+    head = b"PUT http://h/a?b=c HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\nConnection: close\r\n"
+    head += b"Expect: 100-continue\r\n\r\n"
+    assert wmi.parse_head(head) == wmi.Request(
+        method="PUT",
+        target="http://h/a?b=c",
+        path="/a",
+        query="b=c",
+        minor=1,
+        keep_alive=False,
+        length=5,
+        chunked=False,
+        expects_continue=True,
+        fields={"host": "h", "content-length": "5", "connection": "close", "expect": "100-continue"},
+    )
+
+
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        b"\x16\x03\x01",
+        b"GET / HTTP/1.1\r\nA: \x00",
+        b"GET / HTTP/1.1\nHost",
+        b"GET / HTTP/2.0\r\n",
+        b"a" * 8193,
+        b"GET /\r\r",
+        b"PRI * HTTP/2.0\r\n",
+    ],
+)
+def test_hopeless_heads_are_refused_early(buffer):
+    """A head that cannot become legal is refused before the rest of it is waited for."""
+    with pytest.raises(wmi.Error):
+        wmi.check_partial(buffer)
+
+
+@pytest.mark.parametrize("size", range(1, 60))
+def test_good_heads_are_waited_for(size):
+    """No beginning of a good head is refused."""
+    wmi.check_partial(b"GET / HTTP/1.1\r\nHost: images.example\r\nAccept: text/*, */*\r\n"[:size])
+
+
+# ---- the connection's reader, on a stream that is written down ----
+
+
+class Stream:
+    """A socket whose pieces are given; the clock stands still, unless it is told to pass."""
+
+    def __init__(self, pieces=(), monkeypatch=None, seconds=0.0):
+        self.pieces, self.sent, self.asked = iter(pieces), [], []
+        if monkeypatch:
+            self.clock = itertools.count(time.monotonic(), seconds)
+            monkeypatch.setattr(wmi.time, "monotonic", lambda: next(self.clock))
+
+    def recv(self, size):
+        """Return the next piece, or the end."""
+        self.asked.append(size)
+        return next(self.pieces, b"")
+
+    def send(self, data):
+        """Take all of it."""
+        self.sent.append(bytes(data))
+        return len(data)
+
+    def settimeout(self, seconds):
+        """Check that no wait is unbounded, and none is what a socket calls non-blocking."""
+        assert seconds is not None and seconds > 0
+
+
+def body_of(head, *pieces):
+    """Return the body that a connection reads after this head."""
+    connection = wmi.Connection(Stream([head, *pieces]))
+    return connection.read_body(connection.read_head())
+
+
+PUT = b"PUT / HTTP/1.1\r\nHost: a\r\n"
+CHUNKED = PUT + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+def test_body_is_not_the_next_request():
+    """RFC 9112, 6: exactly the body is read, and the next request begins after it."""
+    sized = PUT + b"Content-Length: 19\r\n\r\nGET /x HTTP/1.1\r\n\r\n"
+    text = sized + CHUNKED + b"2\r\nab\r\n0\r\n\r\n" + PUT + b"\r\n"
+    connection = wmi.Connection(Stream([text[:40], text[40:]]))
+    bodies = [connection.read_body(connection.read_head()) for _ in range(3)]
+    assert bodies == [b"GET /x HTTP/1.1\r\n\r\n", b"ab", b""]
+    assert connection.read_head() is None
+
+
+def test_reads_are_bounded_in_size():
+    """recv is never asked for more than 64 KiB, as it allocates what it is asked for."""
+    stream = Stream([PUT + b"Content-Length: 65536\r\n\r\n", b"a" * 65536])
+    connection = wmi.Connection(stream)
+    assert len(connection.read_body(connection.read_head())) == 65536
+    assert max(stream.asked) <= 65536
+
+
+@pytest.mark.parametrize("size", [wmi.MAX_BODY - 1, wmi.MAX_BODY])
+@pytest.mark.parametrize("chunk", [1000, 65536])
+def test_largest_chunked_body(size, chunk):
+    """RFC 9112, 7.1: chunks of any size make a body of at most the limit."""
+    sizes = [min(chunk, size - start) for start in range(0, size, chunk)]
+    chunks = [b"%x\r\n" % length + b"a" * length + b"\r\n" for length in sizes]
+    assert len(body_of(CHUNKED, *chunks, b"0\r\n\r\n")) == size
+
+
+def test_chunked_body_over_the_limit():
+    """RFC 9110, 15.5.14: one byte more is 413, as soon as its chunk is announced."""
+    with pytest.raises(wmi.ContentTooLarge):
+        body_of(CHUNKED, b"10000\r\n" + b"a" * 65536 + b"\r\n", b"1\r\n")
+
+
+def test_longest_chunk_line():
+    """A chunk's size and extensions have a limit of their own."""
+    for size in (wmi.MAX_CHUNK_LINE - 1, wmi.MAX_CHUNK_LINE):
+        assert body_of(CHUNKED, b"1;" + b"e" * (size - 2) + b"\r\na\r\n0\r\n\r\n") == b"a"
+    with pytest.raises(wmi.BadRequest):
+        body_of(CHUNKED, b"1;" + b"e" * (wmi.MAX_CHUNK_LINE - 1) + b"\r\na\r\n0\r\n\r\n")
+
+
+def test_trailers_are_bounded():
+    """RFC 9112, 7.1.2: trailers are fields, as many as in a head and not one more."""
+    most = b"A: b\r\n" * wmi.MAX_FIELDS
+    assert body_of(CHUNKED, b"0\r\n" + most + b"\r\n") == b""
+    with pytest.raises(wmi.RequestHeaderFieldsTooLarge):
+        body_of(CHUNKED, b"0\r\n" + most + b"A: b\r\n\r\n")
+    with pytest.raises(wmi.BadRequest):
+        body_of(CHUNKED, b"0\r\nA b\r\n\r\n")
+    endless = itertools.chain([CHUNKED, b"0\r\n"], itertools.repeat(b"A: b\r\n", 100_000))
+    connection = wmi.Connection(Stream(endless))
+    with pytest.raises(wmi.RequestHeaderFieldsTooLarge):
+        connection.read_body(connection.read_head())
+    assert len(list(endless)) > 99_000  # the rest was not even read
+
+
+def test_continue_is_sent_only_where_a_body_is_waited_for():
+    """RFC 9110, 10.1.1: 100 is sent once, before the body, and not if the body is there already."""
+    head = PUT + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n"
+    for pieces, sent in (([head, b"ab"], [b"HTTP/1.1 100 Continue\r\n\r\n"]), ([head + b"ab"], [])):
+        stream = Stream(pieces)
+        connection = wmi.Connection(stream)
+        assert connection.read_body(connection.read_head()) == b"ab"
+        assert stream.sent == sent
+
+
+class Full(Stream):
+    """A socket whose buffer is full: the first send waits in vain, and what is left is sent in time."""
+
+    def settimeout(self, seconds):
+        """Write down the time that a call has."""
+        self.timeout = seconds
+
+    def send(self, data):
+        """Wait as long as was said, and send nothing."""
+        raise socket.timeout
+
+    def sendall(self, data):
+        """Send all, and write down the time there was for it."""
+        self.sent.append((bytes(data), self.timeout))
+
+
+@pytest.mark.parametrize("pause, left", [("IDLE_SECONDS", 15), ("HEAD_SECONDS", 20)])
+def test_the_time_of_a_read_is_not_that_of_an_answer(pause, left):
+    """A send that began under the time of a read goes on until SEND_SECONDS in all have passed."""
+    stream = Full([PUT + b"\r\n"])
+    connection = wmi.Connection(stream)
+    assert connection.wait() if pause == "IDLE_SECONDS" else connection.read_head()
+    connection.send(b"answer")
+    ((data, seconds),) = stream.sent
+    assert data == b"answer"
+    assert left - 0.5 < seconds < left + 0.5
+
+
+@pytest.mark.parametrize(
+    "drip",
+    [
+        CHUNKED + b"1\r\na\r\n" * 60000,
+        PUT + b"Content-Length: 60000\r\n\r\n" + b"a" * 60000,
+        PUT + b"A: b\r\n" * 5000,
+    ],
+    ids=["chunks", "body", "head"],
+)
+def test_deadline_holds_where_no_wait_is_long(drip, monkeypatch):
+    """Bytes that come one by one, each before the wait for it ends, do not outlast the deadline."""
+    stream = Stream((bytes([byte]) for byte in drip), monkeypatch, seconds=0.01)
+    connection = wmi.Connection(stream)
+    with pytest.raises((wmi.RequestTimeout, wmi.RequestHeaderFieldsTooLarge)) as caught:
+        connection.read_body(connection.read_head())
+    assert caught.type is wmi.RequestTimeout
+
+
+# ---- the service: caching ----
+
+
+@pytest.fixture(params=["memory", "json", "sqlite"])
+def storage(request, tmp_path):
+    """Each kind of store, with one image."""
+    with wmi.open_storage(f"{request.param}:{tmp_path / 'images'}") as storage:
+        storage.add(image())
+        yield storage
+
+
+@pytest.fixture
+def lines():
+    """Take what the service reports."""
+    return []
+
+
+@pytest.fixture
+def service(storage, lines):
+    """A service on the store."""
+    return wmi.Service(storage, report=lines.append)
+
+
+def test_answer_is_kept_while_nothing_changes(service):
+    """The same question gets the very same answer object, rendered once."""
+    assert service.answer(request(), b"") is service.answer(request(), b"")
+
+
+def test_a_change_shows_in_the_very_next_answer(service, storage):
+    """A kept answer is used only while the store's revision is the same."""
+    for number in range(30):
+        storage.replace("wmi-one", lambda record, number=number: {**record, "description": str(number)})
+        for target in ("/api/images", "/api/images/wmi-one", "/api/images.yml", "/api/12.03/images?limit=1"):
+            assert str(number) in service.answer(request(target), b"").body.decode()
+    storage.delete("wmi-one")
+    assert service.answer(request("/api/images/wmi-one"), b"").status == 404
+    storage.add(image())
+    assert service.answer(request("/api/images/wmi-one"), b"").status == 200
+
+
+@pytest.mark.parametrize("scheme", ["json", "sqlite"])
+def test_a_change_by_another_store_shows_in_the_very_next_answer(scheme, tmp_path):
+    """Two stores on one file, as in two processes: neither serves what the other has changed."""
+    url = f"{scheme}:{tmp_path / 'images'}"
+    with wmi.open_storage(url) as one, wmi.open_storage(url) as other:
+        one.add(image())
+        services = [wmi.Service(one), wmi.Service(other)]
+        for number, writer in zip(range(20), itertools.cycle([one, other])):
+            writer.replace("wmi-one", lambda record, number=number: {**record, "description": f"n{number}."})
+            for service in services:
+                assert f"n{number}." in service.answer(request("/api/images/wmi-one"), b"").body.decode()
+
+
+class Late:
+    """A store that changes between the moment it was read and the moment the answer is kept."""
+
+    def __init__(self, storage):
+        self._storage = storage
+
+    def __getattr__(self, name):
+        return getattr(self._storage, name)
+
+    def get(self, id):
+        """Return the record as it was before a change that is done on return."""
+        record = self._storage.get(id)
+        self._storage.replace(id, lambda now: {**now, "description": "changed"})
+        return record
+
+    def page(self, *args, **options):
+        """Return the page as it was before a change that is done on return."""
+        page = self._storage.page(*args, **options)
+        self.get("wmi-one")
+        return page
+
+
+@pytest.mark.parametrize("target", ["/api/images", "/api/images/wmi-one"])
+def test_a_change_during_rendering_is_not_kept(target):
+    """An answer that was rendered while the store changed is not served after the change."""
+    storage = wmi.MemoryStorage()
+    storage.add(image(description="first"))
+    late = Late(storage)
+    service = wmi.Service(late)
+    first = service.answer(request(target), b"")
+    assert b"first" in first.body
+    late.get = late.page = None  # from here on only what was kept could show "first"
+    late.get, late.page = storage.get, storage.page
+    again = service.answer(request(target), b"")
+    assert b"changed" in again.body
+    assert again.etag != first.etag
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        [
+            "/api/images",
+            "/api/images.yml",
+            "/api/images.json",
+            "/api/images?limit=1",
+            "/api/images?start=1",
+            "/api/11.12/images",
+            "/api/12.03/images",
+            "/api/12.03/images?is_public=true",
+            "/api/images/wmi-one",
+            "/api/11.12/images/wmi-one.yml",
+        ],
+    ],
+)
+def test_everything_that_decides_an_answer_is_in_its_key(service, storage, targets):
+    """Path, query and account each have answers and ETags of their own, whatever was asked before."""
+    storage.add(image("wmi-two", account_id="a-other", is_public=True))
+    fresh, tags = {}, set()
+    for target, account in itertools.product(targets, [ACCOUNT, "a-other", "a-third"]):
+        fresh[target, account] = wmi.Service(storage).answer(request(target, account=account), b"")
+    for _ in range(2):
+        for (target, account), expected in fresh.items():
+            answer = service.answer(request(target, account=account), b"")
+            assert (answer.status, answer.body) == (expected.status, expected.body)
+    tags = [answer.etag for answer in fresh.values() if answer.status == 200]
+    assert len(set(tags)) == len(tags)
+
+
+def test_unversioned_path_does_not_share_answers(storage):
+    """The same path under --unversioned 12.03 has another ETag: a proxy between sees two servers."""
+    answers = [wmi.Service(storage, name).answer(request(), b"") for name in wmi.VERSIONS]
+    assert len({answer.etag for answer in answers}) == 3
+    assert len({answer.body for answer in answers}) == 3
+
+
+def test_etag_survives_a_restart(tmp_path):
+    """While a file does not change, each process gives the same ETag."""
+    url = f"sqlite:{tmp_path / 'images.db'}"
+    tags = []
+    for _ in range(2):
+        with wmi.open_storage(url) as storage:
+            if not tags:
+                storage.add(image())
+            tags.append(wmi.Service(storage).answer(request(), b"").etag)
+    assert tags[0] == tags[1]
+
+
+def test_cache_is_bounded_in_bytes(monkeypatch):
+    """However many questions are asked, what is kept stays about at the limit."""
+    monkeypatch.setattr(wmi, "_CACHE_BYTES", 1 << 18)
+    storage = wmi.MemoryStorage()
+    storage.add_all(image(f"wmi-{number}", description="x" * 500) for number in range(20))
+    service = wmi.Service(storage)
+    most = 0
+    for number in range(600):
+        assert service.answer(request(f"/api/images?limit=20&unknown={number}"), b"").status == 200
+        most = max(most, kept_bytes(service))
+    assert 1 << 17 < most < 1 << 19
+
+
+def kept_bytes(service):
+    """Return the size of the bodies that a service keeps."""
+    return sum(len(answer.body) for _, answer in service._cache.values())
+
+
+def test_answer_larger_than_the_cache_is_not_kept(monkeypatch):
+    """One huge answer does not break the bound."""
+    monkeypatch.setattr(wmi, "_CACHE_BYTES", 1 << 16)
+    storage = wmi.MemoryStorage()
+    storage.add(image(description="x" * (1 << 20)))
+    service = wmi.Service(storage)
+    for number in range(3):
+        assert service.answer(request(f"/api/images?unknown={number}"), b"").status == 200
+        assert kept_bytes(service) <= 1 << 17
+
+
+def test_errors_are_not_kept(service, storage):
+    """Ids that do not exist, asked for by the thousand, fill no memory; and one that appears is shown."""
+    for number in range(200):
+        assert service.answer(request(f"/api/images/wmi-none{number}"), b"").status == 404
+    assert kept_bytes(service) == 0
+    storage.add(image("wmi-none7"))
+    assert service.answer(request("/api/images/wmi-none7"), b"").status == 200
+
+
+def test_threads_see_each_acknowledged_change(tmp_path):
+    """While one thread changes and many ask, no answer is older than the last change before it."""
+    with wmi.open_storage(f"sqlite:{tmp_path / 'images.db'}") as storage:
+        storage.add(image(description="0"))
+        service = wmi.Service(storage)
+        done, wrong, stop = [0], [], threading.Event()
+
+        def ask(target):
+            while not stop.is_set():
+                before = done[0]
+                shown = json.loads(service.answer(request(target), b"").body)
+                shown = shown["result"][0] if "result" in shown else shown
+                if int(shown["description"]) < before:
+                    wrong.append((before, shown["description"]))
+
+        threads = [threading.Thread(target=ask, args=[t]) for t in ("/api/images", "/api/images/wmi-one") * 2]
+        for thread in threads:
+            thread.start()
+        try:
+            for number in range(1, 150):
+                storage.replace(
+                    "wmi-one", lambda record, number=number: {**record, "description": str(number)}
+                )
+                done[0] = number
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+    assert wrong == []
+
+
+WRITER = """
+import sys, wmi
+with wmi.open_storage(sys.argv[1]) as storage:
+    for number in range(1, int(sys.argv[2])):
+        storage.replace("wmi-one", lambda record: {**record, "description": str(number)})
+        print(number, flush=True)
+"""
+
+
+@pytest.mark.parametrize("scheme", ["json", "sqlite"])
+def test_another_process_is_seen_at_once(scheme, tmp_path):
+    """What a second process has acknowledged shows in the very next answer, while both work."""
+    url = f"{scheme}:{tmp_path / 'images'}"
+    with wmi.open_storage(url) as storage:
+        storage.add(image(description="0"))
+        service = wmi.Service(storage)
+        last, asked = [0], 0
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, url, "150"],
+            stdout=subprocess.PIPE,
+            cwd=os.path.dirname(os.path.abspath(wmi.__file__)),
+        )
+
+        def follow():
+            for line in writer.stdout:
+                last[0] = int(line)
+
+        follower = threading.Thread(target=follow)
+        follower.start()
+        while follower.is_alive():
+            before = last[0]
+            shown = json.loads(service.answer(request("/api/images/wmi-one"), b"").body)
+            assert int(shown["description"]) >= before
+            asked += 1
+        follower.join()
+        writer.stdout.close()
+        assert writer.wait() == 0
+        assert json.loads(service.answer(request("/api/images/wmi-one"), b"").body)["description"] == "149"
+        assert asked > 10
+
+
+# ---- the service: conditions ----
+
+
+@pytest.mark.parametrize("form", ["{}", "W/{}", '"x", {}', '{} ,"y"', 'W/"a",W/{}', "*", " * "])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_if_none_match(service, form, method):
+    """RFC 9110, 13.1.2: one of the tags, compared weakly, or * is answered 304 without a body."""
+    tag = service.answer(request(), b"").etag
+    answer = service.answer(request(method=method, If_None_Match=form.format(tag)), b"")
+    assert (answer.status, answer.body, answer.etag) == (304, b"", tag)
+    assert "content-length" not in fields_of(answer)
+
+
+def test_304_says_how_to_cache(service):
+    """RFC 9110, 15.4.5: a 304 has the ETag and Cache-Control that the 200 has."""
+    whole = fields_of(service.answer(request(), b""))
+    short = fields_of(service.answer(request(If_None_Match=whole["etag"]), b""))
+    for name in ("etag", "cache-control"):
+        assert short.get(name) == whole[name]
+
+
+@pytest.mark.parametrize("form", ['"other"', "{}x", "'{}'", "W/W/{}", "", ",", "**"])
+def test_other_tags_get_the_whole_answer(service, form):
+    """RFC 9110, 13.1.2: without a matching tag the answer is whole."""
+    tag = service.answer(request(), b"").etag.strip('"')
+    assert service.answer(request(If_None_Match=form.format(tag)), b"").status == 200
+
+
+def test_a_stale_tag_gets_the_new_answer(service, storage):
+    """After any change the old tag matches no more, also where this image did not change."""
+    old = service.answer(request("/api/images/wmi-one"), b"").etag
+    storage.add(image("wmi-two"))
+    answer = service.answer(request("/api/images/wmi-one", If_None_Match=old), b"")
+    assert answer.status == 200
+    assert answer.etag != old
+
+
+def test_conditions_do_not_hide_errors(service):
+    """RFC 9110, 13.2.1: a condition counts only where the answer would be a success."""
+    assert service.answer(request("/api/images/wmi-none", If_None_Match="*"), b"").status == 404
+    assert service.answer(request(account="", If_None_Match="*"), b"").status == 400
+    assert service.answer(request("/api/images?start=x", If_None_Match="*"), b"").status == 400
+
+
+# ---- the service: errors ----
+
+
+class Failing:
+    """A store each of whose calls raises."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __getattr__(self, name):
+        def fail(*args, **options):
+            raise self.error
+
+        return fail
+
+
+CALLS = [
+    ("GET", "/api/images"),
+    ("GET", "/api/images/wmi-one.yml"),
+    ("HEAD", "/api/12.03/images"),
+    ("DELETE", "/api/images/wmi-one"),
+    ("PUT", "/api/12.03/images/wmi-one?display_name=x"),
+]
+
+
+@pytest.mark.parametrize("method, target", CALLS)
+@pytest.mark.parametrize(
+    "error",
+    [OSError(5, "secret"), ValueError("secret\nline"), PermissionError(13, "secret", "/secret")],
+    ids=["io", "closed", "denied"],
+)
+def test_a_store_that_fails_is_503(error, method, target, lines):
+    """What fails below is DatabaseError: try again later; the reason is in the log and nowhere else."""
+    answer = wmi.Service(Failing(error), report=lines.append).answer(request(target, method), b"")
+    assert answer.status == 503
+    assert fields_of(answer)["retry-after"].isdigit()
+    assert b"DatabaseError" in answer.body and b"110" in answer.body
+    assert b"secret" not in answer.body + answer.head
+    assert "secret" in "".join(lines)
+
+
+@pytest.mark.parametrize("method, target", CALLS)
+def test_a_fault_of_ours_is_500(method, target, lines):
+    """An exception that nobody expected is 500 in the API's form; its text is in the log alone."""
+    answer = wmi.Service(Failing(RuntimeError("secret")), report=lines.append).answer(
+        request(target, method), b""
+    )
+    assert answer.status == 500
+    assert fields_of(answer)["content-type"].startswith(
+        "text/yaml" if target.endswith(".yml") else "application/json"
+    )
+    assert (
+        b"secret" not in answer.body
+        and b"RuntimeError" not in answer.body
+        and b"Traceback" not in answer.body
+    )
+    assert len(lines) == 1 and "secret" in lines[0] and target in lines[0]
+
+
+def test_closed_store(storage, service):
+    """A store that was closed answers 503, and does so again."""
+    storage.close()
+    for _ in range(2):
+        answer = service.answer(request(), b"")
+        assert (answer.status, json.loads(answer.body)["code"]) == (503, "110")
+
+
+def test_a_store_that_recovers_is_served_again(storage):
+    """Nothing of a failure is remembered."""
+
+    class Sometimes(Failing):
+        def __getattr__(self, name):
+            return getattr(storage, name) if self.error is None else super().__getattr__(name)
+
+    sometimes = Sometimes(OSError("full"))
+    service = wmi.Service(sometimes, report=lambda line: None)
+    assert service.answer(request(), b"").status == 503
+    sometimes.error = None
+    assert service.answer(request(), b"").status == 200
+
+
+@pytest.mark.parametrize(
+    "id",
+    ["wmi-%ff", "%ED%A0%80", "%00", "wmi-%0d%0aX:%20y", "wmi-%3Cscript%3E", "%F0%9F%92%A9", "wmi-%E2%80%A8"],
+)
+@pytest.mark.parametrize("extension", ["", ".yml"])
+def test_hostile_ids_are_answered_in_text_that_can_be_read(service, id, extension):
+    """An id that is none is told back, escaped, in valid UTF-8, and never reaches the head."""
+    answer = service.answer(request(f"/api/images/{id}{extension}"), b"")
+    assert answer.status == 400
+    answer.body.decode("utf-8")
+    assert b"X: y" not in answer.head
+    if not extension:
+        assert json.loads(answer.body)["message"].startswith("Invalid UUID Syntax: ")
+    else:
+        assert answer.body.count(b"\n:message:") == 1
+
+
+@pytest.mark.parametrize(
+    "method, target, allowed",
+    [
+        ("POST", "/api/images", "GET, HEAD, OPTIONS"),
+        ("DELETE", "/api/images", "GET, HEAD, OPTIONS"),
+        ("PUT", "/api/images/wmi-one", "GET, HEAD, OPTIONS, DELETE"),
+        ("get", "/api/images", "GET, HEAD, OPTIONS"),
+        ("PATCH", "/api/12.03/images/wmi-one", "GET, HEAD, OPTIONS, DELETE, PUT"),
+        ("TRACE", "/api/images", "GET, HEAD, OPTIONS"),
+    ],
+)
+def test_methods(service, method, target, allowed):
+    """RFC 9110, 15.5.6: another method is 405 and says which there are; OPTIONS says it with 204."""
+    answer = service.answer(request(target, method), b"")
+    assert answer.status == 405
+    assert fields_of(answer)["allow"] == allowed
+    options = service.answer(request(target, "OPTIONS", account=""), b"")
+    assert (options.status, options.body, fields_of(options)) == (204, b"", {"allow": allowed})
+
+
+# ---- the service: PUT ----
+
+
+def put(service, body, kind="application/json", target="/api/12.03/images/wmi-one"):
+    """Return the answer to a PUT."""
+    return service.answer(request(target, "PUT", Content_Type=kind), body)
+
+
+@pytest.mark.parametrize(
+    "body, kind",
+    [
+        (b'{"display_name": "new"}', "application/json"),
+        (b'{"image": {"display_name": "new"}}', "application/json; charset=utf-8"),
+        (b"display_name=new", "application/x-www-form-urlencoded"),
+        (b"display_name=new", ""),
+        (b"x=y&display_name=new", ""),
+    ],
+)
+def test_put_sets_fields(service, storage, body, kind):
+    """The fields come in a form or as JSON, flat or in "image"; what is unknown is ignored."""
+    answer = put(service, body, kind)
+    assert (answer.status, json.loads(answer.body)["display_name"]) == (200, "new")
+    assert storage.get("wmi-one")["display_name"] == "new"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        b"[]",
+        b"1",
+        b"null",
+        b'"x"',
+        b'{"image": 5}',
+        b'{"display_name": 5}',
+        b"\xff",
+        b"NaN",
+        b'{"display_name": "\\ud800"}',
+        b'{"display_name": ["x"]}',
+        b'{"image": []}',
+    ],
+)
+def test_put_of_nonsense_is_400(service, storage, body):
+    """A body that cannot be used is 400 with DCMGR's code, and changes nothing."""
+    before = storage.get("wmi-one")
+    answer = put(service, body)
+    assert (answer.status, json.loads(answer.body)["code"]) == (400, "143")
+    assert storage.get("wmi-one") == before
+
+
+def test_put_of_another_type_is_415(service):
+    """RFC 9110, 15.5.16: neither a form nor JSON is 415."""
+    assert put(service, b"<a/>", "text/xml").status == 415
+
+
+@pytest.mark.parametrize("template", ['{{"display_name": {}}}', '{{"image": {}}}', "{}"])
+def test_no_depth_of_nesting_is_a_fault(template, lines):
+    """Whatever the depth of the JSON, it is refused as a parameter: at no depth is it a 500."""
+    storage = wmi.MemoryStorage()
+    storage.add(image())
+    service = wmi.Service(storage, report=lines.append)
+    others = []
+
+    def try_all():  # in a thread, where little of the stack is used: one depth in a thousand may hurt
+        for depth in (*range(900, 1010), 5000, *range(9950, 10010), 32000):
+            status = put(service, template.format("[" * depth + "]" * depth).encode()).status
+            if status != 400:
+                others.append((depth, status))
+
+    thread = threading.Thread(target=try_all)
+    thread.start()
+    thread.join()
+    assert others == []
+    assert lines == []
+
+
+# ---- an index that is streamed ----
+
+
+class Many:
+    """A store of very many images that are made up when they are walked."""
+
+    def __init__(self, count, fails_after=None, size=200):
+        self.count, self.fails_after, self.size = count, fails_after, size
+        self.walked = 0
+        self.record = image(description="x" * size)
+
+    def revision(self):
+        """Return that nothing changes."""
+        return "1"
+
+    def page(self, account, start, limit, **scope):
+        """Return the first records."""
+        return self.count, [self._record(n) for n in range(start, min(self.count, start + limit))]
+
+    def walk(self, account=None, *, start=0, **scope):
+        """Yield records, and fail where that was asked for."""
+        for self.walked in range(start, self.count):
+            if self.walked == self.fails_after:
+                raise OSError("secret: the disk is gone")
+            yield self._record(self.walked)
+
+    def _record(self, number):
+        return {**self.record, "id": f"wmi-{number}"}
+
+
+def test_a_large_index_comes_in_pieces():
+    """The first bytes are there after a few images, and no piece is large."""
+    storage = Many(1_000_000)
+    answer = wmi.Service(storage).answer(request(), b"")
+    pieces = iter(answer.body)
+    assert next(pieces).startswith(b'{"owner_total":1000000,"start":0,"limit":null,"result":[{"id":"wmi-0"')
+    assert storage.walked < 200
+    for piece in itertools.islice(pieces, 50):
+        assert 0 < len(piece) < 70_000
+    assert storage.walked < 10_000
+    assert "content-length" not in fields_of(answer)
+
+
+@pytest.mark.parametrize("count", [0, 1, wmi.PAGE_AT_ONCE - 1, wmi.PAGE_AT_ONCE, wmi.PAGE_AT_ONCE + 1])
+@pytest.mark.parametrize("target", ["/api/images", "/api/11.12/images", "/api/images.yml"])
+def test_streamed_or_not_it_is_the_same_answer(count, target):
+    """At the edge between one piece and a stream nothing is lost, doubled or spelled otherwise."""
+    answer = wmi.Service(Many(count)).answer(request(target), b"")
+    body = answer.body if isinstance(answer.body, bytes) else b"".join(answer.body)
+    assert body.count(b"id: wmi-" if target.endswith("yml") else b'"id":"wmi-') == count * (
+        1 + target.endswith("yml")
+    )
+    if not target.endswith("yml"):
+        shown = json.loads(body)
+        shown = shown[0] if isinstance(shown, list) else shown
+        assert [row["id"] for row in shown.get("results", shown.get("result"))] == [
+            f"wmi-{n}" for n in range(count)
+        ]
+
+
+def head(minor, method="GET", more=""):
+    """Return the raw head of a request for everything."""
+    account = f"X-VDC-ACCOUNT-UUID: {ACCOUNT}"
+    return f"{method} /api/images HTTP/1.{minor}\r\nHost: a\r\n{account}\r\n{more}\r\n".encode()
+
+
+def test_stream_in_http_1_1_is_chunked_and_the_connection_goes_on():
+    """RFC 9112, 7.1: chunks, the last one empty; then the next request is answered."""
+    with serving(Many(5000)) as served:
+        text = served.raw(head(1) + head(1, "HEAD") + head(1, more="Connection: close\r\n"))
+    status, fields, body = parse_answer(text)
+    assert (status, fields["transfer-encoding"], fields.get("connection")) == (200, "chunked", None)
+    assert "content-length" not in fields
+    assert [row["id"] for row in json.loads(body)["result"]] == [f"wmi-{n}" for n in range(5000)]
+    first, second, third = text.split(b"HTTP/1.1 200 OK\r\n")[1:]
+    assert first.endswith(b"\r\n0\r\n\r\n")
+    assert second.endswith(b"\r\n\r\n") and b"[" not in second  # HEAD: the same fields, no body
+    assert unchunk(third.partition(b"\r\n\r\n")[2]) == body
+
+
+def test_stream_in_http_1_0_ends_with_the_connection():
+    """RFC 9112, 6.3: HTTP/1.0 knows no chunks, so the end is the connection's, keep-alive or not."""
+    with serving(Many(5000)) as served:
+        status, fields, body = parse_answer(served.raw(head(0, more="Connection: keep-alive\r\n") + head(0)))
+    assert (status, fields["connection"]) == (200, "close")
+    assert "transfer-encoding" not in fields and "content-length" not in fields
+    assert len(json.loads(body)["result"]) == 5000
+
+
+def test_a_store_that_fails_in_mid_stream_cuts_the_answer(lines):
+    """RFC 9112, 8: the chunk that ends the body is missing, so the client knows; the log has the reason."""
+    with serving(Many(5000, fails_after=3000), log=lines.append) as served:
+        text = served.raw(head(1) + head(1))
+    assert text.startswith(b"HTTP/1.1 200 ") and text.count(b"HTTP/1.1") == 1
+    assert not text.endswith(b"0\r\n\r\n") and b"secret" not in text
+    assert any("error: " in line and "secret" in line for line in lines)
+    with pytest.raises((AssertionError, ValueError)):
+        unchunk(text.partition(b"\r\n\r\n")[2])
+
+
+def test_a_cut_answer_of_http_1_0_shows():
+    """Where only the end of the connection ends an answer, a cut one ends in a reset."""
+    with (
+        serving(Many(5000, fails_after=3000)) as served,
+        socket.create_connection((served.host, served.port), 10) as peer,
+    ):
+        peer.sendall(head(0))
+        with pytest.raises(ConnectionResetError):
+            while peer.recv(65536):
+                pass
+
+
+def test_a_client_sees_that_a_stream_was_cut():
+    """Our client raises instead of returning part of an index."""
+    with serving(Many(5000, fails_after=3000)) as served:
+        with pytest.raises(wmi.Unreachable):
+            wmi.Client(served.url, ACCOUNT, retries=0).index()
+
+
+@pytest.mark.parametrize("scheme", ["memory", "json", "sqlite"])
+def test_a_change_during_the_stream_does_not_break_it(scheme, tmp_path):
+    """A writer is not held up by a slow reader of a stream, and the stream stays a whole JSON text."""
+    with wmi.open_storage(f"{scheme}:{tmp_path / 'images'}") as storage:
+        storage.add_all(image(f"wmi-{n}", description="x" * 4000) for n in range(3000))
+        with serving(storage) as served, socket.socket() as peer:
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)  # the server must wait for us
+            peer.settimeout(10)
+            peer.connect((served.host, served.port))
+            peer.sendall(head(1, more="Connection: close\r\n"))
+            text = peer.recv(1000)
+            storage.add(image("wmi-new"))
+            storage.delete("wmi-0")
+            storage.replace("wmi-1", lambda record: {**record, "description": "changed"})
+            text += b"".join(iter(lambda: peer.recv(1 << 20), b""))
+    shown = [row["id"] for row in json.loads(parse_answer(text)[2])["result"]]
+    assert len(set(shown)) == len(shown)
+    assert set(shown) - {"wmi-new"} >= {f"wmi-{n}" for n in range(2, 3000)}
+
+
+def test_memory_of_a_stream_is_bounded():
+    """A reader that stops holds back the walk: the server gathers nothing ahead of it."""
+    storage = Many(300_000, size=1000)
+    with serving(storage) as served, socket.socket() as peer:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        peer.connect((served.host, served.port))
+        peer.sendall(head(1))
+        peer.recv(1)
+        walked = -1
+        while walked != storage.walked:  # until it stands still for a while
+            walked = storage.walked
+            threading.Event().wait(0.3)
+        assert walked < 30_000  # what the kernel's buffers hold

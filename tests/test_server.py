@@ -1,0 +1,1172 @@
+"""The running server, attacked: time, connections, descriptors, signals, processes, sockets.
+
+The deadlines are shortened, so that each attack takes a fraction of a second; what is measured is that
+they hold in total. Where a test waits, it waits for a condition.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from serving import parse_answer, serving
+
+import wmi
+
+ACCOUNT = "a-shpoolxx"
+HERE = os.path.dirname(os.path.abspath(wmi.__file__))
+SCRIPT = os.path.abspath(wmi.__file__)
+SECONDS = 20.0  # for anything to happen, on a machine that is busy
+PYPY = sys.implementation.name == "pypy"
+
+
+def image(id="wmi-one", **fields):
+    """Return the record of an image."""
+    return wmi.image_record({"id": id, "account_id": ACCOUNT, **fields})
+
+
+def until(condition, what="the condition"):
+    """Wait until condition() is true, and return what it returned."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        found = condition()
+        if found:
+            return found
+        threading.Event().wait(0.005)
+    raise AssertionError(f"{what} did not come about in {SECONDS} s")
+
+
+def head(target="/api/images", method="GET", *fields):
+    """Return a raw head."""
+    lines = [f"{method} {target} HTTP/1.1", "Host: a", f"X-VDC-ACCOUNT-UUID: {ACCOUNT}", *fields, "", ""]
+    return "\r\n".join(lines).encode("latin-1")
+
+
+GET = head()
+CLOSE = head("/api/images", "GET", "Connection: close")
+PUT = head("/api/12.03/images/wmi-one", "PUT", "Content-Length: 14")
+CHUNKED = head("/api/12.03/images/wmi-one", "PUT", "Transfer-Encoding: chunked")
+
+
+def connect(served, receive_buffer=0):
+    """Return a connection to the server."""
+    family = socket.AF_INET6 if ":" in served.host else socket.AF_INET
+    peer = socket.socket(family)
+    if receive_buffer:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    peer.settimeout(SECONDS)
+    peer.connect((served.host, served.port))
+    return peer
+
+
+def read_answer(peer):
+    """Read exactly one answer that has a length; return status, fields and body."""
+    text = b""
+    while b"\r\n\r\n" not in text:
+        text += peer.recv(1) or pytest.fail(f"the connection ended after {text!r}")
+    status, fields, _ = parse_answer(text)
+    body = b""
+    while len(body) < int(fields.get("content-length", 0)):
+        body += peer.recv(int(fields["content-length"]) - len(body)) or pytest.fail("the body is cut")
+    return status, fields, body
+
+
+def rest(peer):
+    """Return all that still comes until the end, however it ends."""
+    text = b""
+    with contextlib.suppress(ConnectionResetError):
+        while True:
+            piece = peer.recv(65536)
+            if not piece:
+                return text
+            text += piece
+    return text
+
+
+def drip(peer, text, pause=0.02):
+    """Send text byte by byte until an answer or the end comes; return the seconds that took."""
+    began = time.monotonic()
+    peer.settimeout(pause)
+    for byte in text:
+        with contextlib.suppress(ConnectionError):
+            peer.sendall(bytes([byte]))
+        try:
+            peer.recv(1, socket.MSG_PEEK)
+            break
+        except socket.timeout:
+            pass
+        except ConnectionError:
+            break
+    peer.settimeout(SECONDS)
+    return time.monotonic() - began
+
+
+def connections():
+    """Return how many threads serve a connection."""
+    targets = (getattr(thread, "_target", None) for thread in threading.enumerate())
+    return sum(1 for target in targets if getattr(target, "__name__", "") == "process_request_thread")
+
+
+@pytest.fixture
+def storage():
+    """A store in memory with one image."""
+    with wmi.MemoryStorage() as storage:
+        storage.add(image())
+        yield storage
+
+
+@pytest.fixture
+def log():
+    """Take the log's lines."""
+    return []
+
+
+@pytest.fixture(autouse=True)
+def _quiet(log, capfd):
+    """Whatever is done to a server, it prints no traceback and logs no fault of its own."""
+    yield
+    text = capfd.readouterr()
+    assert "Traceback" not in text.err + text.out
+    assert not [line for line in log if "error: connection" in line]
+
+
+@pytest.fixture
+def served(storage, log):
+    """A running server."""
+    with serving(storage, log=log.append) as served:
+        yield served
+
+
+@pytest.fixture
+def shortened(monkeypatch):
+    """Make each deadline a fraction of a second."""
+    for name in ("IDLE_SECONDS", "HEAD_SECONDS", "BODY_SECONDS", "SEND_SECONDS", "LINGER_SECONDS"):
+        monkeypatch.setattr(wmi, name, 0.4)
+
+
+def test_the_deadlines_are_those_that_are_promised():
+    """The README's figures, which the other tests shorten."""
+    assert (wmi.HEAD_SECONDS, wmi.BODY_SECONDS, wmi.SEND_SECONDS, wmi.IDLE_SECONDS) == (10, 30, 30, 15)
+    assert (wmi.MAX_CONNECTIONS, wmi.GRACE_SECONDS) == (64, 10)
+
+
+# ---- deadlines, in total ----
+
+
+@pytest.mark.usefixtures("shortened")
+@pytest.mark.parametrize(
+    "text",
+    [b"GET /" + b"a" * 1000, GET[:-2] + b"A: b\r\n" * 200, b"\r\n" * 4 + b"G" * 1000],
+    ids=["line", "fields", "empty lines"],
+)
+def test_slow_head(served, text, log):
+    """A head that comes byte by byte is refused with 408 at its deadline, not later."""
+    with connect(served) as peer:
+        assert drip(peer, text) < 3
+        status, fields, _ = parse_answer(rest(peer))
+    assert (status, fields["connection"]) == (408, "close")
+    assert until(lambda: log)[0].split()[5] == "408"
+
+
+@pytest.mark.usefixtures("shortened")
+@pytest.mark.parametrize(
+    "head, body",
+    [
+        (PUT.replace(b"14", b"1000"), b"a" * 1000),
+        (CHUNKED, b"1\r\na\r\n" * 200),
+        (CHUNKED, b"1;" + b"e" * 200),
+        (CHUNKED, b"0\r\n" + b"A: b\r\n" * 50),
+    ],
+    ids=["sized", "chunks", "extension", "trailers"],
+)
+def test_slow_body(served, storage, head, body):
+    """A body that comes byte by byte is refused with 408 at its deadline, and changes nothing."""
+    before = storage.revision()
+    with connect(served) as peer:
+        peer.sendall(head)
+        assert drip(peer, body) < 3
+        assert parse_answer(rest(peer))[0] == 408
+    assert storage.revision() == before
+
+
+@pytest.mark.usefixtures("shortened")
+@pytest.mark.parametrize("text", [b"", GET, GET * 3])
+def test_idle_connection_is_closed(served, text):
+    """A connection on which nothing is asked is closed without an answer, and its thread ends."""
+    with connect(served) as peer:
+        peer.sendall(text)
+        answers = rest(peer)
+    assert answers.count(b"HTTP/1.1 ") == answers.count(b"HTTP/1.1 200 ") == text.count(b"GET")
+    until(lambda: not connections(), "the end of the thread")
+
+
+def test_idle_time_begins_anew_with_each_request(served, monkeypatch):
+    """The wait is between two requests: a connection that is used stays open longer than that."""
+    monkeypatch.setattr(wmi, "IDLE_SECONDS", 0.5)
+    with connect(served) as peer:
+        began = time.monotonic()
+        while time.monotonic() < began + 1:
+            peer.sendall(GET)
+            assert read_answer(peer)[0] == 200
+            threading.Event().wait(0.05)
+
+
+@pytest.fixture
+def large():
+    """A store whose index is one answer of 9 MB: more than the kernel's buffers hold."""
+    with wmi.MemoryStorage() as storage:
+        storage.add_all(image(f"wmi-{number}", description="x" * 10_000) for number in range(900))
+        yield storage
+
+
+@pytest.fixture
+def larger():
+    """A store whose index is streamed."""
+    with wmi.MemoryStorage() as storage:
+        storage.add_all(image(f"wmi-{number}", description="x" * 10_000) for number in range(1100))
+        yield storage
+
+
+@pytest.mark.parametrize("store", ["large", "larger"])
+@pytest.mark.parametrize("sip", [0, 1], ids=["nothing", "little"])
+def test_slow_reader(store, sip, log, monkeypatch, request):
+    """A client that does not read, or only a byte now and then, is cut at the deadline, and logged."""
+    monkeypatch.setattr(wmi, "SEND_SECONDS", 0.4)
+    monkeypatch.setattr(wmi, "IDLE_SECONDS", 0.4)
+    with serving(request.getfixturevalue(store), log=log.append) as served, connect(served, 4096) as peer:
+        peer.sendall(GET)
+        peer.recv(1)
+        began = time.monotonic()
+        while not log:
+            assert time.monotonic() < began + 10, "the reader was not cut"
+            peer.recv(sip) if sip else None
+            threading.Event().wait(0.02)
+        until(lambda: not connections(), "the end of the thread")
+        assert re.search(r" GET /api/images 200 \d+ ", log[0])
+
+
+def test_a_slow_head_leaves_the_reader_its_time(larger, log, monkeypatch):
+    """What is left of the head's deadline is not the time for the answer."""
+    monkeypatch.setattr(wmi, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(wmi, "SEND_SECONDS", SECONDS)
+    with serving(larger, log=log.append) as served, connect(served, 65536) as peer:
+        peer.sendall(CLOSE[:-2])
+        threading.Event().wait(0.1)
+        peer.sendall(CLOSE[-2:])
+        text = peer.recv(1)
+        threading.Event().wait(0.5)  # longer than what is left of the head's time
+        assert not log
+        assert len(json.loads(parse_answer(text + rest(peer))[2])["result"]) == 1100
+
+
+def test_a_reader_that_pauses_is_served(large, monkeypatch):
+    """A large answer arrives whole at a slow reader that keeps reading."""
+    monkeypatch.setattr(wmi, "SEND_SECONDS", SECONDS)
+    with serving(large) as served, connect(served) as peer:
+        peer.sendall(CLOSE)
+        text = peer.recv(1000)
+        threading.Event().wait(0.2)
+        text += rest(peer)
+    assert len(json.loads(parse_answer(text)[2])["result"]) == 900
+
+
+def test_a_refused_client_can_read_why(served):
+    """RFC 9112, 9.6: a client that is still sending gets its answer and an end, not a reset."""
+    for _ in range(10):
+        with connect(served) as peer:
+            peer.sendall(head("/api/12.03/images/wmi-one", "PUT", "Content-Length: 300000") + b"a" * 150_000)
+            peer.recv(1, socket.MSG_PEEK)
+            peer.sendall(b"a" * 150_000)
+            text = b"".join(iter(lambda peer=peer: peer.recv(65536), b""))
+        assert parse_answer(text)[0] == 413
+        assert text.count(b"HTTP/1.1") == 1
+
+
+def test_a_refused_client_is_not_listened_to_for_long(served, monkeypatch):
+    """A client that goes on sending after its refusal is cut."""
+    monkeypatch.setattr(wmi, "LINGER_SECONDS", 0.2)
+    with connect(served) as peer:
+        peer.sendall(b"nonsense\r\n\r\n")
+        began = time.monotonic()
+        with pytest.raises(ConnectionError):
+            while time.monotonic() < began + 10:
+                peer.sendall(b"a")
+                threading.Event().wait(0.01)
+
+
+# ---- clients that go away ----
+
+
+def reset(peer):
+    """Close with a reset instead of an end (SO_LINGER of no time)."""
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    peer.close()
+
+
+@pytest.mark.parametrize("text", [GET, GET + CLOSE, PUT + b"display_name=x"], ids=["one", "two", "body"])
+def test_half_close(served, text):
+    """RFC 9112, 9.6: a client that says that nothing follows gets all its answers."""
+    with connect(served) as peer:
+        peer.sendall(text)
+        peer.shutdown(socket.SHUT_WR)
+        answers = rest(peer)
+    assert answers.count(b"HTTP/1.1 200 ") == answers.count(b"HTTP/1.1 ") == text.count(b" HTTP/1.1\r\n")
+
+
+@pytest.mark.parametrize(
+    "text, status", [(b"GET / HT", 400), (PUT + b"disp", 400), (CHUNKED + b"5\r\nab", 400), (b"", None)]
+)
+def test_half_close_in_the_middle(served, storage, text, status):
+    """A request that is cut is refused, never done with what there is of it."""
+    before = storage.revision()
+    with connect(served) as peer:
+        peer.sendall(text)
+        peer.shutdown(socket.SHUT_WR)
+        answer = rest(peer)
+    assert (parse_answer(answer)[0] if answer else None) == status
+    assert storage.revision() == before
+
+
+STAGES = {
+    "connected": b"",
+    "head": GET[:20],
+    "body": PUT + b"disp",
+    "chunk": CHUNKED + b"5\r\nab",
+    "asked": GET,
+    "many": GET * 50,
+    "refused": b"nonsense\r\n\r\n",
+    "expecting": head("/api/12.03/images/wmi-one", "PUT", "Content-Length: 14", "Expect: 100-continue"),
+}
+
+
+@pytest.mark.parametrize("how", [reset, socket.socket.close], ids=["reset", "close"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_hanging_up(served, stage, how, log):
+    """A client that goes away at any stage frees its thread and leaves no traceback."""
+    for _ in range(5):
+        peer = connect(served)
+        peer.sendall(STAGES[stage])
+        how(peer)
+    until(lambda: not connections(), "the end of the threads")
+    assert served.request("GET", "/api/images", {"X-VDC-ACCOUNT-UUID": ACCOUNT})[0] == 200
+    assert not [line for line in log if "error" in line]
+
+
+@pytest.mark.parametrize("how", [reset, socket.socket.close], ids=["reset", "close"])
+@pytest.mark.parametrize("store", ["large", "larger"])
+def test_hanging_up_in_the_answer(how, store, log, request):
+    """A client that goes away while it is answered is one log line, without a traceback."""
+    with serving(request.getfixturevalue(store), log=log.append) as served:
+        peer = connect(served, 4096)
+        peer.sendall(GET)
+        peer.recv(100)
+        how(peer)
+        until(lambda: not connections(), "the end of the thread")
+    assert len(log) == 1 and " 200 " in log[0]
+
+
+# ---- at most so many connections ----
+
+
+def test_threads_never_exceed_the_cap(storage):
+    """More connections than the cap wait in the backlog, and each is served when one of the first goes."""
+    with serving(storage, max_connections=3) as served:
+        before, most = threading.active_count(), 0
+        peers = [connect(served) for _ in range(12)]
+        try:
+            for peer in peers:
+                peer.sendall(GET)
+            for number, peer in enumerate(peers):
+                assert read_answer(peer)[0] == 200
+                most = max(most, threading.active_count() - before)
+                if number < 3:
+                    for later in peers[3:]:
+                        later.setblocking(False)
+                        with pytest.raises(BlockingIOError):
+                            later.recv(1)
+                        later.settimeout(SECONDS)
+                if number >= 2:
+                    peers[number - 2].close()
+        finally:
+            for peer in peers:
+                peer.close()
+        until(lambda: threading.active_count() == before, "the end of the threads")
+    assert 1 <= most <= 3
+
+
+def test_stopping_with_every_connection_taken(storage):
+    """The accept loop that waits for a place can be told to stop."""
+    began = time.monotonic()
+    with serving(storage, max_connections=1) as served:
+        peers = [connect(served) for _ in range(3)]
+        peers[0].sendall(GET)
+        read_answer(peers[0])
+    assert time.monotonic() - began < 5
+    for peer in peers:
+        peer.close()
+
+
+def test_a_thread_that_cannot_start_gives_its_place_back(storage, log, monkeypatch):
+    """Where the system has no thread left, that client is dropped and the next one is served."""
+    with serving(storage, max_connections=1, log=log.append) as served:
+        start = threading.Thread.start
+
+        def fail(thread):
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", fail)
+        for _ in range(3):
+            with connect(served) as peer:
+                peer.sendall(GET)
+                assert rest(peer) == b""
+        monkeypatch.setattr(threading.Thread, "start", start)
+        assert served.request("GET", "/api/images", {"X-VDC-ACCOUNT-UUID": ACCOUNT})[0] == 200
+    assert all("start new thread" in line for line in log[:3])
+    log.clear()
+
+
+EXHAUSTED = """
+import resource, sys, threading, time
+import wmi
+lines = []
+server = wmi.Server(wmi.MemoryStorage(), port=0, max_connections=1000, log=lines.append)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30))
+print(server.url, flush=True)
+for line in sys.stdin:  # each is a question
+    print(time.process_time(), len(lines), sum("error: accept: " in line for line in lines), flush=True)
+server.shutdown()
+print(server.stop(), flush=True)
+"""
+
+
+def test_without_descriptors_the_server_neither_spins_nor_dies():
+    """With no descriptor left it waits at low cost, says so, and serves again when there are some."""
+    pytest.importorskip("resource", reason="the limit is POSIX's")
+    child = subprocess.Popen(
+        [sys.executable, "-c", EXHAUSTED], cwd=HERE, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+
+    def ask():
+        child.stdin.write("\n")
+        child.stdin.flush()
+        cpu, *counts = child.stdout.readline().split()
+        return float(cpu), *map(int, counts)
+
+    try:
+        port = int(child.stdout.readline().rsplit(":", 1)[1])
+        peers = [socket.create_connection(("127.0.0.1", port), SECONDS) for _ in range(60)]
+        try:
+            threading.Event().wait(0.5)  # until it has no descriptor left
+            first = ask()
+            threading.Event().wait(1)
+            last = ask()
+        finally:
+            for peer in peers:
+                peer.close()
+        assert last[0] - first[0] < 0.3, "a second cost this much CPU time"
+        assert 1 <= last[2] <= 20 and last[1] == last[2], "lines about it in the log"
+        with socket.create_connection(("127.0.0.1", port), SECONDS) as peer:
+            peer.sendall(CLOSE)
+            assert rest(peer).startswith(b"HTTP/1.1 200 ")
+    finally:
+        out, _ = child.communicate(timeout=SECONDS)
+    assert out == "True\n" and child.returncode == 0
+
+
+# ---- the log ----
+
+LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ 127\.0\.0\.1 (\S+) (\S+) (\S+) (\d{3}) (\d+) \d+\.\dms")
+
+
+def test_every_request_is_one_line(served, log):
+    """A line has time, client, account, method, target, status, bytes and milliseconds."""
+    body = served.request("GET", "/api/images?limit=1", {"X_VDC_ACCOUNT_UUID": ACCOUNT})[2]
+    served.raw(GET + head("/nowhere", "HEAD") + b"nonsense\r\n\r\n")
+    until(lambda: len(log) == 4)
+    assert [LINE.fullmatch(line).groups() for line in log] == [
+        (ACCOUNT, "GET", "/api/images?limit=1", "200", str(len(body))),
+        (ACCOUNT, "GET", "/api/images", "200", LINE.fullmatch(log[1])[5]),
+        (ACCOUNT, "HEAD", "/nowhere", "404", "0"),
+        ("-", "-", "-", "400", LINE.fullmatch(log[3])[5]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "account",
+    ["a b", "a\tb", "\xe9", "\x85", "\xa0", "\x9b31m", "a-x 200 0 0.0ms", "'", '"', "\\n", "x" * 5000, ""],
+)
+def test_accounts_cannot_forge_the_log(served, log, account):
+    """Blanks, control characters and what is not ASCII are escaped; a line keeps its eight words."""
+    fields = f"Host: a\r\nX-VDC-ACCOUNT-UUID: {account}\r\nConnection: close"
+    served.raw(f"GET /api/images HTTP/1.1\r\n{fields}\r\n\r\n".encode("latin-1"))
+    until(lambda: log)
+    assert len(log) == 1 and LINE.fullmatch(log[0]), log
+    assert log[0].isascii() and log[0].isprintable() and len(log[0]) < 1500
+
+
+@pytest.mark.parametrize(
+    "target", ["/%0a2011-11-23", "/api/images/wmi-%00%1b[31m", "/%E2%80%A8?\\n", "/" + "a" * 8000]
+)
+def test_targets_cannot_forge_the_log(served, log, target):
+    """A target is logged as it was sent, which is visible ASCII, or escaped."""
+    served.raw(head(target, "GET", "Connection: close"))
+    until(lambda: log)
+    assert len(log) == 1
+    shown = LINE.fullmatch(log[0])[3]
+    assert shown == target or (shown.startswith(target[:1000]) and len(log[0]) < 4096)  # a pipe's atomic write
+
+
+def test_reports_are_one_line(log):
+    """A failure whose text has line ends or escape sequences is one line of visible ASCII."""
+
+    class Broken(wmi.MemoryStorage):
+        def revision(self):
+            raise OSError("first\nsecond \x1b[31m \u2028 \xe9 \ud800")
+
+    with serving(Broken(), log=log.append) as served:
+        assert served.request("GET", "/api/images", {"X-VDC-ACCOUNT-UUID": ACCOUNT})[0] == 503
+    assert len(log) == 2 and "error: " in log[0] and "first" in log[0]
+    assert all(line.isascii() and line.isprintable() for line in log)
+
+
+def test_no_token_is_logged(served, log):
+    """Fields that may hold secrets do not get into the log."""
+    secrets = {
+        "X-VDC-ACCOUNT-UUID": ACCOUNT,
+        "X-VDC-REQUESTER-TOKEN": "hush1",
+        "Authorization": "Basic hush2",
+        "Cookie": "hush3",
+    }
+    assert served.request("GET", "/api/images", secrets)[0] == 200
+    until(lambda: log)
+    assert "hush" not in "".join(log)
+
+
+def test_a_log_that_fails_does_not_stop_the_answers(tmp_path, storage):
+    """A full disk under the log: the line is lost, the answer is not."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    with serving(storage, log=wmi._line_writer("/dev/full")) as served:
+        for _ in range(3):
+            assert served.request("GET", "/api/images", {"X-VDC-ACCOUNT-UUID": ACCOUNT})[0] == 200
+
+
+# ---- one send an answer, and what is not asked of the system ----
+
+
+class Stub:
+    """A TCP socket that writes down what is done to it."""
+
+    family = socket.AF_INET
+
+    def __init__(self, *pieces):
+        self.pieces, self.sent, self.options = list(pieces), [], []
+
+    def setsockopt(self, *option):
+        """Write down an option."""
+        self.options.append(option)
+
+    def recv(self, size):
+        """Return the next piece."""
+        return self.pieces.pop(0) if self.pieces else b""
+
+    def send(self, data):
+        """Write down one send."""
+        self.sent.append(bytes(data))
+        return len(data)
+
+    def settimeout(self, seconds):
+        """Take any."""
+
+    def shutdown(self, how):
+        """Take any."""
+
+
+@pytest.fixture
+def unserved(storage):
+    """A server whose loop does not run."""
+    server = wmi.Server(storage, port=0)
+    yield server
+    server.stop()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        GET,
+        head("/api/images/wmi-one"),
+        head("/nowhere"),
+        head("/api/images", "HEAD"),
+        b"nonsense\r\n\r\n",
+        head("/api/images", "GET", "If-None-Match: *"),
+        PUT + b"display_name=x",
+    ],
+)
+def test_one_send_an_answer(unserved, raw):
+    """Head and body leave in one send, with Nagle off: two sends cost 40 ms a request."""
+    stub = Stub(raw)
+    wmi.Handler(stub, ("127.0.0.1", 1), unserved)
+    assert (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1) in stub.options
+    assert len(stub.sent) == 1
+    _, fields, body = parse_answer(stub.sent[0])
+    assert len(body) == (int(fields.get("content-length", 0)) if b"HEAD" not in raw else 0)
+
+
+def test_the_name_service_is_not_asked(storage, monkeypatch):
+    """The stock server asks for our own name, and for the client's in its log: either can stall."""
+
+    def fail(*args):
+        raise AssertionError("the name service was asked")
+
+    for name in ("getfqdn", "gethostbyaddr", "gethostname", "getnameinfo"):
+        monkeypatch.setattr(socket, name, fail)
+    with serving(storage, log=lambda line: None) as served:
+        assert served.request("GET", "/api/images", {"X-VDC-ACCOUNT-UUID": ACCOUNT})[0] == 200
+
+
+def test_ipv6(storage, log):
+    """The server listens on ::1, and its URL has the brackets that clients need."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    with serving(storage, host="::1", log=log.append) as served:
+        assert served.url.startswith("http://[::1]:")
+        assert wmi.Client(served.url, ACCOUNT).show("wmi-one")["id"] == "wmi-one"
+    assert " ::1 " in log[0]
+
+
+def descriptors():
+    """Return how many descriptors this process has."""
+    return len(os.listdir("/dev/fd"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="descriptors cannot be counted here")
+def test_connections_leave_nothing(served):
+    """Hundreds of connections, good, bad and cut, leave no descriptor and no thread."""
+    served.raw(CLOSE)
+    until(lambda: not connections())
+    before, threads = descriptors(), threading.active_count()
+    for number in range(300):
+        if number % 3 == 2:
+            with connect(served) as peer:
+                peer.sendall(GET[: number % 50])
+        else:
+            served.raw(CLOSE if number % 3 else b"nonsense\r\n\r\n")
+    until(lambda: descriptors() == before and threading.active_count() == threads, "the end of all")
+
+
+MEMORY = """
+import sys, wmi
+with wmi.open_storage("sqlite:" + sys.argv[1]) as storage:
+    storage.add_all(wmi.image_record({"id": f"wmi-{n}", "account_id": "a-shpoolxx"}) for n in range(100))
+    server = wmi.Server(storage, port=0)
+    print(server.url, flush=True)
+    wmi.run_server(lambda: server)
+"""
+
+
+def resident(pid):
+    """Return the resident memory of a process in KiB, and how many descriptors and threads it has."""
+    with open(f"/proc/{pid}/status") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return int(fields["VmRSS"].split()[0]), int(fields["Threads"]), len(os.listdir(f"/proc/{pid}/fd"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /proc here")
+def test_thousands_of_requests_leave_nothing(tmp_path):
+    """10,000 requests on one connection leave descriptors, threads and memory as they were."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", MEMORY, str(tmp_path / "images.db")],
+        cwd=HERE,
+        text=True,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        port = int(child.stdout.readline().rsplit(":", 1)[1])
+        with socket.create_connection(("127.0.0.1", port), SECONDS) as peer:
+            peer.settimeout(SECONDS)
+            marks = []
+            for start in range(0, 12_000, 20):
+                many = [head(f"/api/images/wmi-{n % 100}", "HEAD") for n in range(start, start + 20)]
+                peer.sendall(b"".join(many))
+                text = b""
+                while text.count(b"\r\n\r\n") < 20:
+                    text += peer.recv(65536) or pytest.fail("the connection ended")
+                assert text.count(b"HTTP/1.1 200 ") == 20
+                if start in (2000, 11_980):
+                    marks.append(resident(child.pid))
+        assert marks[0][1:] == marks[1][1:]
+        if not PYPY:  # whose compiler keeps what it makes
+            assert marks[1][0] - marks[0][0] < 2048
+            assert marks[1][0] < 40_000
+    finally:
+        child.terminate()
+        child.communicate(timeout=SECONDS)
+    assert child.returncode == 0
+
+
+# ---- the command: start, signals, processes ----
+
+
+class Command:
+    """A `wmi serve` in a process, and what it prints."""
+
+    def __init__(self, folder, *options, store="sqlite:images.db", **more):
+        clean = {
+            name: value for name, value in os.environ.items() if not name.startswith(("WMI_", "LISTEN_"))
+        }
+        more = {"stderr": subprocess.PIPE, "start_new_session": True, **more}
+        port = () if "--unix-socket" in options or "pass_fds" in more else ("--port", "0")
+        self.process = subprocess.Popen(
+            [sys.executable, SCRIPT, "serve", "--store", store, *port, *options],
+            cwd=folder,
+            env=clean,
+            text=True,
+            **more,
+        )
+        self.said = []
+        for line in self.process.stderr:
+            self.said.append(line)
+            if "serving" in line:
+                break
+        self._drain = threading.Thread(target=self._read)
+        self._drain.start()
+        found = re.search(r"http://(.*):(\d+)/", self.said[-1])
+        self.host, self.port = (found[1].strip("[]"), int(found[2])) if found else ("", 0)
+        self.pid = self.process.pid
+
+    def _read(self):
+        for line in self.process.stderr:
+            self.said.append(line)
+
+    def connect(self):
+        """Return a connection to it."""
+        return socket.create_connection((self.host, self.port), SECONDS)
+
+    def ready(self):
+        """Wait until a request is answered: before, a signal could come before its handler."""
+        with self.connect() as peer:
+            peer.sendall(CLOSE)
+            assert rest(peer).startswith(b"HTTP/1.1 200 ")
+
+    def refuses(self):
+        """Return whether nobody listens any more."""
+        try:
+            self.connect().close()
+        except ConnectionError:
+            return True
+        return False
+
+    def wait(self):
+        """Wait for the end and return the exit code."""
+        code = self.process.wait(SECONDS)
+        self._drain.join(SECONDS)
+        return code
+
+    def end(self):
+        """End it and whatever it left in its process group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.wait()
+        self.process.stderr.close()
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Start servers that end with the test."""
+    started = []
+
+    def start(*options, **more):
+        started.append(Command(tmp_path, *options, **more))
+        return started[-1]
+
+    if not hasattr(os, "fork"):
+        pytest.skip("signals and processes of POSIX")
+    yield start
+    for each in started:
+        each.end()
+
+
+def children(pid):
+    """Return the processes whose parent this is, zombies left out."""
+    found = set()
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:
+            state, parent = file.read().rpartition(")")[2].split()[:2]
+            if int(parent) == pid and state != "Z":
+                found.add(int(name))
+    return found
+
+
+def alive(pid):
+    """Return whether a process runs; a zombie does not."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="no /proc here")
+WORKERS = pytest.mark.parametrize("workers", ["1", "2"])
+STOPS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
+
+
+def test_start_up_message(command):
+    """One line says what is served and where, and the address is that of this machine alone."""
+    server = command("--sample")
+    assert server.said == [f"wmi: serving sqlite:images.db on http://127.0.0.1:{server.port}/api/images\n"]
+    with server.connect() as peer:
+        peer.sendall(CLOSE)
+        assert json.loads(parse_answer(rest(peer))[2])["owner_total"] > 0
+
+
+def test_warning_where_others_can_call(command):
+    """Listening for everybody without tokens is one clear warning."""
+    server = command("--host", "0.0.0.0")
+    warnings = [line for line in server.said if "warning" in line]
+    assert len(warnings) == 1 and "0.0.0.0" in warnings[0] and "account" in warnings[0]
+
+
+@WORKERS
+@STOPS
+def test_stopping_with_idle_connections(command, workers, number):
+    """A connection that waits for its next request does not hold up the end; the exit code is 0."""
+    server = command("--workers", workers)
+    server.ready()
+    peers = [server.connect() for _ in range(6)]
+    for peer in peers[:4]:
+        peer.sendall(GET)
+        read_answer(peer)
+    began = time.monotonic()
+    os.kill(server.pid, number)
+    assert server.wait() == 0
+    assert time.monotonic() - began < 5
+    for peer in peers:
+        assert rest(peer) == b""
+        peer.close()
+    assert server.refuses()
+
+
+def begin_put(server):
+    """Begin a request whose body is not whole yet, and wait until it is waited for."""
+    server.ready()
+    with server.connect() as peer:
+        peer.sendall(
+            head("/api/12.03/images/wmi-lucid0", "DELETE", "Connection: close")
+        )  # a tombstone can be set
+        rest(peer)
+    peer = server.connect()
+    target = "/api/12.03/images/wmi-lucid1"
+    peer.sendall(head(target, "PUT", "Content-Length: 14", "Expect: 100-continue"))
+    assert peer.recv(100).startswith(b"HTTP/1.1 100 ")
+    return peer
+
+
+@WORKERS
+@STOPS
+def test_what_runs_is_finished(command, workers, number):
+    """Told to stop it accepts nobody, finishes what was begun, says close, and exits with 0."""
+    server = command("--workers", workers, "--sample")
+    with begin_put(server) as peer:
+        os.killpg(server.pid, number)  # as a terminal or systemd does it: all processes get it
+        until(server.refuses, "a closed listener")
+        peer.sendall(b"display_name=x")
+        status, fields, body = read_answer(peer)
+        assert (status, fields["connection"], json.loads(body)["display_name"]) == (200, "close", "x")
+    assert server.wait() == 0
+
+
+@WORKERS
+def test_what_runs_is_finished_after_a_signal_to_the_parent(command, workers):
+    """SIGTERM to the one process that was started is enough, however many serve."""
+    server = command("--workers", workers, "--sample")
+    with begin_put(server) as peer:
+        os.kill(server.pid, signal.SIGTERM)
+        until(server.refuses, "a closed listener")
+        peer.sendall(b"display_name=x")
+        assert read_answer(peer)[0] == 200
+    assert server.wait() == 0
+
+
+@WORKERS
+@STOPS
+def test_second_signal_ends_at_once(command, workers, number):
+    """Who asks twice does not wait for what runs."""
+    server = command("--workers", workers, "--sample")
+    with begin_put(server):
+        os.kill(server.pid, number)
+        until(server.refuses, "a closed listener")
+        began = time.monotonic()
+        os.kill(server.pid, number)
+        server.wait()
+        assert time.monotonic() - began < 5
+
+
+def test_waiting_for_what_runs_has_an_end(storage, log):
+    """A request that does not end in the time of grace is given up."""
+    server = wmi.Server(storage, port=0, log=log.append)
+    loop = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    loop.start()
+    with socket.create_connection(server.server_address[:2], SECONDS) as peer:
+        peer.sendall(head("/api/12.03/images/wmi-one", "PUT", "Content-Length: 14", "Expect: 100-continue"))
+        assert peer.recv(100).startswith(b"HTTP/1.1 100 ")
+        server.shutdown()
+        loop.join()
+        began = time.monotonic()
+        assert server.stop(0.3) is False
+        assert 0.2 < time.monotonic() - began < 5
+        peer.sendall(b"display_name=x")
+        assert b"Connection: close" in rest(peer)
+
+
+@needs_proc
+def test_a_dead_worker_is_replaced(command):
+    """kill -9 of one worker: the other serves on, and a new one comes; each serves."""
+    server = command("--workers", "2")
+    before = until(lambda: (found := children(server.pid)) and len(found) == 2 and found)
+    server.ready()
+    victim = min(before)
+    os.kill(victim, signal.SIGKILL)
+    server.ready()
+    after = until(lambda: (found := children(server.pid) - {victim}) and len(found) == 2 and found)
+    assert len(after & before) == 1
+    survivor = (after & before).pop()
+    os.kill(survivor, signal.SIGKILL)  # now only the new one serves
+    server.ready()
+    os.kill(server.pid, signal.SIGTERM)
+    assert server.wait() == 0
+    assert not [pid for pid in after if alive(pid)]
+
+
+@needs_proc
+def test_a_worker_told_to_stop_is_replaced(command):
+    """SIGTERM to one worker, as an operator may do, renews it; the server goes on."""
+    server = command("--workers", "2")
+    server.ready()
+    before = until(lambda: (found := children(server.pid)) and len(found) == 2 and found)
+    os.kill(min(before), signal.SIGTERM)
+    until(lambda: len(children(server.pid) - {min(before)}) == 2)
+    server.ready()
+
+
+@needs_proc
+def test_workers_end_with_their_parent(command):
+    """kill -9 of the parent: no worker stays behind and holds the port."""
+    server = command("--workers", "2")
+    server.ready()
+    workers = until(lambda: (found := children(server.pid)) and len(found) == 2 and found)
+    os.kill(server.pid, signal.SIGKILL)
+    until(lambda: not any(map(alive, workers)), "the end of the workers")
+    assert server.refuses()
+
+
+@needs_proc
+def test_workers_that_cannot_start_do_not_spin(command, tmp_path):
+    """A store that breaks after the start costs a try a second, not a core; the parent can be stopped."""
+    server = command("--workers", "2")
+    server.ready()
+    with open(tmp_path / "images.db", "wb") as file:
+        file.write(b"this is no database any more" * 100)
+    for pid in children(server.pid):
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: [line for line in server.said if "wmi: worker: " in line], "a failure")
+    threading.Event().wait(1.5)  # a spin would show as hundreds
+    assert len([line for line in server.said if "wmi: worker: " in line]) < 10
+    assert "Traceback" not in "".join(server.said)
+    os.kill(server.pid, signal.SIGTERM)
+    assert server.wait() == 0
+
+
+@pytest.mark.parametrize("target", ["file", "pipe"])
+def test_log_lines_of_processes_never_interleave(command, tmp_path, target):
+    """Two processes, eight clients, lines from short to the longest: each is whole."""
+    server = command("--workers", "2", *(("--log", str(tmp_path / "log")) if target == "file" else ()))
+    server.ready()
+
+    def ask(number):
+        with server.connect() as peer:
+            for length in range(30):
+                path = "/" + str(number) * (1 + length * 250 if length % 2 else 4)
+                peer.sendall(head(path, "HEAD"))
+                assert b"\r\n\r\n" in peer.recv(65536)
+
+    threads = [threading.Thread(target=ask, args=[number]) for number in range(1, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    os.kill(server.pid, signal.SIGTERM)
+    assert server.wait() == 0
+    lines = (
+        (tmp_path / "log").read_text().splitlines()
+        if target == "file"
+        else [line.rstrip("\n") for line in server.said[1:]]
+    )
+    assert len(lines) == 8 * 30 + 1
+    for line in lines:
+        assert LINE.fullmatch(line), line[:200]
+        assert re.fullmatch(r"/(?:(\d)\1*\.*|api/images)", LINE.fullmatch(line)[3])
+
+
+# ---- sockets that are given, and sockets of files ----
+
+
+needs_unix = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets here")
+
+
+@needs_unix
+@WORKERS
+def test_unix_socket(command, tmp_path, workers):
+    """--unix-socket PATH serves there, says so, logs each request, and removes the file at the end."""
+    path = str(tmp_path / "wmi.sock")
+    server = command("--unix-socket", path, "--sample", "--workers", workers)
+    assert path in server.said[-1] and "warning" not in "".join(server.said)
+    for _ in range(2):
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.settimeout(SECONDS)
+            peer.connect(path)
+            peer.sendall(GET + CLOSE)
+            assert rest(peer).count(b"HTTP/1.1 200 ") == 2
+    os.kill(server.pid, signal.SIGTERM)
+    assert server.wait() == 0
+    assert not os.path.exists(path)
+    assert [line.split()[1:4] for line in server.said[1:]] == [["unix", ACCOUNT, "GET"]] * 4
+
+
+@needs_unix
+def test_unix_socket_that_a_crash_left_is_taken_over(command, tmp_path):
+    """A socket file on which nobody listens is replaced; one that is in use is not."""
+    path = str(tmp_path / "wmi.sock")
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(path)
+    server = command("--unix-socket", path)
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(path)
+    second = subprocess.run(
+        [sys.executable, SCRIPT, "serve", "--store", "memory:", "--unix-socket", path],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert second.returncode == 1
+    assert second.stderr.count("\n") == 1 and "Traceback" not in second.stderr
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.settimeout(SECONDS)
+        peer.connect(path)
+        peer.sendall(CLOSE)
+        assert rest(peer).startswith(b"HTTP/1.1 200 ")
+    assert server.process.poll() is None
+
+
+@needs_unix
+def test_unix_socket_does_not_replace_a_file(tmp_path):
+    """A path that is something else is refused and stays as it is."""
+    path = tmp_path / "precious"
+    path.write_text("text")
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "serve", "--store", "memory:", "--unix-socket", str(path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and str(path) in done.stderr
+    assert path.read_text() == "text"
+
+
+ACTIVATE = """
+import os, sys
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+os.dup2(int(sys.argv[1]), 3)
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+def activated(listener, folder, *options):
+    """Start `wmi serve` as systemd does: the listening socket is descriptor 3."""
+    number = listener.fileno()
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            ACTIVATE,
+            str(number),
+            SCRIPT,
+            "serve",
+            "--store",
+            "sqlite:images.db",
+            *options,
+        ],
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        text=True,
+        pass_fds=[number],
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX only")
+@WORKERS
+def test_socket_activation(tmp_path, workers):
+    """LISTEN_FDS and LISTEN_PID: the socket that was handed over is served, not --port, and stays open."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port), SECONDS) as peer:  # before anybody serves
+            peer.sendall(CLOSE)
+            child = activated(listener, tmp_path, "--workers", workers, "--port", "1")
+            try:
+                assert f":{port}/" in child.stderr.readline()
+                assert rest(peer).startswith(b"HTTP/1.1 200 ")
+                peer.close()
+            finally:
+                child.terminate()
+                child.communicate(timeout=SECONDS)
+        assert child.returncode == 0
+        with socket.create_connection(("127.0.0.1", port), SECONDS):
+            pass
+
+
+@needs_unix
+def test_socket_activation_with_a_unix_socket(tmp_path):
+    """systemd may hand over a Unix socket; its file is systemd's and stays."""
+    path = str(tmp_path / "given.sock")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as peer:
+        listener.bind(path)
+        listener.listen(8)
+        child = activated(listener, tmp_path)
+        try:
+            peer.settimeout(SECONDS)
+            peer.connect(path)
+            peer.sendall(CLOSE)
+            assert rest(peer).startswith(b"HTTP/1.1 200 ")
+            peer.close()
+        finally:
+            child.terminate()
+            child.communicate(timeout=SECONDS)
+    assert child.returncode == 0
+    assert os.path.exists(path)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"LISTEN_PID": "1", "LISTEN_FDS": "1"}, {"LISTEN_FDS": "1"}, {"LISTEN_PID": "", "LISTEN_FDS": ""}],
+)
+def test_activation_meant_for_others_is_ignored(monkeypatch, environment):
+    """sd_listen_fds(3): the variables count only for the process that LISTEN_PID names."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with wmi.listen(port=0) as listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
