@@ -432,7 +432,7 @@ def fill(folder: pathlib.Path, store: str, count: int, peers: bool) -> None:
 
 
 def import_times(folder: pathlib.Path, rounds: int) -> tuple[float, float, float]:
-    """Return milliseconds of processor time to import what wmi imports, to import wmi, and the median of their ratios."""
+    """Return milliseconds of CPU to import what wmi imports, to import wmi, and the median of their ratios."""
     tree = ast.parse((folder / "wmi.py").read_text(encoding="utf-8"))
     names = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
