@@ -1117,6 +1117,7 @@ MAX_FIELDS = 64  # lines; browsers send about 20
 MAX_BODY = 65536  # bytes; a name and a description
 MAX_EMPTY_LINES = 4  # before a request line; old clients sent one after a body
 MAX_CHUNK_LINE = 256  # bytes; a size and extensions that nobody uses
+LOGGED_TARGET = 2048  # characters; a line below PIPE_BUF is one write, so those of processes never mix
 MAX_CONNECTIONS = 64  # threads a process; more connections wait in the backlog
 IDLE_SECONDS = 15  # between two requests; proxies commonly wait longer, so they close first
 HEAD_SECONDS = 10  # for a whole head, from its first bytes
@@ -1644,7 +1645,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             while self._wait() and self._serve_one():
                 pass
-            self.stream.linger()
+            if not self.server.stopping:
+                self.stream.linger()
 
     def finish(self) -> None:
         """Have nothing to flush."""
@@ -1706,7 +1708,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         account = (request.fields.get("x-vdc-account-uuid") if request else None) or "-"
         if not re.fullmatch("[!-~]{1,255}", account):
             account = ascii(account[:255]).replace(" ", "_")
-        method, target = (request.method, request.target) if request else ("-", "-")
+        method, target = (request.method, request.target[:LOGGED_TARGET]) if request else ("-", "-")
         milliseconds = (time.perf_counter() - began) * 1000
         self.server.log(f"{self.client} {account} {method} {target} {status} {size} {milliseconds:.1f}ms")
 
@@ -1791,7 +1793,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def report(self, text: str) -> None:
         """Log a failure, in one line of visible ASCII."""
-        self.log(f"error: {ascii(text)[1:-1]}")  # a codec would be imported first, which needs a descriptor
+        # Not by a codec: it would be imported first, which fails without a free descriptor.
+        self.log(f"error: {ascii(text)[1:-1][:LOGGED_TARGET]}")
 
     def service_actions(self) -> None:
         """Stop, between two polls, when the supervising process is gone."""
