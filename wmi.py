@@ -1848,6 +1848,9 @@ class Server(http.server.ThreadingHTTPServer):
         return True
 
 
+_STOPS = (signal.SIGTERM, signal.SIGINT)
+
+
 def run_server(make_server: Callable[[], Server], workers: int = 1, listener: socket.socket | None = None) -> int:
     """Serve until SIGTERM or SIGINT, here or in so many forked processes, and return 0.
 
@@ -1880,9 +1883,6 @@ def run_server(make_server: Callable[[], Server], workers: int = 1, listener: so
         if not signals and time.monotonic() - waited < 1:
             time.sleep(1)  # one that cannot start must not be forked in a spin
     return 0
-
-
-_STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 def _exit_as_worker(make_server: Callable[[], Server]) -> int:
