@@ -6,7 +6,7 @@
 
 Everything runs on this machine, the load too, so figures compare only within one table. The load is
 wrk with one thread and 8 connections where it is installed, else a loop in this file (`--load own`),
-which is slower than a fast server. Our server and nginx write an access log to a file. What is shown
+which is slower than a fast server. Every server that has an access log writes it to a file. What is shown
 is the median of the rounds. A row of peers is measured in turns with ours, and its ratio is the median
 of the ratios of one round each, so that a machine that gets slower meanwhile does no harm.
 """
@@ -365,12 +365,13 @@ def _constant(folder: pathlib.Path, port: int, workers: int) -> list[object]:
 
 def _uvicorn(folder: pathlib.Path, port: int, workers: int) -> list[object]:
     command = [sys.executable, "-m", "uvicorn", "peer_app:fast", "--app-dir", folder, "--port", port]
-    return [*command, "--workers", workers, "--no-access-log", "--log-level", "warning"]
+    return [*command, "--workers", workers]  # the access log is on, and goes to a file like everything it prints
 
 
 def _gunicorn(folder: pathlib.Path, port: int, workers: int) -> list[object]:
     command = [sys.executable, "-m", "gunicorn", "--chdir", folder, "peer_app:flask", "-b", f"127.0.0.1:{port}"]
-    return [*command, "-w", workers, "-k", "gthread", "--threads", CONNECTIONS]
+    return [*command, "-w", workers, "-k", "gthread", "--threads", CONNECTIONS,
+            "--access-logfile", folder / "gunicorn-access.log"]  # fmt: skip
 
 
 def _waitress(folder: pathlib.Path, port: int, workers: int) -> list[object]:
@@ -388,11 +389,11 @@ def installed_peers() -> list[Peer]:
         peers.insert(0, Peer(f"nginx {version.strip()}", _nginx, ("show", "index"), "the same bytes as files, log on"))
     if has("uvicorn", "fastapi"):
         note = "with uvloop and httptools" if has("uvloop", "httptools") else "without uvloop"
-        peers.append(Peer(version_of("uvicorn", "fastapi"), _uvicorn, everything, f"{note}, no log"))
+        peers.append(Peer(version_of("uvicorn", "fastapi"), _uvicorn, everything, f"{note}, log on"))
     if has("gunicorn", "flask"):
-        peers.append(Peer(version_of("gunicorn", "flask"), _gunicorn, everything, "gthread, no log"))
+        peers.append(Peer(version_of("gunicorn", "flask"), _gunicorn, everything, "gthread, log on"))
     if has("waitress", "flask"):
-        peers.append(Peer(version_of("waitress", "flask"), _waitress, everything, "one process, no log"))
+        peers.append(Peer(version_of("waitress", "flask"), _waitress, everything, "one process, it has no log"))
     return peers
 
 
