@@ -817,10 +817,11 @@ def _load_and_open(entry: Any, location: str) -> Storage:
 
 
 def _known_schemes() -> str:
-    names = {*_openers, *_entry_points()}
-    for folder in filter(os.path.isdir, __path__):
-        names.update(file[: -len("_store.py")] for file in os.listdir(folder) if file.endswith("_store.py"))
-    return ", ".join(sorted(names))
+    import pkgutil  # here: only an error asks; it looks into a zip as well
+
+    files = [module.name for module in pkgutil.iter_modules(__path__)]
+    stores = [name[: -len("_store")] for name in files if name.endswith("_store")]
+    return ", ".join(sorted({*_openers, *_entry_points(), *stores}))
 
 
 @contextlib.contextmanager
