@@ -209,7 +209,7 @@ class HTTPVersionNotSupported(Error):
 # is what `source` and `features` are. No tags, no anchors: nothing is ever instantiated.
 
 # A text is written plain only where no YAML 1.1 reader takes it for anything but that text.
-_YAML_PLAIN = re.compile(r"[A-Za-z/](?:[A-Za-z0-9_./@+=~-]|[: ](?=[A-Za-z0-9_./]))*")
+_YAML_PLAIN = r"[A-Za-z/](?:[A-Za-z0-9_./@+=~-]|[: ](?=[A-Za-z0-9_./]))*"
 _YAML_WORDS = frozenset("y n yes no on off true false null".split())
 _YAML_ESCAPES = dict(zip('0abtnvfre"\\/ N_LP', '\0\a\b\t\n\v\f\r\x1b"\\/ \x85\xa0\u2028\u2029'))
 _YAML_SHORT = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t"}
@@ -246,7 +246,7 @@ def _yaml_scalar(value: Any) -> str:
         return f"{value[:10]} {value[11:19]}.000000000 Z"
     if not isinstance(value, str):
         return "" if value is None else json.dumps(value)  # true, 12, {} and [] are spelled alike
-    if _YAML_PLAIN.fullmatch(value) and value.lower() not in _YAML_WORDS:
+    if re.fullmatch(_YAML_PLAIN, value) and value.lower() not in _YAML_WORDS:
         return value
     if value.isprintable():
         return "'" + value.replace("'", "''") + "'"
@@ -1129,12 +1129,13 @@ GRACE_SECONDS = 10  # to finish what runs when told to stop
 PIECE = 65536  # bytes asked of recv at once: it allocates what it is asked for
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, 5.6.2
+# Compiled here is what every request needs; the others are compiled, and kept by re, when first used.
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 _FIELD_LINE = re.compile(rb"(" + _TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)")
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
-_NEVER_IN_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?=[^\n])|(?<!\r)\n")
-_HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
-_ABSOLUTE = re.compile(r"(?i:http)://([^/?]*)(.*)")
+_CHUNK_LINE = rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?"
+_NEVER_IN_HEAD = rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?=[^\n])|(?<!\r)\n"
+_HOST = r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
+_ABSOLUTE = r"(?i:http)://([^/?]*)(.*)"
 
 
 class Request(NamedTuple):
@@ -1205,14 +1206,14 @@ def parse_fields(lines: Sequence[bytes]) -> dict[str, str]:
 
 def check_host(fields: Mapping[str, str], minor: int) -> None:
     """Check Host, which HTTP/1.1 must send (RFC 9112, 3.2)."""
-    if not _HOST.fullmatch(fields.get("host", "" if minor else "-")):
+    if not re.fullmatch(_HOST, fields.get("host", "" if minor else "-")):
         raise BadRequest("Host is missing or is not a host")
 
 
 def parse_target(method: str, target: str) -> tuple[str, str]:
     """Return path and query of an origin-form, absolute-form or * target (RFC 9112, 3.2)."""
-    absolute = _ABSOLUTE.fullmatch(target)
-    if absolute and _HOST.fullmatch(absolute[1]):
+    absolute = re.fullmatch(_ABSOLUTE, target)
+    if absolute and re.fullmatch(_HOST, absolute[1]):
         target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
     if "#" in target or not (target.startswith("/") or (target == "*" and method == "OPTIONS")):
         raise BadRequest("the target is not a path, or has a fragment")
@@ -1254,6 +1255,11 @@ def check_size(head: bytes) -> None:
         raise RequestHeaderFieldsTooLarge(f"the head has more than {MAX_HEAD} bytes")
 
 
+def has_illegal(head: bytes, checked: int) -> bool:
+    """Return whether there is a bare CR or LF, or a control character, past the bytes checked before."""
+    return re.compile(_NEVER_IN_HEAD).search(head, max(0, checked - 1)) is not None
+
+
 def check_partial(head: bytes, checked: int = 0) -> None:
     """Refuse a head that cannot become legal before the rest of it arrives.
 
@@ -1262,7 +1268,7 @@ def check_partial(head: bytes, checked: int = 0) -> None:
     end = head.find(b"\r\n", 0, MAX_REQUEST_LINE + 2)
     if end >= max(0, checked - 1) or (end < 0 and len(head) - head.endswith(b"\r") > MAX_REQUEST_LINE):
         parse_request_line(head[:end] if end >= 0 else head)
-    if _NEVER_IN_HEAD.search(head, max(0, checked - 1)):
+    if has_illegal(head, checked):
         raise BadRequest("the head has a bare CR, a bare LF or a control character")
     check_size(head)
 
@@ -1342,7 +1348,7 @@ class Connection:
     def _read_line(self, limit: int, deadline: float) -> bytes:
         checked = 0
         while (end := self._buffer.find(b"\r\n", max(0, checked - 1), limit + 2)) < 0:
-            illegal = len(self._buffer) > limit + 1 or _NEVER_IN_HEAD.search(self._buffer, max(0, checked - 1))
+            illegal = len(self._buffer) > limit + 1 or has_illegal(self._buffer, checked)
             checked = len(self._buffer)
             if illegal or not self._receive(deadline):
                 raise BadRequest("a line of the chunked body is cut, too long or has a control character")
@@ -1353,7 +1359,7 @@ class Connection:
         """Decode a chunked body strictly; trailers are checked and dropped (RFC 9112, 7.1)."""
         body, size = b"", -1
         while size:
-            match = _CHUNK_LINE.fullmatch(self._read_line(MAX_CHUNK_LINE, deadline))
+            match = re.fullmatch(_CHUNK_LINE, self._read_line(MAX_CHUNK_LINE, deadline))
             if not match:
                 raise BadRequest("a chunk does not begin with its size")
             size = int(match[1], 16)
