@@ -871,20 +871,20 @@ class Catalog:
     def index(self, start: int | str = 0, limit: int | str | None = None, **filters: Any) -> Page:
         """Return the page of images from offset start, at most limit of them, newest first.
 
-        limit None or 0 is the version's default; filters are those of 12.03 in API.md's words. Raises
+        limit None or 0 is the version's default; filters are the parameters of 12.03, by their names. Raises
         InvalidParameter whose message is the name of the parameter.
         """
         first = whole_number("start", start)
         size = whole_number("limit", 0 if limit is None else limit) or self.version.default_limit
         public, deleted = filter_scope(self.version, filters)
         conditions = filter_conditions(filters)
+        matching = functools.partial(self._matching, public, deleted, conditions)
         with storage_errors():
             if filters.get("sort_by"):
-                return self._sorted(filters, conditions, first, size)
+                return self._sorted(matching, filters["sort_by"], first, size)
             if conditions:
-                total = sum(1 for _ in self._matching(filters, conditions))
-                matching = self._matching(filters, conditions)
-                return Page(total, first, size, _guarded(itertools.islice(matching, first, size and first + size)))
+                total = sum(1 for _ in matching())
+                return Page(total, first, size, _guarded(itertools.islice(matching(), first, size and first + size)))
             at_once = PAGE_AT_ONCE if size is None else min(size, PAGE_AT_ONCE)
             total, images = self.storage.page(self.account, first, at_once, public=public, deleted=deleted)
             if at_once == size or first + at_once >= total:
@@ -892,21 +892,22 @@ class Catalog:
             walk = self.storage.walk(self.account, start=first, public=public, deleted=deleted)
             return Page(total, first, size, _guarded(itertools.islice(walk, size)))
 
-    def _matching(self, filters: Any, conditions: Sequence[Condition], oldest_first: bool = False) -> Iterator[Record]:
-        public, deleted = filter_scope(self.version, filters)
+    def _matching(
+        self, public: bool, deleted: bool | None, conditions: Sequence[Condition], oldest_first: bool = False
+    ) -> Iterator[Record]:
         for record in self.storage.walk(self.account, public=public, deleted=deleted, oldest_first=oldest_first):
             if all(condition(record) for condition in conditions):
                 yield record
 
-    def _sorted(self, filters: Any, conditions: Sequence[Condition], start: int, limit: int | None) -> Page:
+    def _sorted(self, matching: Callable[..., Iterator[Record]], sort_by: str, start: int, limit: int | None) -> Page:
         """Sort by holding keys and ids only; equal keys stay in order of registration."""
-        field, _, order = filters["sort_by"].partition(".")
+        field, _, order = sort_by.partition(".")
         end = start + (limit or SORTED_AT_MOST)
         if end > SORTED_AT_MOST:
             raise InvalidParameter("limit")
         count = itertools.count()  # of what was walked, so in the end the total
-        matching = self._matching(filters, conditions, oldest_first=order == "asc")
-        keys = ((_sort_key(self.version, field, record), next(count), record["id"]) for record in matching)
+        walked = matching(oldest_first=order == "asc")
+        keys = ((_sort_key(self.version, field, record), next(count), record["id"]) for record in walked)
         pick = heapq.nsmallest if order == "asc" else heapq.nlargest
         chosen = pick(end, keys, key=lambda entry: entry[0])[start:]
         return Page(next(count), start, limit, _guarded(self.storage.get(id) for _, _, id in chosen))

@@ -86,6 +86,7 @@ class JsonStorage:
         self._pin: int | None = None
         self._state: _State | None = None
         self._current()
+        self._sweep()
 
     def get(self, id: str) -> Record:
         """Return the record, a tombstone too. Raise KeyError if there is none."""
@@ -185,6 +186,16 @@ class JsonStorage:
                 if state is None or state.identity != _identify(self._path):
                     state = self._install(*_load(self._path))
         return state
+
+    def _sweep(self) -> None:
+        """Remove what a crash left of a change; the lock tells it from one that is being written."""
+        if os.path.exists(self._path + ".new"):
+            with suppress(OSError):  # a file that may only be read
+                lock = _lock(self._path)
+                try:
+                    os.unlink(self._path + ".new")
+                finally:
+                    os.close(lock)
 
     def _install(self, pin: int | None, state: _State) -> _State:
         """Make a state the current one and keep its file open; the caller holds `_loading`."""

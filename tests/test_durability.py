@@ -115,7 +115,7 @@ def test_json_survives_an_error_of_any_operation(path, monkeypatch, verb, number
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_json_survives_death_at_any_operation(path, monkeypatch, verb):
-    """Old or new, and the next change leaves nothing over."""
+    """Old or new, and opening the store again leaves nothing over."""
     new, seen = after(json_store, path, verb), []
     for n in range(1, 99):
         make(json_store, path)
@@ -128,6 +128,7 @@ def test_json_survives_death_at_any_operation(path, monkeypatch, verb):
         status = in_child(work)
         found = read(json_store, path)
         assert found in (FEW, new)
+        assert files(path) == ["images"]
         seen.append(found == new)
         with json_store.open_storage(path) as store:
             store.add(image(77))
