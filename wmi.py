@@ -42,9 +42,11 @@ import importlib
 import io
 import itertools
 import json
+import operator
 import os
 import random
 import re
+import selectors
 import signal
 import socket
 import stat
@@ -59,6 +61,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 __version__ = "1.0.0"
+
+# Patterns are compiled when first used: re's own cache would cost every use half a microsecond.
+_compiled = functools.lru_cache(maxsize=None)(re.compile)
 
 # wmi is one file, yet a backend is imported as wmi.NAME_store: from backends/ beside a checkout or a
 # vendored copy, from wmi_backends/ beside an installed wmi.py (no top-level package "backends").
@@ -209,7 +214,7 @@ class HTTPVersionNotSupported(Error):
 # is what `source` and `features` are. No tags, no anchors: nothing is ever instantiated.
 
 # A text is written plain only where no YAML 1.1 reader takes it for anything but that text.
-_YAML_PLAIN = r"[A-Za-z/](?:[A-Za-z0-9_./@+=~-]|[: ](?=[A-Za-z0-9_./]))*"
+_YAML_PLAIN = r"[A-Za-z/][A-Za-z0-9_./@+=~-]*(?:[: ][A-Za-z0-9_./][A-Za-z0-9_./@+=~-]*)*"
 _YAML_WORDS = frozenset("y n yes no on off true false null".split())
 _YAML_ESCAPES = dict(zip('0abtnvfre"\\/ N_LP', '\0\a\b\t\n\v\f\r\x1b"\\/ \x85\xa0\u2028\u2029'))
 _YAML_SHORT = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t"}
@@ -230,11 +235,13 @@ def to_yaml(value: Any) -> str:
 
 def yaml_lines(value: Any, indent: str) -> Iterator[str]:
     """Yield the block lines of a dict or list that is not empty, laid out as Ruby's psych does."""
+    listed = isinstance(value, list)
     for item in value:
-        head, item = (f"{indent}-", item) if isinstance(value, list) else (f"{indent}:{item}:", value[item])
+        head, item = (f"{indent}-", item) if listed else (f"{indent}:{item}:", value[item])
         if not isinstance(item, (dict, list)) or not item:
-            yield f"{head} {_yaml_scalar(item)}".rstrip(" ") + "\n"
-        elif isinstance(value, list):
+            text = _yaml_scalar(item)
+            yield f"{head} {text}\n" if text else f"{head}\n"
+        elif listed:
             yield head + "".join(yaml_lines(item, indent + "  "))[len(head) :]
         else:
             yield head + "\n"
@@ -242,11 +249,13 @@ def yaml_lines(value: Any, indent: str) -> Iterator[str]:
 
 
 def _yaml_scalar(value: Any) -> str:
+    if not isinstance(value, str):
+        if isinstance(value, int):
+            return str(value).lower()  # true, 12
+        return "" if value is None else json.dumps(value)  # {} and [] are spelled alike
     if isinstance(value, Timestamp):
         return f"{value[:10]} {value[11:19]}.000000000 Z"
-    if not isinstance(value, str):
-        return "" if value is None else json.dumps(value)  # true, 12, {} and [] are spelled alike
-    if re.fullmatch(_YAML_PLAIN, value) and value.lower() not in _YAML_WORDS:
+    if _compiled(_YAML_PLAIN).fullmatch(value) and value.lower() not in _YAML_WORDS:
         return value
     if value.isprintable():
         return "'" + value.replace("'", "''") + "'"
@@ -337,7 +346,7 @@ def brief(value: Any) -> str:
 
 def _matching(pattern: str, allowed: str) -> Check:
     def check(field: str, value: Any) -> str:
-        if isinstance(value, str) and re.fullmatch(pattern, value):
+        if isinstance(value, str) and _compiled(pattern).fullmatch(value):
             return value
         raise refuse(field, value, allowed)
 
@@ -387,7 +396,12 @@ def _check_time(field: str, value: Any) -> str:
 
 def now() -> str:
     """Return the time as the API spells it: UTC, whole seconds, 2011-11-23T07:36:00Z."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return _spell_time(int(time.time()))
+
+
+@functools.lru_cache(maxsize=2)
+def _spell_time(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
 
 
 def _mapping_of(**checks: Check) -> Check:
@@ -481,109 +495,88 @@ def check_agreement(record: Record) -> Record:
     return record
 
 
-class Version(NamedTuple):
-    """Be a row of the table of API versions: how it is spelled, and who may see what."""
-
-    name: str
-    path: str  # of the collection
-    prefix: str  # of an error's class
-    wrapped: bool  # the index answers an array that holds one object
-    envelope: tuple[str, str, str, str]  # the index's keys, in order: total, start, limit, list
-    default_limit: int | None  # also for limit=0; None is no limit
-    fields: tuple[str, ...]  # of an image, in order
-    shown: Mapping[str, Callable[[Record], Any]]  # fields that are not shown as they are kept
-    index_public: bool  # the index lists every account's public images
-    index_deleted: bool | None  # and tombstones: False no, True only, None too
-    shows_deleted: bool  # show answers a tombstone, and deleting it again is fine
-    not_yours: type[Error]  # for somebody else's image
-    privileged: bool  # SYSTEM_ACCOUNT may show and delete any image
-    updatable: tuple[str, ...]  # fields that PUT sets
-    filters: tuple[str, ...]  # parameters of the index beside start and limit
-    no_account: str  # the message where the account is missing; "" is the originals', the class
+def _fields(names: str, **shown: Callable[[Record], Any]) -> Mapping[str, Callable[[Record], Any]]:
+    """Return a table of fields; those not in shown are shown as they are kept."""
+    shown["uuid"] = operator.itemgetter("id")
+    shown["created_at"] = lambda record: Timestamp(record["created_at"])
+    shown["updated_at"] = lambda record: Timestamp(record["updated_at"])
+    return {name: shown.get(name) or operator.itemgetter(name) for name in names.split()}
 
 
-_SHOWN: dict[str, Callable[[Record], Any]] = {
-    "uuid": lambda record: record["id"],
-    "created_at": lambda record: Timestamp(record["created_at"]),
-    "updated_at": lambda record: Timestamp(record["updated_at"]),
-}
-_DOCUMENT = Version(
-    name="document",
-    path="/api/images",
-    prefix="Dcmgr::Endpoints::",
-    wrapped=False,
-    envelope=("owner_total", "start", "limit", "result"),
-    default_limit=None,
-    fields=(
-        "id", "uuid", "account_id", "created_at", "updated_at", "boot_dev_type", "source", "arch", "description",
-        "md5sum", "is_public", "state", "features",
-    ),
-    shown={
-        **_SHOWN,
-        "source": lambda record: to_yaml(record["source"]),
-        "features": lambda record: to_yaml(record["features"]),
-    },
-    index_public=True,
-    index_deleted=False,
-    shows_deleted=False,
-    not_yours=OperationNotPermitted,
-    privileged=True,
-    updatable=(),
-    filters=(),
-    no_account="say who calls: send a header X-VDC-ACCOUNT-UUID, such as a-shpoolxx",
-)  # fmt: skip
-_V1112 = _DOCUMENT._replace(
-    name="11.12",
-    path="/api/11.12/images",
-    wrapped=True,
-    envelope=("owner_total", "start", "limit", "results"),
-    no_account="",
-)
-_V1203 = Version(
-    name="12.03",
-    path="/api/12.03/images",
-    prefix="Dcmgr::Endpoints::Errors::",
-    wrapped=True,
-    envelope=("total", "start", "limit", "results"),
-    default_limit=250,
-    fields=(
-        "id", "account_id", "uuid", "created_at", "updated_at", "boot_dev_type", "arch", "description", "is_public",
-        "state", "features", "file_format", "root_device", "is_cacheable", "instance_model_name", "parent_image_id",
-        "service_type", "display_name", "backup_object_id", "deleted_at", "volumes", "vifs", "os_type", "labels",
-    ),
-    shown={
-        **_SHOWN,
-        "deleted_at": lambda record: record["deleted_at"] and Timestamp(record["deleted_at"]),
-        "description": lambda record: record["description"] or "",
-        "state": lambda record: "available" if record["state"] == "init" else record["state"],
+class Version:
+    """Be a row of the table of API versions: how it is spelled, who may see what. This one is the document's."""
+
+    name: str = "document"
+    path: str = "/api/images"  # of the collection
+    prefix: str = "Dcmgr::Endpoints::"  # of an error's class
+    wrapped: bool = False  # the index answers an array that holds one object
+    envelope: Sequence[str] = ("owner_total", "start", "limit", "result")  # the index's keys, in order
+    default_limit: int | None = None  # also for limit=0; None is no limit
+    fields: Mapping[str, Callable[[Record], Any]] = _fields(  # of an image, in order, and what each shows
+        "id uuid account_id created_at updated_at boot_dev_type source arch description md5sum is_public state"
+        " features",
+        source=lambda record: to_yaml(record["source"]),
+        features=lambda record: to_yaml(record["features"]),
+    )
+    index_public: bool = True  # the index lists every account's public images
+    index_deleted: bool | None = False  # and tombstones: False no, True only, None too
+    shows_deleted: bool = False  # show answers a tombstone, and deleting it again is fine
+    not_yours: type[Error] = OperationNotPermitted  # for somebody else's image
+    privileged: bool = True  # SYSTEM_ACCOUNT may show and delete any image
+    updatable: Sequence[str] = ()  # fields that PUT sets
+    filters: Sequence[str] = ()  # parameters of the index beside start and limit
+    no_account: str = "say who calls: send a header X-VDC-ACCOUNT-UUID, such as a-shpoolxx"  # "": the error's class
+
+
+class _V1112(Version):
+    name = "11.12"
+    path = "/api/11.12/images"
+    wrapped = True
+    envelope = ("owner_total", "start", "limit", "results")
+    no_account = ""
+
+
+class _V1203(Version):
+    name = "12.03"
+    path = "/api/12.03/images"
+    prefix = "Dcmgr::Endpoints::Errors::"
+    wrapped = True
+    envelope = ("total", "start", "limit", "results")
+    default_limit = 250
+    fields = _fields(
+        "id account_id uuid created_at updated_at boot_dev_type arch description is_public state features file_format"
+        " root_device is_cacheable instance_model_name parent_image_id service_type display_name backup_object_id"
+        " deleted_at volumes vifs os_type labels",
+        deleted_at=lambda record: record["deleted_at"] and Timestamp(record["deleted_at"]),
+        description=lambda record: record["description"] or "",
+        state=lambda record: "available" if record["state"] == "init" else record["state"],
         **{name: lambda record: [] for name in _ALWAYS_EMPTY},
-    },
-    index_public=False,
-    index_deleted=None,
-    shows_deleted=True,
-    not_yours=UnknownUUIDResource,
-    privileged=False,
-    updatable=("display_name", "description"),
-    filters=(
+    )
+    index_public = False
+    index_deleted = None
+    shows_deleted = True
+    not_yours = UnknownUUIDResource
+    privileged = False
+    updatable = ("display_name", "description")
+    filters = (
         "is_public", "service_type", "state", "created_since", "created_until", "deleted_since", "deleted_until",
         "sort_by", "filter",
-    ),
-    no_account="",
-)  # fmt: skip
+    )  # fmt: skip
+    no_account = ""
+
 
 DOCUMENT = "document"
-VERSIONS = {version.name: version for version in (_DOCUMENT, _V1112, _V1203)}
+VERSIONS: dict[str, Version] = {row.name: row() for row in (Version, _V1112, _V1203)}
 
 
 def find_version(name: str) -> Version:
     """Return the row of VERSIONS. Raises InvalidParameter."""
-    return VERSIONS[_one_of(*VERSIONS)("version", name)]
+    return VERSIONS.get(name) or VERSIONS[_one_of(*VERSIONS)("version", name)]
 
 
 def render(version: Version, record: Record) -> Record:
     """Return a record as this version shows it: its fields, in its order."""
-    shown = version.shown
-    return {name: shown[name](record) if name in shown else record[name] for name in version.fields}
+    return {name: show(record) for name, show in version.fields.items()}
 
 
 ####################################################################################################
@@ -808,12 +801,7 @@ def _entry_points() -> dict[str, Opener]:
 
     found: Any = entry_points()  # Python 3.9 has a dict of groups, later ones a selection
     group = found.select(group="wmi.backends") if hasattr(found, "select") else found.get("wmi.backends", ())
-    return {entry.name: functools.partial(_load_and_open, entry) for entry in group}
-
-
-def _load_and_open(entry: Any, location: str) -> Storage:
-    storage: Storage = entry.load()(location)
-    return storage
+    return {entry.name: functools.partial(lambda entry, location: entry.load()(location), entry) for entry in group}
 
 
 def _known_schemes() -> str:
@@ -824,17 +812,23 @@ def _known_schemes() -> str:
     return ", ".join(sorted({*_openers, *_entry_points(), *stores}))
 
 
-@contextlib.contextmanager
-def storage_errors(id: str = "") -> Iterator[None]:
+class storage_errors:  # noqa: N801  # used as a function; a generator would cost each request a microsecond
     """Turn what a store raises into errors of this module, in this one place."""
-    try:
-        yield
-    except FileExistsError as error:
-        raise DuplicateUUID(f"{error} is registered already") from error
-    except KeyError as error:
-        raise UnknownUUIDResource(id) from error
-    except (OSError, ValueError) as error:
-        raise DatabaseError("the store cannot answer") from error
+
+    def __init__(self, id: str = "") -> None:
+        self._id = id
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            return
+        if isinstance(error, FileExistsError):
+            raise DuplicateUUID(f"{error} is registered already") from error
+        if isinstance(error, KeyError):
+            raise UnknownUUIDResource(self._id) from error
+        if isinstance(error, (OSError, ValueError)):
+            raise DatabaseError("the store cannot answer") from error
 
 
 ####################################################################################################
@@ -1100,7 +1094,7 @@ def _sort_key(version: Version, field: str, record: Record) -> tuple[bool, Any]:
     """Return what a record is sorted by: null first, as in MySQL; id is the registration."""
     if field == "id":  # the originals' id was the number of the row, not the uuid
         return False, ""
-    value = version.shown[field](record) if field in version.shown else record[field]
+    value = version.fields[field](record)
     return value is not None, json.dumps(value) if isinstance(value, (dict, list)) else "" if value is None else value
 
 
@@ -1120,26 +1114,27 @@ MAX_BODY = 65536  # bytes; a name and a description
 MAX_EMPTY_LINES = 4  # before a request line; old clients sent one after a body
 MAX_CHUNK_LINE = 256  # bytes; a size and extensions that nobody uses
 LOGGED_TARGET = 2048  # characters; a line below PIPE_BUF is one write, so those of processes never mix
-MAX_CONNECTIONS = 64  # threads a process; more connections wait in the backlog
+MAX_CONNECTIONS = 64  # a process; each may need a thread, and more connections wait in the backlog
 IDLE_SECONDS = 15  # between two requests; proxies commonly wait longer, so they close first
 HEAD_SECONDS = 10  # for a whole head, from its first bytes
 BODY_SECONDS = 30  # for a whole body
 SEND_SECONDS = 30  # for a whole answer, or for each piece of a streamed one
 LINGER_SECONDS = 1  # for a refused client to read why
 GRACE_SECONDS = 10  # to finish what runs when told to stop
+TURN_SECONDS = 0.05  # of one connection; then another thread serves the others
+LOOK_SECONDS = 0.1  # between two looks for deadlines that have passed
 PIECE = 65536  # bytes asked of recv at once: it allocates what it is asked for
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, 5.6.2
-# Compiled here is what every request needs; the others are compiled, and kept by re, when first used.
-_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
-_FIELD_LINE = re.compile(rb"(" + _TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)")
+_REQUEST_LINE = rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])"
+_FIELD_LINE = rb"(" + _TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)"
 _CHUNK_LINE = rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?"
 _NEVER_IN_HEAD = rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?=[^\n])|(?<!\r)\n"
 _HOST = r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
 _ABSOLUTE = r"(?i:http)://([^/?]*)(.*)"
 
 
-class Request(NamedTuple):
+class Request:
     """Be the head of a request that broke no rule. Parsed heads are shared: change nothing."""
 
     method: str
@@ -1152,6 +1147,12 @@ class Request(NamedTuple):
     length: int  # of the body, in bytes
     chunked: bool
     expects_continue: bool
+    asked: tuple[str, str, str]  # everything that an answer to GET or HEAD hangs on
+    account: str  # for the log: one word of visible ASCII
+    logged: str  # account, method and target, none of which can forge a line
+
+    def __init__(self, **said: Any) -> None:  # a NamedTuple of so many fields would cost an import a millisecond
+        self.__dict__.update(said)
 
 
 def parse_head(head: bytes) -> Request:
@@ -1159,22 +1160,44 @@ def parse_head(head: bytes) -> Request:
 
     Raises a subclass of Error for the first rule that is broken; the connection must then be closed.
     """
-    line, *lines = head[:-4].split(b"\r\n")
+    line, _, lines = head[:-4].partition(b"\r\n")
     method, target, minor = parse_request_line(line)
     check_size(head)
-    fields = parse_fields(lines)
-    check_host(fields, minor)
     path, query = parse_target(method, target)
+    said = _small_fields(lines, minor) if len(lines) <= _SMALL else _parse_field_lines(lines, minor)
+    fields = said["fields"]
+    asked = target, fields.get("x-vdc-account-uuid", ""), fields.get("if-none-match", "")
+    logged = f"{said['account']} {method} {target[:LOGGED_TARGET]}"
+    return Request(
+        method=method, target=target, path=path, query=query, minor=minor, asked=asked, logged=logged, **said
+    )  # fmt: skip
+
+
+def _parse_field_lines(text: bytes, minor: int) -> dict[str, Any]:
+    """Return what all lines but the first say: the fields, what they mean, and the account for the log."""
+    fields = parse_fields(text.split(b"\r\n") if text else [])
+    check_host(fields, minor)
     length, chunked = parse_framing(fields, minor)
+    account = fields.get("x-vdc-account-uuid") or "-"
+    if not _compiled("[!-~]{1,255}").fullmatch(account):
+        account = ascii(account[:255]).replace(" ", "_")
     keep_alive, expects = parse_keep_alive(fields, minor), parse_expect(fields, minor)
-    return Request(method, target, path, query, minor, fields, keep_alive, length, chunked, expects)
+    return {"fields": fields, "length": length, "chunked": chunked, "keep_alive": keep_alive,
+            "expects_continue": expects, "account": account}  # fmt: skip
+
+
+# Clients that keep a connection send the same head over and over, or at least the same fields; what small
+# ones say is remembered.
+_SMALL = 1024  # bytes; times 1024, a few MB
+_small_fields = functools.lru_cache(maxsize=256)(_parse_field_lines)
+_parse_small_head = functools.lru_cache(maxsize=1024)(parse_head)
 
 
 def parse_request_line(line: bytes) -> tuple[str, str, int]:
     """Return method, target and minor version: METHOD SP TARGET SP HTTP/d.d (RFC 9112, 3)."""
     if len(line) > MAX_REQUEST_LINE:
         raise URITooLong(f"the request line has more than {MAX_REQUEST_LINE} bytes")
-    match = _REQUEST_LINE.fullmatch(line)
+    match = _compiled(_REQUEST_LINE).fullmatch(line)
     if not match or match[3] == b"0":
         raise BadRequest("the request line is not METHOD SP TARGET SP HTTP/1.1")
     if match[3] != b"1":
@@ -1187,8 +1210,9 @@ def parse_fields(lines: Sequence[bytes]) -> dict[str, str]:
     if len(lines) > MAX_FIELDS:
         raise RequestHeaderFieldsTooLarge(f"there are more than {MAX_FIELDS} header fields")
     fields: dict[str, str] = {}
+    matching = _compiled(_FIELD_LINE).fullmatch
     for line in lines:
-        match = _FIELD_LINE.fullmatch(line)
+        match = matching(line)
         if len(line) > MAX_FIELD_LINE:
             raise RequestHeaderFieldsTooLarge(f"a header field has more than {MAX_FIELD_LINE} bytes")
         if not match:
@@ -1207,14 +1231,14 @@ def parse_fields(lines: Sequence[bytes]) -> dict[str, str]:
 
 def check_host(fields: Mapping[str, str], minor: int) -> None:
     """Check Host, which HTTP/1.1 must send (RFC 9112, 3.2)."""
-    if not re.fullmatch(_HOST, fields.get("host", "" if minor else "-")):
+    if not _compiled(_HOST).fullmatch(fields.get("host", "" if minor else "-")):
         raise BadRequest("Host is missing or is not a host")
 
 
 def parse_target(method: str, target: str) -> tuple[str, str]:
     """Return path and query of an origin-form, absolute-form or * target (RFC 9112, 3.2)."""
-    absolute = re.fullmatch(_ABSOLUTE, target)
-    if absolute and re.fullmatch(_HOST, absolute[1]):
+    absolute = None if target[0] == "/" else _compiled(_ABSOLUTE).fullmatch(target)
+    if absolute and _compiled(_HOST).fullmatch(absolute[1]):
         target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
     if "#" in target or not (target.startswith("/") or (target == "*" and method == "OPTIONS")):
         raise BadRequest("the target is not a path, or has a fragment")
@@ -1229,7 +1253,7 @@ def parse_framing(fields: Mapping[str, str], minor: int) -> tuple[int, bool]:
         raise BadRequest("Transfer-Encoding does not go with Content-Length or HTTP/1.0")
     if coding is not None and coding.lower() != "chunked":
         raise UnknownTransferCoding("the only transfer coding here is chunked")
-    if not re.fullmatch("[0-9]{1,18}", length):
+    if not _compiled("[0-9]{1,18}").fullmatch(length):
         raise BadRequest("Content-Length is not a whole number")
     if int(length) > MAX_BODY:
         raise ContentTooLarge(f"the body has more than {MAX_BODY} bytes")
@@ -1238,7 +1262,9 @@ def parse_framing(fields: Mapping[str, str], minor: int) -> tuple[int, bool]:
 
 def parse_keep_alive(fields: Mapping[str, str], minor: int) -> bool:
     """Return whether the connection stays open: close beats keep-alive (RFC 9112, 9.3)."""
-    options = [option.strip() for option in fields.get("connection", "").lower().split(",")]
+    if "connection" not in fields:
+        return minor > 0
+    options = [option.strip() for option in fields["connection"].lower().split(",")]
     return "close" not in options and (minor > 0 or "keep-alive" in options)
 
 
@@ -1258,7 +1284,7 @@ def check_size(head: bytes) -> None:
 
 def has_illegal(head: bytes, checked: int) -> bool:
     """Return whether there is a bare CR or LF, or a control character, past the bytes checked before."""
-    return re.compile(_NEVER_IN_HEAD).search(head, max(0, checked - 1)) is not None
+    return _compiled(_NEVER_IN_HEAD).search(head, max(0, checked - 1)) is not None
 
 
 def check_partial(head: bytes, checked: int = 0) -> None:
@@ -1274,74 +1300,79 @@ def check_partial(head: bytes, checked: int = 0) -> None:
     check_size(head)
 
 
-# Clients that keep a connection send the same head over and over; what a small one says is remembered.
-_SMALL_HEAD = 1024  # bytes; times 1024 heads, a few MB
-_parse_small_head = functools.lru_cache(maxsize=1024)(parse_head)
-
-
 class Connection:
-    """Be one client's stream of bytes, read and written under deadlines in total, not per read."""
+    """Be one client's stream of bytes, read and written under deadlines in total, not per read.
 
-    def __init__(self, stream: socket.socket) -> None:
+    The socket does not block. Before this thread has to wait for the client, `before_wait` is called.
+    """
+
+    def __init__(self, stream: socket.socket, before_wait: Callable[[], None] = lambda: None) -> None:
         self._stream, self._buffer = stream, b""
-        self._timeout = 0.0
+        self._before_wait, self._waits = before_wait, False
+        self._checked = self._empty_lines = 0  # bytes and lines seen of a head that is not whole yet
         self.reads_head = False  # the request that is read, legal or not, is a HEAD
 
-    def _set_timeout(self, seconds: float) -> None:
-        if seconds != self._timeout:  # each call costs a system call
-            self._stream.settimeout(seconds)
-            self._timeout = seconds
+    def receive(self) -> bool:
+        """Take what has arrived, and return false at the end. Raises BlockingIOError if there is nothing."""
+        piece = self._stream.recv(PIECE)
+        self._buffer += piece
+        return piece != b""
 
-    def _receive(self, deadline: float) -> bool:
-        """Append what arrives to the buffer, and return false at the end. Raises RequestTimeout."""
+    @property
+    def begun(self) -> bool:
+        """Say whether something has arrived that was not taken yet: a request, or the beginning of one."""
+        return self._buffer != b""
+
+    def _receive_until(self, deadline: float) -> bool:
+        """Wait for more, and return false at the end. Raises RequestTimeout."""
         seconds = deadline - time.monotonic()
         try:
             if seconds <= 0:  # bytes that keep coming do not extend it
                 raise socket.timeout
-            self._set_timeout(seconds)
-            piece = self._stream.recv(PIECE)
+            if not self._waits:
+                with contextlib.suppress(BlockingIOError):
+                    return self.receive()
+                self._begin_wait()
+            self._stream.settimeout(seconds)
+            return self.receive()
         except socket.timeout as error:
             raise RequestTimeout("the request took too long to arrive") from error
-        self._buffer += piece
-        return piece != b""
 
-    def wait(self) -> bool:
-        """Wait for the first byte of a request, and return false if none comes."""
-        if not self._buffer:
-            self._set_timeout(IDLE_SECONDS)
-            with contextlib.suppress(socket.timeout):
-                self._buffer = self._stream.recv(PIECE)
-        return self._buffer != b""
+    def _begin_wait(self) -> None:
+        if not self._waits:
+            self._before_wait()
+            self._waits = True
 
-    def read_head(self) -> Request | None:
-        """Return the head of the next request, None if the stream ends before one begins."""
-        deadline, empty_lines, checked = 0.0, 0, 0
-        while True:
-            while self._buffer.startswith(b"\r\n") and empty_lines < MAX_EMPTY_LINES:  # RFC 9112, 2.2
-                self._buffer, empty_lines = self._buffer[2:], empty_lines + 1
-            self.reads_head = self._buffer.startswith(b"HEAD ")
-            end = self._buffer.find(b"\r\n\r\n", max(0, checked - 3)) + 4
-            if end > 3:
-                head, self._buffer = self._buffer[:end], self._buffer[end:]
-                return _parse_small_head(head) if end <= _SMALL_HEAD else parse_head(head)
-            check_partial(self._buffer, checked)
-            checked = len(self._buffer)
-            deadline = deadline or time.monotonic() + HEAD_SECONDS
-            if not self._receive(deadline):
-                if self._buffer:
-                    raise BadRequest("the head is cut")
-                return None
+    def end_wait(self) -> None:
+        """Do not block any more."""
+        if self._waits:
+            self._stream.settimeout(0)
+            self._waits = False
+
+    def take_head(self) -> Request | None:
+        """Return the head of the next request if all of it is here. Raises subclasses of Error."""
+        while self._buffer.startswith(b"\r\n") and self._empty_lines < MAX_EMPTY_LINES:  # RFC 9112, 2.2
+            self._buffer, self._empty_lines = self._buffer[2:], self._empty_lines + 1
+        self.reads_head = self._buffer.startswith(b"HEAD ")
+        end = self._buffer.find(b"\r\n\r\n", max(0, self._checked - 3)) + 4
+        if end <= 3:
+            check_partial(self._buffer, self._checked)
+            self._checked = len(self._buffer)
+            return None
+        head, self._buffer = self._buffer[:end], self._buffer[end:]
+        self._checked = self._empty_lines = 0
+        return _parse_small_head(head) if end <= _SMALL else parse_head(head)
 
     def read_body(self, request: Request) -> bytes:
         """Return the body of a request, at most MAX_BODY bytes. Raises subclasses of Error."""
-        deadline = time.monotonic() + BODY_SECONDS
         if request.expects_continue and not self._buffer and (request.length or request.chunked):
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        deadline = time.monotonic() + BODY_SECONDS
         return self._read_chunks(deadline) if request.chunked else self._read(request.length, deadline)
 
     def _read(self, length: int, deadline: float) -> bytes:
         while len(self._buffer) < length:
-            if not self._receive(deadline):
+            if not self._receive_until(deadline):
                 raise BadRequest("the body is cut")
         body, self._buffer = self._buffer[:length], self._buffer[length:]
         return body
@@ -1351,7 +1382,7 @@ class Connection:
         while (end := self._buffer.find(b"\r\n", max(0, checked - 1), limit + 2)) < 0:
             illegal = len(self._buffer) > limit + 1 or has_illegal(self._buffer, checked)
             checked = len(self._buffer)
-            if illegal or not self._receive(deadline):
+            if illegal or not self._receive_until(deadline):
                 raise BadRequest("a line of the chunked body is cut, too long or has a control character")
         line, self._buffer = self._buffer[:end], self._buffer[end + 2 :]
         return line
@@ -1360,7 +1391,7 @@ class Connection:
         """Decode a chunked body strictly; trailers are checked and dropped (RFC 9112, 7.1)."""
         body, size = b"", -1
         while size:
-            match = re.fullmatch(_CHUNK_LINE, self._read_line(MAX_CHUNK_LINE, deadline))
+            match = _compiled(_CHUNK_LINE).fullmatch(self._read_line(MAX_CHUNK_LINE, deadline))
             if not match:
                 raise BadRequest("a chunk does not begin with its size")
             size = int(match[1], 16)
@@ -1375,22 +1406,22 @@ class Connection:
 
     def send(self, data: bytes) -> None:
         """Send all of data within SEND_SECONDS. Raises OSError."""
-        sent = waited = 0.0
-        try:
-            sent = self._stream.send(data)  # nearly always all of it, and then no timeout needs to be set
-        except socket.timeout:
-            waited = self._timeout
+        sent = 0
+        if not self._waits:
+            with contextlib.suppress(BlockingIOError):
+                sent = self._stream.send(data)  # nearly always all of it
         if sent < len(data):
-            self._set_timeout(max(0.001, SEND_SECONDS - waited))
-            self._stream.sendall(memoryview(data)[int(sent) :])  # its timeout is for all of it
+            self._begin_wait()
+            self._stream.settimeout(SEND_SECONDS)
+            self._stream.sendall(memoryview(data)[sent:])  # its timeout is for all of it
 
-    def linger(self) -> None:
-        """Send no more, and let the client read what was sent before it is cut (RFC 9112, 9.6)."""
-        deadline = time.monotonic() + LINGER_SECONDS
-        with contextlib.suppress(OSError, RequestTimeout):
-            self._stream.shutdown(socket.SHUT_WR)
-            while self._receive(deadline) and time.monotonic() < deadline:
-                self._buffer = b""
+    def end(self) -> None:
+        """Send no more, and take nothing that still comes for a request (RFC 9112, 9.6)."""
+        self._stream.shutdown(socket.SHUT_WR)
+
+    def discard(self) -> None:
+        """Forget what has arrived."""
+        self._buffer = b""
 
     def abort(self) -> None:
         """Close with a reset, so that a cut answer cannot be taken for a whole one."""
@@ -1398,14 +1429,14 @@ class Connection:
         self._stream.close()
 
     def interrupt(self) -> None:
-        """End a wait for the next request; called from other threads."""
+        """Let nothing more arrive; called from other threads."""
         with contextlib.suppress(OSError):
             self._stream.shutdown(socket.SHUT_RD)
 
 
 # ---- from a request to an answer ----
 
-_IMAGES_PATH = re.compile(r"/api(?:/(11\.12|12\.03))?/images(?:/([^/.]+))?(|\.json|\.yml|\.yaml)")
+_IMAGES_PATH = r"/api(?:/(11\.12|12\.03))?/images(?:/([^/.]+))?(|\.json|\.yml|\.yaml)"
 _CONTENT_TYPES = {"json": "application/json", "yaml": "text/yaml;charset=utf-8"}
 _REASONS = {code: reason for code, (reason, _) in http.server.BaseHTTPRequestHandler.responses.items()}
 _STREAM_PIECE = 32768  # characters gathered for one send of a streamed index
@@ -1420,7 +1451,6 @@ class Answer(NamedTuple):
     status: int
     head: bytes
     body: bytes | Iterator[bytes]
-    etag: str = ""
 
 
 class Route(NamedTuple):
@@ -1431,29 +1461,31 @@ class Route(NamedTuple):
     format: str
 
 
-def make_answer(status: int, fields: Mapping[str, str], body: bytes | Iterator[bytes] = b"") -> Answer:
-    """Return an answer, its header lines encoded, Content-Length among them."""
-    lines = [f"{name}: {value}\r\n" for name, value in fields.items()]
+def make_answer(status: int, lines: str, body: bytes | Iterator[bytes] = b"") -> Answer:
+    """Return an answer with these header lines, Content-Length added to them."""
     if isinstance(body, bytes) and status not in (204, 304):
-        lines.append(f"Content-Length: {len(body)}\r\n")
-    return Answer(status, "".join(lines).encode("ascii"), body, fields.get("ETag", ""))
+        lines += f"Content-Length: {len(body)}\r\n"
+    return Answer(status, lines.encode("ascii"), body)
 
 
 def error_answer(error: Error, version: Version, format: str = "json") -> Answer:
     """Return the one form in which every error is answered."""
     name = version.prefix + type(error).__name__
-    fields = {"Content-Type": _CONTENT_TYPES[format]}
+    lines = f"Content-Type: {_CONTENT_TYPES[format]}\r\n"
     if isinstance(error, MethodNotAllowed):
-        fields["Allow"] = str(error)
+        lines += f"Allow: {error}\r\n"
     if error.status == 503:
-        fields["Retry-After"] = "1"
+        lines += "Retry-After: 1\r\n"
     shown = {"error": name, "message": str(error) or name, "code": error.code}
-    return make_answer(error.status, fields, encode(shown, format))
+    return make_answer(error.status, lines, encode(shown, format))
+
+
+_json = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
 
 
 def to_json(value: Any) -> str:
     """Return value as JSON the way the API spells it: no spaces, every character as it is."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return _json.encode(value)
 
 
 def encode(value: Any, format: str) -> bytes:
@@ -1509,11 +1541,15 @@ class Service:
         """Return the answer; every failure becomes one in the form of the API."""
         version, format = self.unversioned, "json"
         try:
+            reads = request.method in ("GET", "HEAD")
+            kept = self._cache.get(request.asked) if reads else None
+            if kept and kept[0] == self._revision():
+                return kept[1]
             if request.path == "*":
-                return make_answer(204, {"Allow": "GET, HEAD, PUT, DELETE, OPTIONS"})
+                return make_answer(204, "Allow: GET, HEAD, PUT, DELETE, OPTIONS\r\n")
             route = self._route(request.path)
             version, format = route.version, route.format
-            return self._dispatch(request, route, body)
+            return self._get(request, route) if reads else self._dispatch(request, route, body)
         except Error as error:
             if error.status >= 500 and error.__cause__:
                 self._report(f"{request.method} {request.target}: {error}: {error.__cause__}")
@@ -1523,7 +1559,7 @@ class Service:
             return error_answer(Error("internal error"), version, format)
 
     def _route(self, path: str) -> Route:
-        match = _IMAGES_PATH.fullmatch(path)
+        match = _compiled(_IMAGES_PATH).fullmatch(path)
         if not match:
             raise NotFound(path)
         version = VERSIONS[match[1]] if match[1] else self.unversioned
@@ -1531,23 +1567,21 @@ class Service:
         return Route(version, id, "yaml" if match[3].startswith(".y") else "json")
 
     def _dispatch(self, request: Request, route: Route, body: bytes) -> Answer:
+        """Answer what is neither GET nor HEAD."""
         methods = ["GET", "HEAD", "OPTIONS"]
         if route.id is not None:
             methods += ["DELETE", "PUT"] if route.version.updatable else ["DELETE"]
         if request.method not in methods:
             raise MethodNotAllowed(", ".join(methods))
         if request.method == "OPTIONS":
-            return make_answer(204, {"Allow": ", ".join(methods)})
-        account = self._account(request, route.version)
-        if request.method in ("GET", "HEAD"):
-            return self._get(request, route, account)
-        catalog = Catalog(self._storage, account, route.version.name)
+            return make_answer(204, f"Allow: {', '.join(methods)}\r\n")
+        catalog = Catalog(self._storage, self._account(request, route.version), route.version.name)
         if request.method == "DELETE":
             done: Any = [catalog.destroy(route.id or "")]
         else:
             changes = parse_update(request, body, route.version.updatable)
             done = render(route.version, catalog.update(route.id or "", **changes))
-        return make_answer(200, {"Content-Type": _CONTENT_TYPES[route.format]}, encode(done, route.format))
+        return make_answer(200, f"Content-Type: {_CONTENT_TYPES[route.format]}\r\n", encode(done, route.format))
 
     def _account(self, request: Request, version: Version) -> str:
         """Return who calls: what must prove a caller belongs here, before the catalog."""
@@ -1558,47 +1592,49 @@ class Service:
             message = f"Invalid uuid or unsupported uuid: {account} in Dcmgr::Models::Account"
             raise InvalidRequestCredentials(message if account else version.no_account) from error
 
-    def _get(self, request: Request, route: Route, account: str) -> Answer:
-        """Answer from the cache if the store's revision is still the same, else render.
-
-        The revision is read first: after a change meanwhile, the new entry is never served.
-        """
+    def _revision(self) -> str:
         with storage_errors():
-            revision = self._storage.revision()
-        key = (request.path, request.query, account)
-        kept = self._cache.get(key)
-        answer = kept[1] if kept and kept[0] == revision else self._render(route, key, revision)
-        conditions = [tag.strip().removeprefix("W/") for tag in request.fields.get("if-none-match", "").split(",")]
-        if answer.etag in conditions or conditions == ["*"]:  # RFC 9110, 13.1.2: compared weakly
-            return make_answer(304, {"ETag": answer.etag, "Cache-Control": _CACHE_CONTROL})
-        return answer
+            return self._storage.revision()
 
-    def _render(self, route: Route, key: tuple[str, str, str], revision: str) -> Answer:
-        _, query, account = key
-        catalog = Catalog(self._storage, account, route.version.name)
-        seed = repr((__version__, self.unversioned.name, revision, key)).encode()
-        fields = {
-            "Content-Type": _CONTENT_TYPES[route.format],
-            "ETag": f'"{hashlib.blake2b(seed, digest_size=12).hexdigest()}"',
-            "Cache-Control": _CACHE_CONTROL,
-            "X-Content-Type-Options": "nosniff",
-        }
-        if route.id is not None:
-            answer = make_answer(200, fields, encode(render(route.version, catalog.show(route.id)), route.format))
+    def _get(self, request: Request, route: Route) -> Answer:
+        """Render an answer, and keep it for as long as the store's revision is the same.
+
+        The revision is read first: after a change meanwhile, what is kept is never served.
+        """
+        account = self._account(request, route.version)
+        revision = self._revision()
+        seed = f"{__version__}\n{self.unversioned.name}\n{revision}\n{request.path}\n{request.query}\n{account}"
+        etag = f'"{hashlib.blake2b(seed.encode(), digest_size=12).hexdigest()}"'
+        tagged = f"ETag: {etag}\r\nCache-Control: {_CACHE_CONTROL}\r\n"
+        body = self._render(request, route, account)
+        if "if-none-match" in request.fields and matches_etag(request.fields["if-none-match"], etag):
+            answer = make_answer(304, tagged)
         else:
-            page = catalog.index(**parse_query(query, ("start", "limit", *route.version.filters)))
-            pieces = gather(render_page(route.version, page, route.format))
-            answer = make_answer(200, fields, b"".join(pieces) if isinstance(page.images, list) else pieces)
+            lines = f"Content-Type: {_CONTENT_TYPES[route.format]}\r\n{tagged}X-Content-Type-Options: nosniff\r\n"
+            answer = make_answer(200, lines, body)
         if isinstance(answer.body, bytes) and len(answer.body) <= _CACHED_AT_MOST:
-            self._remember(key, revision, answer, len(answer.body))
+            self._keep(request.asked, revision, answer, len(answer.body))
         return answer
 
-    def _remember(self, key: tuple[str, str, str], revision: str, answer: Answer, size: int) -> None:
+    def _render(self, request: Request, route: Route, account: str) -> bytes | Iterator[bytes]:
+        catalog = Catalog(self._storage, account, route.version.name)
+        if route.id is not None:
+            return encode(render(route.version, catalog.show(route.id)), route.format)
+        page = catalog.index(**parse_query(request.query, ("start", "limit", *route.version.filters)))
+        pieces = gather(render_page(route.version, page, route.format))
+        return b"".join(pieces) if isinstance(page.images, list) else pieces
+
+    def _keep(self, asked: tuple[str, str, str], revision: str, answer: Answer, size: int) -> None:
         with self._lock:
             if self._cached_bytes > _CACHE_BYTES:
                 self._cache, self._cached_bytes = {}, 0
-            self._cache[key] = revision, answer
-            self._cached_bytes += size + len(key[0]) + len(key[1]) + 1024  # the objects around it
+            self._cache[asked] = revision, answer
+            self._cached_bytes += size + sum(map(len, asked)) + 1024  # the objects around it
+
+
+def matches_etag(field: str, etag: str) -> bool:
+    """Return whether If-None-Match names the tag, compared weakly (RFC 9110, 13.1.2)."""
+    return field == "*" or etag in [tag.strip().removeprefix("W/") for tag in field.split(",")]
 
 
 def parse_query(query: str, known: Sequence[str]) -> dict[str, str]:
@@ -1637,94 +1673,118 @@ def parse_update(request: Request, body: bytes, known: Sequence[str]) -> dict[st
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serve one connection: its requests in order, until either side ends it."""
+    """Serve one connection: its requests in order, each as soon as it has arrived, until either side ends it."""
 
     server: Server
 
     def setup(self) -> None:
         """Take the socket as it is: no buffered files around it, the reader is ours."""
+        self.request.setblocking(False)
         if self.request.family in (socket.AF_INET, socket.AF_INET6):
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else 40 ms an answer
-        self.stream = Connection(self.request)
+        self.stream = Connection(self.request, lambda: self.server.step_aside(self))
         self.client = self.client_address[0] if self.client_address else "unix"
+        self.deadline = time.monotonic() + IDLE_SECONDS  # of what is waited for: a request, its head, the end
+        self._refusing = False  # the last answer is sent, and the client may read it
 
     def handle(self) -> None:
-        """Serve until the connection ends; a client that hangs up is no error."""
-        with contextlib.suppress(OSError):
-            while self._wait() and self._serve_one():
-                pass
-            if not self.server.stopping:
-                self.stream.linger()
+        """Wait for the client; from now on the server calls `serve` and `expire`."""
+        self.server.rest(self)
 
     def finish(self) -> None:
         """Have nothing to flush."""
 
-    def _wait(self) -> bool:
-        """Wait for a request; the server interrupts it when it stops."""
-        self.server.idle.add(self.stream)
-        try:
-            return not self.server.stopping and self.stream.wait()
-        finally:
-            self.server.idle.discard(self.stream)
+    @property
+    def idle(self) -> bool:
+        """Say whether nothing of a request has arrived that is not answered."""
+        return self._refusing or not self.stream.begun
 
-    def _serve_one(self) -> bool:
-        """Read one request and answer it; return whether the connection goes on."""
-        began, request = time.perf_counter(), None
+    def serve(self) -> bool:
+        """Take what has arrived, answer what is whole, and return whether the connection goes on."""
+        begun = self.stream.begun
         try:
-            request = self.stream.read_head()
-            if request is None:
-                return False
-            body = self.stream.read_body(request)
-        except Error as error:
-            return self._send(error_answer(error, self.server.service.unversioned), request, False, began)
-        answer = self.server.service.answer(request, body)
-        return self._send(answer, request, request.keep_alive and not self.server.stopping, began)
+            more = self.stream.receive()
+            if self._refusing:
+                self.stream.discard()
+                return more
+            if not more:
+                return begun and self._refuse(BadRequest("the head is cut"))
+            return self._answer_all(begun)
+        except BlockingIOError:  # woken for nothing
+            return True
+        except OSError:  # a client that hangs up is no error
+            return False
+
+    def expire(self) -> bool:
+        """Do what is to be done at the deadline, and return whether the connection goes on."""
+        with contextlib.suppress(OSError):
+            return not self.idle and self._refuse(RequestTimeout("the request took too long to arrive"))
+        return False
+
+    def _answer_all(self, begun: bool) -> bool:
+        """Answer the requests that are here; return whether the connection goes on."""
+        stream, server = self.stream, self.server
+        while stream.begun:
+            began, request = time.perf_counter(), None
+            try:
+                request = stream.take_head()
+                if request is None:
+                    break
+                body = stream.read_body(request) if request.length or request.chunked else b""
+            except Error as error:
+                return self._refuse(error, request, began)
+            answer = server.service.answer(request, body)
+            if not self._send(answer, request, request.keep_alive and not server.stopping, began):
+                return self._refusing
+            begun = False
+        if not stream.begun:
+            self.deadline = time.monotonic() + IDLE_SECONDS
+        elif not begun:  # bytes that keep coming do not extend it
+            self.deadline = time.monotonic() + HEAD_SECONDS
+        return True
+
+    def _refuse(self, error: Error, request: Request | None = None, began: float = 0.0) -> bool:
+        self._send(error_answer(error, self.server.service.unversioned), request, False, began or time.perf_counter())
+        return self._refusing
 
     def _send(self, answer: Answer, request: Request | None, keep_alive: bool, began: float) -> bool:
-        """Send an answer, in one piece unless it is streamed; return whether the connection goes on."""
+        """Send an answer, in one piece unless it is streamed; return whether the next request may come."""
         minor = request.minor if request else 1
         streamed = not isinstance(answer.body, bytes)
         keep_alive = keep_alive and not (streamed and minor == 0)  # then only the end shows the end
-        pieces = [answer.body] if isinstance(answer.body, bytes) else answer.body
-        if answer.status in (204, 304) or self.stream.reads_head:
-            pieces = []
-        head = b"HTTP/1.1 %d %s\r\nDate: %s\r\n%s" % (
-            answer.status, _REASONS[answer.status].encode(), _http_date(int(time.time())), answer.head,
-        )  # fmt: skip
+        head = _first_lines(answer.status, int(time.time())) + answer.head
         if streamed and minor:
             head += b"Transfer-Encoding: chunked\r\n"
         if not keep_alive or not minor:
             head += b"Connection: keep-alive\r\n" if keep_alive else b"Connection: close\r\n"
-        sent = 0
+        body = b"" if self.stream.reads_head or answer.status in (204, 304) else answer.body
+        pieces: Iterable[bytes] = (body,) if isinstance(body, bytes) else body
+        framed = not isinstance(body, bytes) and minor > 0
+        head, sent = head + b"\r\n", 0
         try:
-            head += b"\r\n"
             for piece in pieces:
-                self.stream.send(head + (b"%x\r\n%s\r\n" % (len(piece), piece) if streamed and minor else piece))
+                self.stream.send(head + (b"%x\r\n%s\r\n" % (len(piece), piece) if framed else piece))
                 head, sent = b"", sent + len(piece)
-            if head or (streamed and minor):
-                self.stream.send(head or b"0\r\n\r\n")
+            if framed:
+                self.stream.send(b"0\r\n\r\n")
         except Error as error:  # the store failed in mid-stream: the cut must show
             self.server.report(f"a streamed answer is cut: {error}: {error.__cause__}")
             self.stream.abort()
             return False
         finally:
-            self._log(request, answer.status, sent, began)
+            milliseconds = (time.perf_counter() - began) * 1000
+            logged = request.logged if request else "- - -"
+            self.server.log(f"{self.client} {logged} {answer.status} {sent} {milliseconds:.1f}ms")
+        if not keep_alive and not self.server.stopping:
+            self.stream.end()
+            self._refusing, self.deadline = True, time.monotonic() + LINGER_SECONDS
         return keep_alive
 
-    def _log(self, request: Request | None, status: int, size: int, began: float) -> None:
-        """Log the request: client, account, method, target, status, bytes and milliseconds."""
-        account = (request.fields.get("x-vdc-account-uuid") if request else None) or "-"
-        if not re.fullmatch("[!-~]{1,255}", account):
-            account = ascii(account[:255]).replace(" ", "_")
-        method, target = (request.method, request.target[:LOGGED_TARGET]) if request else ("-", "-")
-        milliseconds = (time.perf_counter() - began) * 1000
-        self.server.log(f"{self.client} {account} {method} {target} {status} {size} {milliseconds:.1f}ms")
 
-
-@functools.lru_cache(maxsize=2)
-def _http_date(second: int) -> bytes:
-    """Return the Date of an answer (RFC 9110, 5.6.7)."""
-    return email.utils.formatdate(second, usegmt=True).encode()
+@functools.lru_cache(maxsize=32)
+def _first_lines(status: int, second: int) -> bytes:
+    """Return the status line and the Date of an answer (RFC 9110, 5.6.7)."""
+    return f"HTTP/1.1 {status} {_REASONS[status]}\r\nDate: {email.utils.formatdate(second, usegmt=True)}\r\n".encode()
 
 
 def listen(host: str = "127.0.0.1", port: int = 9001, unix_socket: str | None = None) -> socket.socket:
@@ -1764,12 +1824,15 @@ def address_of(listener: socket.socket) -> str:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serve a store on a listening socket: a thread a connection, at most so many at once.
+    """Serve a store on a listening socket, at most so many connections at once.
+
+    The accept loop is the standard library's. A connection is then served by whichever thread leads (the
+    pattern is called leader/followers): it alone waits for all of them, and answers what arrives. When
+    it has to wait for one client, or is busy with one for long, it goes on with that one and another
+    thread leads; so the usual request costs no change of threads, and a slow one delays nobody.
 
     `log` takes one line at a time, without its end; without it nothing is logged.
     """
-
-    daemon_threads = True  # stop() waits for them, up to a deadline
 
     def __init__(
         self, storage: Storage, host: str = "127.0.0.1", port: int = 9001, *, listener: socket.socket | None = None,
@@ -1782,12 +1845,16 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.close()
         self.socket = listener  # bound already: server_bind would ask the DNS for our own name
         self.socket.setblocking(False)  # processes may race for one connection
-        self.idle: set[Connection] = set()  # those that wait for a request
         self.stopping = False
-        self.parent = 0  # process that supervises this one
+        self.parent = 0  # process that supervises this one and others
+        self._counts, self._number = memoryview(bytearray(1)), 0  # connections of each process, and which is ours
         self._write_line = log
-        self._max_connections = max_connections
         self._slots = threading.Semaphore(max_connections)
+        self._changed = threading.Condition()  # guards everything below
+        self._handlers: set[Handler] = set()  # every open connection
+        self._resting = selectors.DefaultSelector()  # those of them that the leader waits for
+        self._leader: threading.Thread | None = None
+        self._turn: tuple[Handler | None, float] = None, 0.0  # whom the leader serves, since when
         ascii("é")  # PyPy imports a codec for it, which report() could not do without descriptors
 
     @property
@@ -1797,23 +1864,21 @@ class Server(http.server.ThreadingHTTPServer):
 
     def log(self, text: str) -> None:
         """Log a line, with the time before it."""
-        self._write_line(f"{now()} {text}")
+        self._write_line(f"{_spell_time(int(time.time()))} {text}")
 
     def report(self, text: str) -> None:
         """Log a failure, in one line of visible ASCII."""
         # Not by a codec: it would be imported first, which fails without a free descriptor.
         self.log(f"error: {ascii(text)[1:-1][:LOGGED_TARGET]}")
 
-    def service_actions(self) -> None:
-        """Stop, between two polls, when the supervising process is gone."""
-        if self.parent and os.getppid() != self.parent:
-            self.parent = 0
-            os.kill(os.getpid(), signal.SIGTERM)
+    # What the accept loop calls, in its own thread.
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection if there is a thread for it; others wait in the backlog."""
+        """Accept a connection if there is a place for it; others wait in the backlog."""
         if not self._slots.acquire(timeout=0.2):
             raise BlockingIOError(errno.EAGAIN, "every connection is taken")
+        if self._counts[self._number] > min(self._counts):
+            time.sleep(0.001)  # the process that has the fewest may take it
         try:
             return self.socket.accept()
         except OSError as error:
@@ -1824,36 +1889,138 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start the thread of a connection, or give its place back where there is none to be had."""
+        """Let a connection rest, in place of a thread for it, or give its place back."""
         try:
-            super().process_request(request, client_address)
+            self.finish_request(request, client_address)
         except BaseException:
             self._slots.release()
             raise
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve a connection in its thread, then give its place back."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._slots.release()
+    def service_actions(self) -> None:
+        """Let another thread lead if one request keeps the leader; stop when the supervising process is gone."""
+        with self._changed:
+            handler, since = self._turn
+            if handler and time.monotonic() - since > TURN_SECONDS:
+                with contextlib.suppress(RuntimeError):  # no thread to be had: then they wait
+                    self._replace_leader(handler)
+        if self.parent and os.getppid() != self.parent:
+            self.parent = 0
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what the thread of a connection raised; the server goes on."""
+        """Log what serving a connection raised; the server goes on."""
         self.report(f"connection: {sys.exc_info()[1]!r}")
+
+    # What the threads that serve do.
+
+    def rest(self, handler: Handler) -> None:
+        """Wait for the client of a connection, one that is new or one whose thread is done with it."""
+        handler.stream.end_wait()
+        with self._changed:
+            if not self._leader:
+                self._replace_leader()
+            self._handlers.add(handler)
+            self._count()
+            self._resting.register(handler.request, selectors.EVENT_READ, handler)
+            self._changed.notify_all()
+
+    def step_aside(self, handler: Handler) -> None:
+        """Let another thread lead, if this one does, as it will wait for this connection's client."""
+        with self._changed:
+            if self._leader is threading.current_thread():
+                self._replace_leader(handler)
+
+    def _replace_leader(self, handler: Handler | None = None) -> None:
+        """Start a thread that leads; the one that led goes on with this connection alone."""
+        before, self._leader = self._leader, threading.Thread(target=self._lead, name="wmi-connections", daemon=True)
+        try:
+            self._leader.start()  # it waits for the lock that we hold
+        except RuntimeError:
+            self._leader = before
+            raise
+        if handler:
+            self._turn = None, 0.0
+            self._resting.unregister(handler.request)
+
+    def _lead(self) -> None:
+        """Serve the connections that rest, as something arrives on them, until another thread leads."""
+        me, looked = threading.current_thread(), time.monotonic()
+        while self._has_work(me):
+            for key, _ in self._resting.select(LOOK_SECONDS):
+                if not self._take_turn(me, key.data, key.data.serve):
+                    return
+            if time.monotonic() - looked > LOOK_SECONDS:
+                looked = time.monotonic()
+                for handler in self._expired(looked):
+                    if not self._take_turn(me, handler, handler.expire):
+                        return
+
+    def _has_work(self, me: threading.Thread) -> bool:
+        """Wait until a connection rests; return false where this thread leads no more."""
+        with self._changed:
+            while self._leader is me and not self._resting.get_map():
+                if self.stopping and not self._handlers:
+                    self._leader = None
+                    self._changed.notify_all()
+                else:
+                    self._changed.wait()
+            return self._leader is me
+
+    def _expired(self, moment: float) -> list[Handler]:
+        with self._changed:
+            handlers: list[Handler] = [key.data for key in self._resting.get_map().values()]
+        return [each for each in handlers if each.deadline <= moment or (self.stopping and each.idle)]
+
+    def _take_turn(self, me: threading.Thread, handler: Handler, step: Callable[[], bool]) -> bool:
+        """Do one step of a connection, and return whether this thread still leads."""
+        self._turn = handler, time.monotonic()
+        try:
+            goes_on = step()
+        except Exception:
+            self.handle_error(handler.request, handler.client_address)
+            goes_on = False
+        with self._changed:
+            leads = self._leader is me
+            if leads:
+                self._turn = None, 0.0
+        if not goes_on:
+            self._drop(handler)
+        elif not leads:
+            self.rest(handler)
+        return leads
+
+    def _drop(self, handler: Handler) -> None:
+        """Close a connection and give its place back."""
+        with self._changed:
+            with contextlib.suppress(KeyError):  # its thread waited for it
+                self._resting.unregister(handler.request)
+            self._handlers.discard(handler)
+            self._count()
+            self._changed.notify_all()
+        self.shutdown_request(handler.request)
+        self._slots.release()
+
+    def join(self, parent: int, counts: memoryview, number: int) -> None:
+        """Be one of a parent's processes, which share a listener and a count of connections each, in a byte."""
+        self.parent, self._counts, self._number = parent, counts, number
+        self._count()
+
+    def _count(self) -> None:
+        self._counts[self._number] = min(255, len(self._handlers))
 
     def stop(self, seconds: float = GRACE_SECONDS) -> bool:
         """Let running requests end, once serve_forever has; return whether all did in time."""
         self.stopping = True
         self.socket.close()
-        deadline = time.monotonic() + seconds
-        for _ in range(self._max_connections):  # all places are free when all can be taken
-            while not self._slots.acquire(timeout=0.05):
-                for stream in self.idle.copy():
-                    stream.interrupt()
-                if time.monotonic() > deadline:
-                    return False
-        return True
+        with self._changed:
+            for key in self._resting.get_map().values():
+                if key.data.idle and key.data is not self._turn[0]:
+                    key.data.stream.interrupt()
+            self._changed.notify_all()
+            done = self._changed.wait_for(lambda: not self._handlers and not self._leader, seconds)
+        if done:
+            self._resting.close()
+        return done
 
 
 _STOPS = (signal.SIGTERM, signal.SIGINT)
@@ -1867,14 +2034,17 @@ def run_server(make_server: Callable[[], Server], workers: int = 1, listener: so
     """
     if workers == 1:
         return _run_here(make_server)
-    children: set[int] = set()
+    import mmap  # here: one process has nothing to share
+
+    parent, counts = os.getpid(), memoryview(mmap.mmap(-1, workers))
+    children: dict[int, int] = {}  # their places among the counts
     signals: list[int] = []
 
     def stop(signum: int, frame: Any) -> None:
         signals.append(signum)
         if listener:
             listener.close()  # ours is the last: from now on connections are refused
-        for pid in children.copy():
+        for pid in list(children):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)
         signal.alarm(GRACE_SECONDS + 2)  # then they are killed
@@ -1884,27 +2054,31 @@ def run_server(make_server: Callable[[], Server], workers: int = 1, listener: so
     while children or not signals:
         while len(children) < workers and not signals:
             signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)  # until the child is known, and knows them itself
-            children.add(os.fork() or _exit_as_worker(make_server))
+            number = min({*range(workers)} - {*children.values()})
+            children[os.fork() or _exit_as_worker(make_server, parent, counts, number)] = number
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
         waited = time.monotonic()
-        children.discard(os.wait()[0])
+        children.pop(os.wait()[0], None)
         if not signals and time.monotonic() - waited < 1:
             time.sleep(1)  # one that cannot start must not be forked in a spin
     return 0
 
 
-def _exit_as_worker(make_server: Callable[[], Server]) -> int:
+def _exit_as_worker(make_server: Callable[[], Server], *place: Any) -> int:
     """Run a forked worker to its end: nothing of the parent's stack may run after it."""
     try:
-        os._exit(_run_here(make_server, parent=os.getppid()))
+        os._exit(_run_here(make_server, *place))
     except BaseException as error:
         print(f"wmi: worker: {error!r}", file=sys.stderr, flush=True)
     finally:
         os._exit(1)
 
 
-def _run_here(make_server: Callable[[], Server], parent: int = 0) -> int:
+def _run_here(make_server: Callable[[], Server], *place: Any) -> int:
     server = make_server()
+    if place:
+        server.join(*place)
+    parent = server.parent
     signals: list[int] = []
 
     def stop(signum: int, frame: Any) -> None:
@@ -1920,8 +2094,7 @@ def _run_here(make_server: Callable[[], Server], parent: int = 0) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN if parent else stop)  # a terminal's goes to all, the parent tells us
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
-    server.parent = parent
-    server.serve_forever(poll_interval=0.2)
+    server.serve_forever(poll_interval=TURN_SECONDS)
     server.stop()
     return 0
 
@@ -2324,6 +2497,7 @@ def _serve(options: Any) -> int:
         raise InvalidParameter("--workers and --max-connections: at least 1")
     if options.workers > 1 and (options.store.startswith("memory:") or not hasattr(os, "fork")):
         raise InvalidParameter("--workers: processes share neither memory: nor a system without fork; use 1")
+    _start_anew_from_module()
     log = _line_writer(options.log)
     storage = open_storage(options.store)  # before any fork, so that a bad one is refused here
     with storage_errors():
@@ -2348,6 +2522,20 @@ def _serve(options: Any) -> int:
         storage.close()
         if address == f"unix:{options.unix_socket}":
             os.unlink(options.unix_socket)
+
+
+def _start_anew_from_module() -> None:
+    """Replace a script by the same program as a module, for the memory.
+
+    CPython keeps the syntax tree of a script, 6 MB for this one, until its end; that of a module it drops.
+    """
+    folder, file = os.path.split(os.path.abspath(__file__))
+    name, ending = os.path.splitext(file)
+    script = __name__ == "__main__" and globals().get("__spec__") is None and ending == ".py" and "." not in name
+    if script and sys.implementation.name == "cpython" and os.name == "posix":
+        flags = sys.orig_argv[1 : -len(sys.argv)] if hasattr(sys, "orig_argv") else []
+        start = "import sys; sys.path[0], name = sys.argv[1:3]; del sys.argv[1:3]; sys.exit(__import__(name).main())"
+        os.execv(sys.executable, [sys.executable, *flags, "-c", start, folder, name, *sys.argv[1:]])
 
 
 def _sample_image(row: str) -> Record:

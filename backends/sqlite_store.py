@@ -113,6 +113,7 @@ Record = dict[str, Any]
 Row = tuple[str, str, bool, bool, str]
 Key = tuple["str | bytes", bool, bool]
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+_decode = json.JSONDecoder().decode  # without the checks that json.loads makes each time
 _inherited: list[Any] = []  # a parent's connections: closing them in a child could harm its files
 
 
@@ -237,9 +238,10 @@ class SqliteStorage:
 
     def revision(self) -> str:
         """Return a text that differs after every change. Usually it costs one `stat`."""
-        found, now = _identify(self._path), time.time_ns()
+        found = _identify(self._path)
         known, revision = self._revision
         if found != known:
+            now = time.time_ns()
             with self._reads as db:
                 revision, = db.execute(REVISION).fetchone()
                 mode, = db.execute("PRAGMA journal_mode").fetchone()
@@ -293,7 +295,7 @@ class SqliteStorage:
 
     def _decode(self, text: str) -> Record:
         try:
-            record: Record = json.loads(text)
+            record: Record = _decode(text)
         except (TypeError, ValueError, RecursionError) as error:
             raise OSError(f"{self._path}: a record does not parse: {error}") from error
         return record
@@ -315,7 +317,8 @@ class _Connection:
         try:
             if self._closed:
                 raise ValueError(f"closed: {self._path}")
-            file = os.getpid(), *_identify(self._path)[:2]
+            found = _stat(self._path)
+            file = os.getpid(), found.st_dev, found.st_ino
             db = (file == self._opened and self._db) or self._reopen(file)
             if db.in_transaction:
                 raise ValueError("a change cannot be made inside another one")
@@ -450,12 +453,16 @@ def _insert(db: sqlite3.Connection, table: str, row: Row) -> None:
 # ---- the file ----
 
 
-def _identify(path: str) -> tuple[int, ...]:
-    """Return what tells one state of the file from another."""
+def _stat(path: str) -> os.stat_result:
     try:
-        found = os.stat(path)
+        return os.stat(path)
     except OSError as error:
         raise OSError(f"{path}: {error.strerror}") from error
+
+
+def _identify(path: str) -> tuple[int, ...]:
+    """Return what tells one state of the file from another."""
+    found = _stat(path)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 

@@ -89,3 +89,13 @@ def unchunk(body: bytes) -> bytes:
         pieces.append(body[:length])
         assert body[length : length + 2] == b"\r\n", "the chunk is cut"
         body = body[length + 2 :]
+
+
+def read_head(connection: wmi.Connection) -> wmi.Request | None:
+    """Return the head of the next request, None if the stream ends before one begins."""
+    while (request := connection.take_head()) is None:
+        if not connection.receive():
+            if connection.begun:
+                raise wmi.BadRequest("the head is cut")
+            return None
+    return request

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from serving import parse_answer, serving
@@ -111,10 +112,14 @@ def drip(peer, text, pause=0.02):
     return time.monotonic() - began
 
 
-def connections():
-    """Return how many threads serve a connection."""
-    targets = (getattr(thread, "_target", None) for thread in threading.enumerate())
-    return sum(1 for target in targets if getattr(target, "__name__", "") == "process_request_thread")
+def connections(served):
+    """Return how many connections are open."""
+    return len(served.server._handlers)
+
+
+def leaders():
+    """Return how many threads serve connections."""
+    return sum(thread.name.startswith("wmi-") for thread in threading.enumerate())
 
 
 @pytest.fixture
@@ -207,7 +212,7 @@ def test_idle_connection_is_closed(served, text):
         peer.sendall(text)
         answers = rest(peer)
     assert answers.count(b"HTTP/1.1 ") == answers.count(b"HTTP/1.1 200 ") == text.count(b"GET")
-    until(lambda: not connections(), "the end of the thread")
+    until(lambda: not connections(served), "the end of the connection")
 
 
 def test_idle_time_begins_anew_with_each_request(served, monkeypatch):
@@ -251,7 +256,7 @@ def test_slow_reader(store, sip, log, monkeypatch, request):
             assert time.monotonic() < began + 10, "the reader was not cut"
             peer.recv(sip) if sip else None
             threading.Event().wait(0.02)
-        until(lambda: not connections(), "the end of the thread")
+        until(lambda: not connections(served), "the end of the connection")
         assert re.search(r" GET /api/images 200 \d+ ", log[0])
 
 
@@ -357,7 +362,7 @@ def test_hanging_up(served, stage, how, log):
         peer = connect(served)
         peer.sendall(STAGES[stage])
         how(peer)
-    until(lambda: not connections(), "the end of the threads")
+    until(lambda: not connections(served), "the end of the connections")
     assert served.request("GET", "/api/images", {"X-VDC-ACCOUNT-UUID": ACCOUNT})[0] == 200
     assert not [line for line in log if "error" in line]
 
@@ -371,7 +376,7 @@ def test_hanging_up_in_the_answer(how, store, log, request):
         peer.sendall(GET)
         peer.recv(100)
         how(peer)
-        until(lambda: not connections(), "the end of the thread")
+        until(lambda: not connections(served), "the end of the connection")
     assert len(log) == 1 and " 200 " in log[0]
 
 
@@ -381,14 +386,14 @@ def test_hanging_up_in_the_answer(how, store, log, request):
 def test_threads_never_exceed_the_cap(storage):
     """More connections than the cap wait in the backlog, and each is served when one of the first goes."""
     with serving(storage, max_connections=3) as served:
-        before, most = threading.active_count(), 0
+        most = 0
         peers = [connect(served) for _ in range(12)]
         try:
             for peer in peers:
                 peer.sendall(GET)
             for number, peer in enumerate(peers):
                 assert read_answer(peer)[0] == 200
-                most = max(most, threading.active_count() - before)
+                most = max(most, leaders())
                 if number < 3:
                     for later in peers[3:]:
                         later.setblocking(False)
@@ -400,8 +405,210 @@ def test_threads_never_exceed_the_cap(storage):
         finally:
             for peer in peers:
                 peer.close()
-        until(lambda: threading.active_count() == before, "the end of the threads")
-    assert 1 <= most <= 3
+        until(lambda: not connections(served), "the end of the connections")
+    until(lambda: not leaders(), "the end of the threads")
+    assert most == 1
+
+
+class Slow(wmi.MemoryStorage):
+    """A store that shows one of its images only when it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked, self.told = threading.Semaphore(0), threading.Event()
+        self.add_all([image(), image("wmi-slow")])
+
+    def get(self, id):
+        """Wait for the word before the slow one is shown."""
+        if id == "wmi-slow":
+            self.asked.release()
+            assert self.told.wait(SECONDS)
+        return super().get(id)
+
+
+SLOW = head("/api/images/wmi-slow")
+
+
+@pytest.mark.parametrize("slow", [1, 3])
+def test_a_slow_store_delays_nobody_else(slow, log):
+    """While requests wait for the store, others are answered; then all of them are, and one thread serves again."""
+    with Slow() as storage, serving(storage, log=log.append) as served, contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(connect(served)) for _ in range(slow + 1)]
+        for peer in peers[:slow]:
+            peer.sendall(SLOW)
+            assert storage.asked.acquire(timeout=SECONDS)
+        for _ in range(3):
+            peers[-1].sendall(GET)
+            assert read_answer(peers[-1])[0] == 200
+        assert not [line for line in log if "wmi-slow" in line]
+        storage.told.set()
+        for peer in peers[:slow]:
+            assert json.loads(read_answer(peer)[2])["id"] == "wmi-slow"
+        until(lambda: leaders() == 1, "the end of the other threads")
+        for peer in peers:  # they are all served on
+            peer.sendall(SLOW + GET)
+            assert [read_answer(peer)[0], read_answer(peer)[0]] == [200, 200]
+
+
+def test_what_arrives_meanwhile_is_not_taken_by_two(log):
+    """The connection of a request that takes long is left alone until it is answered."""
+    with Slow() as storage, serving(storage, log=log.append) as served, connect(served) as peer:
+        peer.sendall(SLOW)
+        assert storage.asked.acquire(timeout=SECONDS)
+        until(lambda: leaders() == 2, "another thread")
+        peer.sendall(GET * 3)
+        with connect(served) as other:
+            other.sendall(GET)
+            assert read_answer(other)[0] == 200
+        storage.told.set()
+        assert json.loads(read_answer(peer)[2])["id"] == "wmi-slow"
+        assert [read_answer(peer)[0] for _ in range(3)] == [200] * 3
+
+
+@pytest.mark.parametrize("text", [GET[:-2], GET[:9], b"\r"], ids=["head", "line", "empty line"])
+def test_heads_that_are_not_whole_take_no_thread(served, text):
+    """One thread waits for all that has to arrive, and serves the others meanwhile."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(connect(served)).sendall(text)
+        assert served.request("GET", "/api/images", {"X-VDC-ACCOUNT-UUID": ACCOUNT})[0] == 200
+        assert leaders() == 1
+
+
+def test_a_body_that_is_waited_for_delays_nobody(served):
+    """It is waited for in a thread of its own, which ends with the request; the connection goes on."""
+    served.server.service.answer(wmi.parse_head(head("/api/images/wmi-one", "DELETE")), b"")  # 12.03 shows it still
+    with connect(served) as slow, connect(served) as other:
+        for _ in range(3):
+            slow.sendall(PUT + b"display")
+            until(lambda: leaders() == 2, "a thread that waits")
+            other.sendall(GET)
+            assert read_answer(other)[0] == 200
+            slow.sendall(b"_name=x")
+            assert json.loads(read_answer(slow)[2])["display_name"] == "x"
+            until(lambda: leaders() == 1, "the end of the thread")
+            assert {handler.request.gettimeout() for handler in served.server._handlers} == {0}
+
+
+@pytest.mark.parametrize("store", ["large", "larger"])
+def test_a_reader_that_is_waited_for_delays_nobody(store, request):
+    """While one client reads a long answer slowly, others are answered; then it may ask again."""
+    with serving(request.getfixturevalue(store)) as served, connect(served, 65536) as slow, connect(served) as other:
+        slow.sendall(GET)
+        text = slow.recv(100)
+        until(lambda: leaders() == 2, "a thread that waits")
+        for _ in range(3):
+            other.sendall(head("/api/images/wmi-1"))
+            assert read_answer(other)[0] == 200
+        slow.sendall(CLOSE)
+        text += rest(slow)
+        assert text.count(b"HTTP/1.1 200 OK\r\n") == 2
+
+
+def test_no_thread_for_a_wait_costs_one_connection(served, log, monkeypatch):
+    """Where no thread can be started to wait for a body, that connection ends; the others are served."""
+    with connect(served) as slow, connect(served) as other:
+        other.sendall(GET)
+        assert read_answer(other)[0] == 200
+        start = threading.Thread.start
+
+        def fail(thread):
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", fail)
+        slow.sendall(PUT + b"display")
+        assert rest(slow) == b""
+        other.sendall(GET)
+        assert read_answer(other)[0] == 200
+        monkeypatch.setattr(threading.Thread, "start", start)
+    assert len([line for line in log if "start new thread" in line]) == 1
+    log.clear()
+
+
+def test_a_fault_of_ours_ends_its_connection_only(served, log, monkeypatch):
+    """An exception that nobody foresaw is one line in the log; the thread that serves all survives it."""
+    with connect(served) as one, connect(served) as other:
+        other.sendall(GET)
+        assert read_answer(other)[0] == 200
+        monkeypatch.setattr(served.server.service, "answer", lambda *given: 1 // 0)
+        one.sendall(GET)
+        assert rest(one) == b""
+        monkeypatch.undo()
+        other.sendall(GET)
+        assert read_answer(other)[0] == 200
+    assert [line for line in log if "error: connection: ZeroDivisionError" in line]
+    log.clear()
+
+
+def test_a_server_can_be_stopped_while_a_request_takes_long(log):
+    """Idle connections are closed at once, what runs gets its time, and the answer says close."""
+    storage = Slow()
+    server = wmi.Server(storage, port=0, log=log.append)
+    loop = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    loop.start()
+    with socket.create_connection(server.server_address[:2], SECONDS) as slow, socket.create_connection(
+        server.server_address[:2], SECONDS
+    ) as idle:
+        slow.sendall(SLOW)
+        assert storage.asked.acquire(timeout=SECONDS)
+        until(lambda: leaders() == 2, "another thread")
+        idle.sendall(GET)
+        assert read_answer(idle)[0] == 200
+        server.shutdown()
+        loop.join()
+        assert server.stop(0.2) is False
+        assert rest(idle) == b""
+        storage.told.set()
+        assert b"Connection: close" in rest(slow)
+        assert server.stop(SECONDS) is True
+    until(lambda: not leaders(), "the end of the threads")
+    storage.close()
+
+
+def test_a_head_that_has_begun_is_finished(storage, log):
+    """Told to stop, the server waits for the rest of a head, as it would for a body."""
+    server = wmi.Server(storage, port=0, log=log.append)
+    loop = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    loop.start()
+    with socket.create_connection(server.server_address[:2], SECONDS) as peer, socket.create_connection(
+        server.server_address[:2], SECONDS
+    ) as idle:
+        idle.sendall(GET)
+        read_answer(idle)
+        peer.sendall(GET[:20])
+        until(lambda: [handler for handler in server._handlers if not handler.idle], "the beginning of a head")
+        server.shutdown()
+        loop.join()
+        ended = []
+        stopper = threading.Thread(target=lambda: ended.append(server.stop(SECONDS)))
+        stopper.start()
+        assert rest(idle) == b""
+        peer.sendall(GET[20:])
+        assert b"200 OK" in (text := rest(peer)) and b"Connection: close" in text
+        stopper.join()
+    assert ended == [True]
+
+
+def test_a_connection_that_rests_late_does_not_hold_up_the_end(storage):
+    """Told to stop just after it said that it keeps the connection, the server closes it all the same."""
+    with serving(storage, log=lambda line: setattr(served.server, "stopping", True)) as served, connect(served) as peer:
+        peer.sendall(GET)
+        assert "connection" not in read_answer(peer)[1]
+        began = time.monotonic()
+        assert rest(peer) == b""
+        assert time.monotonic() - began < wmi.IDLE_SECONDS / 2
+
+
+def test_a_process_with_more_connections_lets_others_accept(unserved, monkeypatch):
+    """It waits a moment, in which one with fewer takes the connection; with no more than others it does not."""
+    pauses, counts = [], memoryview(bytearray(2))
+    unserved.join(os.getppid(), counts, 1)
+    monkeypatch.setattr(wmi.time, "sleep", pauses.append)
+    for ours, theirs, paused in ((0, 0, 0), (1, 1, 0), (1, 2, 0), (2, 1, 1)):
+        counts[1], counts[0] = ours, theirs
+        with pytest.raises(BlockingIOError):
+            unserved.get_request()
+        assert len(pauses) == paused
 
 
 def test_stopping_with_every_connection_taken(storage):
@@ -566,12 +773,27 @@ def test_a_log_that_fails_does_not_stop_the_answers(tmp_path, storage):
 
 
 class Stub:
-    """A TCP socket that writes down what is done to it."""
+    """A TCP socket that writes down what is done to it, and has one piece to read."""
 
     family = socket.AF_INET
 
     def __init__(self, *pieces):
         self.pieces, self.sent, self.options = list(pieces), [], []
+        self.readable, self._other = socket.socketpair()
+        self._other.send(b"a")
+
+    def fileno(self):
+        """Return the descriptor of something that can be read."""
+        return self.readable.fileno()
+
+    def setblocking(self, blocking):
+        """Be told not to block, and nothing else."""
+        assert not blocking
+
+    def close(self):
+        """Close what stands for it."""
+        self.readable.close()
+        self._other.close()
 
     def setsockopt(self, *option):
         """Write down an option."""
@@ -616,7 +838,10 @@ def unserved(storage):
 def test_one_send_an_answer(unserved, raw):
     """Head and body leave in one send, with Nagle off: two sends cost 40 ms a request."""
     stub = Stub(raw)
-    wmi.Handler(stub, ("127.0.0.1", 1), unserved)
+    unserved.get_request = lambda: (stub, ("127.0.0.1", 1))
+    unserved._slots.acquire()
+    unserved._handle_request_noblock()
+    until(lambda: not connections(SimpleNamespace(server=unserved)), "the end of the connection")
     assert (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1) in stub.options
     assert len(stub.sent) == 1
     _, fields, body = parse_answer(stub.sent[0])
@@ -656,7 +881,7 @@ def descriptors():
 def test_connections_leave_nothing(served):
     """Hundreds of connections, good, bad and cut, leave no descriptor and no thread."""
     served.raw(CLOSE)
-    until(lambda: not connections())
+    until(lambda: not connections(served))
     before, threads = descriptors(), threading.active_count()
     for number in range(300):
         if number % 3 == 2:
@@ -949,6 +1174,25 @@ def test_a_dead_worker_is_replaced(command):
     os.kill(server.pid, signal.SIGTERM)
     assert server.wait() == 0
     assert not [pid for pid in after if alive(pid)]
+
+
+@needs_proc
+def test_workers_share_the_connections(command):
+    """However fast they come, each process gets as many, or the others' cores are of no use."""
+    server = command("--workers", "2")
+    server.ready()
+    workers = until(lambda: (found := children(server.pid)) and len(found) == 2 and found)
+
+    def sockets():
+        names = ((pid, f"/proc/{pid}/fd/{number}") for pid in workers for number in os.listdir(f"/proc/{pid}/fd"))
+        return [pid for pid, name in names if os.path.lexists(name) and "socket" in os.readlink(name)]
+
+    idle = until(lambda: (found := sockets()) and len(found) == 2 and found)  # each has the listener
+    with contextlib.ExitStack() as stack:
+        for _ in range(40):
+            stack.enter_context(server.connect())
+        all_of_them = until(lambda: (found := sockets()) and len(found) == len(idle) + 40 and found)
+        assert min(all_of_them.count(pid) for pid in workers) >= 1 + 15
 
 
 @needs_proc
