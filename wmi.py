@@ -2533,7 +2533,7 @@ def _start_anew_from_module() -> None:
     name, ending = os.path.splitext(file)
     script = __name__ == "__main__" and globals().get("__spec__") is None and ending == ".py" and "." not in name
     if script and sys.implementation.name == "cpython" and os.name == "posix":
-        flags = sys.orig_argv[1 : -len(sys.argv)] if hasattr(sys, "orig_argv") else []
+        flags = sys.orig_argv[1 : -len(sys.argv)] if hasattr(sys, "orig_argv") else []  # unknown before 3.10
         start = "import sys; sys.path[0], name = sys.argv[1:3]; del sys.argv[1:3]; sys.exit(__import__(name).main())"
         os.execv(sys.executable, [sys.executable, *flags, "-c", start, folder, name, *sys.argv[1:]])
 
