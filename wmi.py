@@ -54,6 +54,7 @@ import struct
 import sys
 import threading
 import time
+import types
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -565,13 +566,14 @@ class _V1203(Version):
     no_account = ""
 
 
-DOCUMENT = "document"
+DOCUMENT = Version.name
 VERSIONS: dict[str, Version] = {row.name: row() for row in (Version, _V1112, _V1203)}
+_check_version = _one_of(*VERSIONS)
 
 
 def find_version(name: str) -> Version:
     """Return the row of VERSIONS. Raises InvalidParameter."""
-    return VERSIONS.get(name) or VERSIONS[_one_of(*VERSIONS)("version", name)]
+    return VERSIONS[_check_version("version", name)]
 
 
 def render(version: Version, record: Record) -> Record:
@@ -1119,9 +1121,9 @@ IDLE_SECONDS = 15  # between two requests; proxies commonly wait longer, so they
 HEAD_SECONDS = 10  # for a whole head, from its first bytes
 BODY_SECONDS = 30  # for a whole body
 SEND_SECONDS = 30  # for a whole answer, or for each piece of a streamed one
-LINGER_SECONDS = 1  # for a refused client to read why
+LINGER_SECONDS = 1  # for a client to read the last answer
 GRACE_SECONDS = 10  # to finish what runs when told to stop
-TURN_SECONDS = 0.05  # of one connection; then another thread serves the others
+TURN_SECONDS = 0.05  # of one connection; then, or at most as long again, another thread serves the others
 LOOK_SECONDS = 0.1  # between two looks for deadlines that have passed
 PIECE = 65536  # bytes asked of recv at once: it allocates what it is asked for
 
@@ -1134,7 +1136,7 @@ _HOST = r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
 _ABSOLUTE = r"(?i:http)://([^/?]*)(.*)"
 
 
-class Request:
+class Request(types.SimpleNamespace):  # a NamedTuple of so many fields would cost an import a millisecond
     """Be the head of a request that broke no rule. Parsed heads are shared: change nothing."""
 
     method: str
@@ -1151,9 +1153,6 @@ class Request:
     account: str  # for the log: one word of visible ASCII
     logged: str  # account, method and target, none of which can forge a line
 
-    def __init__(self, **said: Any) -> None:  # a NamedTuple of so many fields would cost an import a millisecond
-        self.__dict__.update(said)
-
 
 def parse_head(head: bytes) -> Request:
     """Return the request that a head makes, which ends with its empty line.
@@ -1163,8 +1162,8 @@ def parse_head(head: bytes) -> Request:
     line, _, lines = head[:-4].partition(b"\r\n")
     method, target, minor = parse_request_line(line)
     check_size(head)
-    path, query = parse_target(method, target)
     said = _small_fields(lines, minor) if len(lines) <= _SMALL else _parse_field_lines(lines, minor)
+    path, query = parse_target(method, target)
     fields = said["fields"]
     asked = target, fields.get("x-vdc-account-uuid", ""), fields.get("if-none-match", "")
     logged = f"{said['account']} {method} {target[:LOGGED_TARGET]}"
@@ -1303,7 +1302,7 @@ def check_partial(head: bytes, checked: int = 0) -> None:
 class Connection:
     """Be one client's stream of bytes, read and written under deadlines in total, not per read.
 
-    The socket does not block. Before this thread has to wait for the client, `before_wait` is called.
+    The socket does not block until the client has to be waited for; `before_wait` is called first.
     """
 
     def __init__(self, stream: socket.socket, before_wait: Callable[[], None] = lambda: None) -> None:
@@ -1319,7 +1318,7 @@ class Connection:
         return piece != b""
 
     @property
-    def begun(self) -> bool:
+    def pending(self) -> bool:
         """Say whether something has arrived that was not taken yet: a request, or the beginning of one."""
         return self._buffer != b""
 
@@ -1332,22 +1331,22 @@ class Connection:
             if not self._waits:
                 with contextlib.suppress(BlockingIOError):
                     return self.receive()
-                self._begin_wait()
-            self._stream.settimeout(seconds)
+            self._wait(seconds)
             return self.receive()
         except socket.timeout as error:
             raise RequestTimeout("the request took too long to arrive") from error
 
-    def _begin_wait(self) -> None:
+    def _wait(self, seconds: float) -> None:
+        """Block for at most so long, from now on."""
         if not self._waits:
             self._before_wait()
             self._waits = True
+        self._stream.settimeout(seconds)
 
     def end_wait(self) -> None:
         """Do not block any more."""
-        if self._waits:
-            self._stream.settimeout(0)
-            self._waits = False
+        self._stream.settimeout(0)
+        self._waits = False
 
     def take_head(self) -> Request | None:
         """Return the head of the next request if all of it is here. Raises subclasses of Error."""
@@ -1365,7 +1364,9 @@ class Connection:
 
     def read_body(self, request: Request) -> bytes:
         """Return the body of a request, at most MAX_BODY bytes. Raises subclasses of Error."""
-        if request.expects_continue and not self._buffer and (request.length or request.chunked):
+        if not request.length and not request.chunked:
+            return b""
+        if request.expects_continue and not self._buffer:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         deadline = time.monotonic() + BODY_SECONDS
         return self._read_chunks(deadline) if request.chunked else self._read(request.length, deadline)
@@ -1406,17 +1407,16 @@ class Connection:
 
     def send(self, data: bytes) -> None:
         """Send all of data within SEND_SECONDS. Raises OSError."""
-        sent = 0
-        if not self._waits:
-            with contextlib.suppress(BlockingIOError):
-                sent = self._stream.send(data)  # nearly always all of it
+        try:
+            sent = 0 if self._waits else self._stream.send(data)  # nearly always all of it
+        except BlockingIOError:
+            sent = 0
         if sent < len(data):
-            self._begin_wait()
-            self._stream.settimeout(SEND_SECONDS)
+            self._wait(SEND_SECONDS)
             self._stream.sendall(memoryview(data)[sent:])  # its timeout is for all of it
 
     def end(self) -> None:
-        """Send no more, and take nothing that still comes for a request (RFC 9112, 9.6)."""
+        """Send no more, so that the client reads what was sent to its end (RFC 9112, 9.6)."""
         self._stream.shutdown(socket.SHUT_WR)
 
     def discard(self) -> None:
@@ -1424,14 +1424,8 @@ class Connection:
         self._buffer = b""
 
     def abort(self) -> None:
-        """Close with a reset, so that a cut answer cannot be taken for a whole one."""
+        """Have the close be a reset, so that a cut answer cannot be taken for a whole one."""
         self._stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._stream.close()
-
-    def interrupt(self) -> None:
-        """Let nothing more arrive; called from other threads."""
-        with contextlib.suppress(OSError):
-            self._stream.shutdown(socket.SHUT_RD)
 
 
 # ---- from a request to an answer ----
@@ -1533,7 +1527,7 @@ class Service:
     def __init__(self, storage: Storage, unversioned: str = DOCUMENT, report: Callable[[str], None] = print) -> None:
         self._storage, self._report = storage, report
         self.unversioned = find_version(unversioned)
-        self._cache: dict[Any, tuple[str, Answer]] = {}  # each good for one revision of the store
+        self._cache: dict[Any, tuple[str, Answer, Version, str]] = {}  # each good for one revision of the store
         self._cached_bytes = 0
         self._lock = threading.Lock()
 
@@ -1543,8 +1537,10 @@ class Service:
         try:
             reads = request.method in ("GET", "HEAD")
             kept = self._cache.get(request.asked) if reads else None
-            if kept and kept[0] == self._revision():
-                return kept[1]
+            if kept:
+                revision, answer, version, format = kept
+                if revision == self._revision():
+                    return answer
             if request.path == "*":
                 return make_answer(204, "Allow: GET, HEAD, PUT, DELETE, OPTIONS\r\n")
             route = self._route(request.path)
@@ -1613,7 +1609,7 @@ class Service:
             lines = f"Content-Type: {_CONTENT_TYPES[route.format]}\r\n{tagged}X-Content-Type-Options: nosniff\r\n"
             answer = make_answer(200, lines, body)
         if isinstance(answer.body, bytes) and len(answer.body) <= _CACHED_AT_MOST:
-            self._keep(request.asked, revision, answer, len(answer.body))
+            self._keep(request.asked, (revision, answer, route.version, route.format), len(answer.body))
         return answer
 
     def _render(self, request: Request, route: Route, account: str) -> bytes | Iterator[bytes]:
@@ -1624,11 +1620,11 @@ class Service:
         pieces = gather(render_page(route.version, page, route.format))
         return b"".join(pieces) if isinstance(page.images, list) else pieces
 
-    def _keep(self, asked: tuple[str, str, str], revision: str, answer: Answer, size: int) -> None:
+    def _keep(self, asked: tuple[str, str, str], entry: tuple[str, Answer, Version, str], size: int) -> None:
         with self._lock:
             if self._cached_bytes > _CACHE_BYTES:
                 self._cache, self._cached_bytes = {}, 0
-            self._cache[asked] = revision, answer
+            self._cache[asked] = entry
             self._cached_bytes += size + sum(map(len, asked)) + 1024  # the objects around it
 
 
@@ -1679,13 +1675,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         """Take the socket as it is: no buffered files around it, the reader is ours."""
-        self.request.setblocking(False)
         if self.request.family in (socket.AF_INET, socket.AF_INET6):
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else 40 ms an answer
         self.stream = Connection(self.request, lambda: self.server.step_aside(self))
         self.client = self.client_address[0] if self.client_address else "unix"
         self.deadline = time.monotonic() + IDLE_SECONDS  # of what is waited for: a request, its head, the end
-        self._refusing = False  # the last answer is sent, and the client may read it
+        self._lingering = False  # the last answer is sent, and the client may read it
+        self._began = 0.0  # when the head that is not whole did
 
     def handle(self) -> None:
         """Wait for the client; from now on the server calls `serve` and `expire`."""
@@ -1696,56 +1692,57 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     @property
     def idle(self) -> bool:
-        """Say whether nothing of a request has arrived that is not answered."""
-        return self._refusing or not self.stream.begun
+        """Say whether nothing has arrived that will be answered."""
+        return self._lingering or not self.stream.pending
 
     def serve(self) -> bool:
         """Take what has arrived, answer what is whole, and return whether the connection goes on."""
-        begun = self.stream.begun
+        partial = self.stream.pending
         try:
             more = self.stream.receive()
-            if self._refusing:
+        except OSError as error:  # woken for nothing, or the client hung up, which is no error
+            return isinstance(error, BlockingIOError)
+        try:
+            if self._lingering:
                 self.stream.discard()
                 return more
             if not more:
-                return begun and self._refuse(BadRequest("the head is cut"))
-            return self._answer_all(begun)
-        except BlockingIOError:  # woken for nothing
-            return True
-        except OSError:  # a client that hangs up is no error
+                return partial and self._refuse(BadRequest("the head is cut"), None, self._began)
+            return self._answer_all(partial)
+        except OSError:
             return False
 
     def expire(self) -> bool:
         """Do what is to be done at the deadline, and return whether the connection goes on."""
         with contextlib.suppress(OSError):
-            return not self.idle and self._refuse(RequestTimeout("the request took too long to arrive"))
+            return not self.idle and self._refuse(RequestTimeout("the head took too long to arrive"), None, self._began)
         return False
 
-    def _answer_all(self, begun: bool) -> bool:
-        """Answer the requests that are here; return whether the connection goes on."""
+    def _answer_all(self, partial: bool) -> bool:
+        """Answer the requests that are here, the first begun earlier if partial; return as `serve` does."""
         stream, server = self.stream, self.server
-        while stream.begun:
-            began, request = time.perf_counter(), None
+        while stream.pending:
+            began, request = self._began if partial else time.perf_counter(), None
             try:
                 request = stream.take_head()
                 if request is None:
                     break
-                body = stream.read_body(request) if request.length or request.chunked else b""
+                body = stream.read_body(request)
             except Error as error:
                 return self._refuse(error, request, began)
             answer = server.service.answer(request, body)
             if not self._send(answer, request, request.keep_alive and not server.stopping, began):
-                return self._refusing
-            begun = False
-        if not stream.begun:
+                return self._lingering
+            partial = False
+        if not stream.pending:
             self.deadline = time.monotonic() + IDLE_SECONDS
-        elif not begun:  # bytes that keep coming do not extend it
-            self.deadline = time.monotonic() + HEAD_SECONDS
+        elif not partial:  # bytes that keep coming do not extend it
+            self.deadline, self._began = time.monotonic() + HEAD_SECONDS, time.perf_counter()
         return True
 
-    def _refuse(self, error: Error, request: Request | None = None, began: float = 0.0) -> bool:
-        self._send(error_answer(error, self.server.service.unversioned), request, False, began or time.perf_counter())
-        return self._refusing
+    def _refuse(self, error: Error, request: Request | None, began: float) -> bool:
+        self._send(error_answer(error, self.server.service.unversioned), request, False, began)
+        return self._lingering
 
     def _send(self, answer: Answer, request: Request | None, keep_alive: bool, began: float) -> bool:
         """Send an answer, in one piece unless it is streamed; return whether the next request may come."""
@@ -1767,9 +1764,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 head, sent = b"", sent + len(piece)
             if framed:
                 self.stream.send(b"0\r\n\r\n")
-        except Error as error:  # the store failed in mid-stream: the cut must show
-            self.server.report(f"a streamed answer is cut: {error}: {error.__cause__}")
+        except BaseException as error:  # an answer that is cut must not look whole, as it would in HTTP/1.0
             self.stream.abort()
+            if not isinstance(error, Error):
+                raise
+            self.server.report(f"a streamed answer is cut: {error}: {error.__cause__}")
             return False
         finally:
             milliseconds = (time.perf_counter() - began) * 1000
@@ -1777,7 +1776,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.log(f"{self.client} {logged} {answer.status} {sent} {milliseconds:.1f}ms")
         if not keep_alive and not self.server.stopping:
             self.stream.end()
-            self._refusing, self.deadline = True, time.monotonic() + LINGER_SECONDS
+            self._lingering, self.deadline = True, time.monotonic() + LINGER_SECONDS
         return keep_alive
 
 
@@ -1823,13 +1822,16 @@ def address_of(listener: socket.socket) -> str:
     return f"http://[{address[0]}]:{address[1]}" if ":" in address[0] else f"http://{address[0]}:{address[1]}"
 
 
+Place = tuple[int, memoryview, int]  # of a worker: its parent, the connections of each worker, its number
+
+
 class Server(http.server.ThreadingHTTPServer):
     """Serve a store on a listening socket, at most so many connections at once.
 
     The accept loop is the standard library's. A connection is then served by whichever thread leads (the
     pattern is called leader/followers): it alone waits for all of them, and answers what arrives. When
     it has to wait for one client, or is busy with one for long, it goes on with that one and another
-    thread leads; so the usual request costs no change of threads, and a slow one delays nobody.
+    thread leads; so the usual request costs no change of threads, and a slow one delays others hardly.
 
     `log` takes one line at a time, without its end; without it nothing is logged.
     """
@@ -1852,9 +1854,11 @@ class Server(http.server.ThreadingHTTPServer):
         self._slots = threading.Semaphore(max_connections)
         self._changed = threading.Condition()  # guards everything below
         self._handlers: set[Handler] = set()  # every open connection
-        self._resting = selectors.DefaultSelector()  # those of them that the leader waits for
+        # Those of them that the leader waits for. Where this is select(), it sees new ones after LOOK_SECONDS.
+        self._resting = selectors.DefaultSelector()
         self._leader: threading.Thread | None = None
         self._turn: tuple[Handler | None, float] = None, 0.0  # whom the leader serves, since when
+        self._looked = 0.0  # when the leader looked for deadlines that had passed
         ascii("é")  # PyPy imports a codec for it, which report() could not do without descriptors
 
     @property
@@ -1864,18 +1868,23 @@ class Server(http.server.ThreadingHTTPServer):
 
     def log(self, text: str) -> None:
         """Log a line, with the time before it."""
-        self._write_line(f"{_spell_time(int(time.time()))} {text}")
+        with contextlib.suppress(Exception):  # a log that fails, on a full disk say, must not stop the answers
+            self._write_line(f"{now()} {text}")
 
     def report(self, text: str) -> None:
         """Log a failure, in one line of visible ASCII."""
         # Not by a codec: it would be imported first, which fails without a free descriptor.
         self.log(f"error: {ascii(text)[1:-1][:LOGGED_TARGET]}")
 
-    # What the accept loop calls, in its own thread.
+    # The accept loop, and what it calls.
+
+    def serve_forever(self, poll_interval: float = TURN_SECONDS) -> None:
+        """Accept connections until shutdown(), and look after the leader each so many seconds."""
+        super().serve_forever(poll_interval)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection if there is a place for it; others wait in the backlog."""
-        if not self._slots.acquire(timeout=0.2):
+        if not self._slots.acquire(timeout=TURN_SECONDS):
             raise BlockingIOError(errno.EAGAIN, "every connection is taken")
         if self._counts[self._number] > min(self._counts):
             time.sleep(0.001)  # the process that has the fewest may take it
@@ -1914,14 +1923,14 @@ class Server(http.server.ThreadingHTTPServer):
     # What the threads that serve do.
 
     def rest(self, handler: Handler) -> None:
-        """Wait for the client of a connection, one that is new or one whose thread is done with it."""
+        """Give the leader a connection, one that is new or one whose thread is done with it."""
         handler.stream.end_wait()
         with self._changed:
             if not self._leader:
                 self._replace_leader()
+            self._resting.register(handler.request, selectors.EVENT_READ, handler)
             self._handlers.add(handler)
             self._count()
-            self._resting.register(handler.request, selectors.EVENT_READ, handler)
             self._changed.notify_all()
 
     def step_aside(self, handler: Handler) -> None:
@@ -1944,16 +1953,16 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _lead(self) -> None:
         """Serve the connections that rest, as something arrives on them, until another thread leads."""
-        me, looked = threading.current_thread(), time.monotonic()
+        me = threading.current_thread()
         while self._has_work(me):
+            if time.monotonic() - self._looked > LOOK_SECONDS:  # whoever led then
+                self._looked = time.monotonic()
+                for handler in self._expired(self._looked):
+                    if not self._take_turn(me, handler, handler.expire):
+                        return
             for key, _ in self._resting.select(LOOK_SECONDS):
                 if not self._take_turn(me, key.data, key.data.serve):
                     return
-            if time.monotonic() - looked > LOOK_SECONDS:
-                looked = time.monotonic()
-                for handler in self._expired(looked):
-                    if not self._take_turn(me, handler, handler.expire):
-                        return
 
     def _has_work(self, me: threading.Thread) -> bool:
         """Wait until a connection rests; return false where this thread leads no more."""
@@ -1983,10 +1992,13 @@ class Server(http.server.ThreadingHTTPServer):
             leads = self._leader is me
             if leads:
                 self._turn = None, 0.0
+        try:
+            if goes_on and not leads:
+                self.rest(handler)
+        except OSError:  # the selector takes no more
+            goes_on = False
         if not goes_on:
             self._drop(handler)
-        elif not leads:
-            self.rest(handler)
         return leads
 
     def _drop(self, handler: Handler) -> None:
@@ -1997,12 +2009,12 @@ class Server(http.server.ThreadingHTTPServer):
             self._handlers.discard(handler)
             self._count()
             self._changed.notify_all()
-        self.shutdown_request(handler.request)
+        self.close_request(handler.request)
         self._slots.release()
 
-    def join(self, parent: int, counts: memoryview, number: int) -> None:
+    def share(self, place: Place) -> None:
         """Be one of a parent's processes, which share a listener and a count of connections each, in a byte."""
-        self.parent, self._counts, self._number = parent, counts, number
+        self.parent, self._counts, self._number = place
         self._count()
 
     def _count(self) -> None:
@@ -2013,9 +2025,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping = True
         self.socket.close()
         with self._changed:
-            for key in self._resting.get_map().values():
-                if key.data.idle and key.data is not self._turn[0]:
-                    key.data.stream.interrupt()
             self._changed.notify_all()
             done = self._changed.wait_for(lambda: not self._handlers and not self._leader, seconds)
         if done:
@@ -2049,13 +2058,13 @@ def run_server(make_server: Callable[[], Server], workers: int = 1, listener: so
                 os.kill(pid, signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)
         signal.alarm(GRACE_SECONDS + 2)  # then they are killed
 
-    for number in (*_STOPS, signal.SIGALRM):
-        signal.signal(number, stop)
+    for signum in (*_STOPS, signal.SIGALRM):
+        signal.signal(signum, stop)
     while children or not signals:
         while len(children) < workers and not signals:
             signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)  # until the child is known, and knows them itself
             number = min({*range(workers)} - {*children.values()})
-            children[os.fork() or _exit_as_worker(make_server, parent, counts, number)] = number
+            children[os.fork() or _exit_as_worker(make_server, (parent, counts, number))] = number
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
         waited = time.monotonic()
         children.pop(os.wait()[0], None)
@@ -2064,26 +2073,25 @@ def run_server(make_server: Callable[[], Server], workers: int = 1, listener: so
     return 0
 
 
-def _exit_as_worker(make_server: Callable[[], Server], *place: Any) -> int:
+def _exit_as_worker(make_server: Callable[[], Server], place: Place) -> int:
     """Run a forked worker to its end: nothing of the parent's stack may run after it."""
     try:
-        os._exit(_run_here(make_server, *place))
+        os._exit(_run_here(make_server, place))
     except BaseException as error:
         print(f"wmi: worker: {error!r}", file=sys.stderr, flush=True)
     finally:
         os._exit(1)
 
 
-def _run_here(make_server: Callable[[], Server], *place: Any) -> int:
+def _run_here(make_server: Callable[[], Server], place: Place | None = None) -> int:
     server = make_server()
     if place:
-        server.join(*place)
-    parent = server.parent
+        server.share(place)
     signals: list[int] = []
 
     def stop(signum: int, frame: Any) -> None:
         signals.append(signum)
-        if len(signals) > 1 and not parent:
+        if len(signals) > 1 and not place:
             os._exit(128 + signum)
         if len(signals) > 1:  # systemd tells every process, then the parent tells us again; it kills if need be
             return
@@ -2091,10 +2099,10 @@ def _run_here(make_server: Callable[[], Server], *place: Any) -> int:
         threading.Thread(target=server.shutdown, daemon=True).start()  # it waits for this very thread
 
     signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN if parent else stop)  # a terminal's goes to all, the parent tells us
+    signal.signal(signal.SIGINT, signal.SIG_IGN if place else stop)  # a terminal's goes to all, the parent tells us
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
-    server.serve_forever(poll_interval=TURN_SECONDS)
+    server.serve_forever()
     server.stop()
     return 0
 
@@ -2554,8 +2562,7 @@ def _line_writer(path: str | None) -> Callable[[str], None]:
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) if path else 2
 
     def write(line: str) -> None:
-        with contextlib.suppress(OSError):  # a full disk under the log must not stop the answers
-            os.write(file, line.encode("ascii", "backslashreplace") + b"\n")
+        os.write(file, line.encode("ascii", "backslashreplace") + b"\n")
 
     return write
 
@@ -2597,8 +2604,7 @@ def _visible(value: Any) -> str:
 def _table_row(image: Record) -> str:
     boot = "volume" if image.get("boot_dev_type") == BOOT_DEV_SAN else "local"
     name = image.get("display_name") or image.get("description") or ""
-    id, account, arch, public, state = map(image.get, ("id", "account_id", "arch", "is_public", "state"))
-    cells = (id, account, arch, boot, public, state, name)
+    cells = *map(image.get, ("id", "account_id", "arch")), boot, *map(image.get, ("is_public", "state")), name
     return "{:<16} {:<12} {:<7} {:<7} {:<7} {:<10} {:.60}".format(*map(_visible, cells)).rstrip()
 
 

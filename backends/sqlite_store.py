@@ -113,7 +113,7 @@ Record = dict[str, Any]
 Row = tuple[str, str, bool, bool, str]
 Key = tuple["str | bytes", bool, bool]
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-_decode = json.JSONDecoder().decode  # without the checks that json.loads makes each time
+_parse_json = json.JSONDecoder().decode  # without the checks that json.loads makes each time
 _inherited: list[Any] = []  # a parent's connections: closing them in a child could harm its files
 
 
@@ -295,7 +295,7 @@ class SqliteStorage:
 
     def _decode(self, text: str) -> Record:
         try:
-            record: Record = _decode(text)
+            record: Record = _parse_json(text)
         except (TypeError, ValueError, RecursionError) as error:
             raise OSError(f"{self._path}: a record does not parse: {error}") from error
         return record

@@ -383,7 +383,7 @@ def installed_peers() -> list[Peer]:
     """Return the peers that are on this machine."""
     everything = ("show", "index", "other")
     nginx = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
-    peers = [Peer("recv and sendall", _constant, ("show", "index"), "constant bytes, threads as ours, no log")]
+    peers = [Peer("recv and sendall", _constant, ("show", "index"), "constant bytes, a thread a connection, no log")]
     if nginx:
         version = subprocess.run([nginx, "-v"], capture_output=True, text=True, check=True).stderr.rpartition("/")[2]
         peers.insert(0, Peer(f"nginx {version.strip()}", _nginx, ("show", "index"), "the same bytes as files, log on"))

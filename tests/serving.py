@@ -95,7 +95,7 @@ def read_head(connection: wmi.Connection) -> wmi.Request | None:
     """Return the head of the next request, None if the stream ends before one begins."""
     while (request := connection.take_head()) is None:
         if not connection.receive():
-            if connection.begun:
+            if connection.pending:
                 raise wmi.BadRequest("the head is cut")
             return None
     return request

@@ -742,7 +742,7 @@ def test_cache_is_bounded_in_bytes(monkeypatch):
 
 def kept_bytes(service):
     """Return the size of the bodies that a service keeps."""
-    return sum(len(answer.body) for _, answer in service._cache.values())
+    return sum(len(answer.body) for _, answer, *_ in service._cache.values())
 
 
 def test_answer_larger_than_the_cache_is_not_kept(monkeypatch):
@@ -1173,6 +1173,28 @@ def test_a_store_that_fails_in_mid_stream_cuts_the_answer(lines):
     assert any("error: " in line and "secret" in line for line in lines)
     with pytest.raises((AssertionError, ValueError)):
         unchunk(text.partition(b"\r\n\r\n")[2])
+
+
+def test_a_cut_answer_gives_its_place_back(lines, capfd):
+    """However often the store fails in mid-stream, connections and threads are free again."""
+    with serving(Many(5000, fails_after=3000), log=lines.append, max_connections=2) as served:
+        for _ in range(5):
+            assert served.raw(head(1)).startswith(b"HTTP/1.1 200 ")
+        assert served.request("GET", "/nowhere")[0] == 404
+    assert not served.server._handlers and "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["/api/12.03/images.yml", "/api/images/wmi-one"])
+def test_a_failure_is_told_alike_whether_or_not_an_answer_was_kept(target):
+    """The error has the form of the path's version and format, also where the store breaks later."""
+    storage = wmi.MemoryStorage()
+    storage.add(image())
+    service = wmi.Service(storage, report=lambda line: None)
+    assert service.answer(request(target), b"").status == 200
+    storage.close()
+    kept, fresh = service.answer(request(target), b""), wmi.Service(storage, report=print).answer(request(target), b"")
+    assert kept.status == 503
+    assert kept == fresh
 
 
 def test_a_cut_answer_of_http_1_0_shows():

@@ -181,6 +181,7 @@ def test_slow_head(served, text, log):
         status, fields, _ = parse_answer(rest(peer))
     assert (status, fields["connection"]) == (408, "close")
     assert until(lambda: log)[0].split()[5] == "408"
+    assert float(log[0].split()[7][: -len("ms")]) >= 400  # since it began
 
 
 @pytest.mark.usefixtures("shortened")
@@ -258,6 +259,39 @@ def test_slow_reader(store, sip, log, monkeypatch, request):
             threading.Event().wait(0.02)
         until(lambda: not connections(served), "the end of the connection")
         assert re.search(r" GET /api/images 200 \d+ ", log[0])
+
+
+@pytest.mark.parametrize("store", ["large", "larger"])
+def test_a_reader_that_is_cut_sees_it(store, monkeypatch, request):
+    """In HTTP/1.0 only the end shows the end: that of an answer that is cut is a reset."""
+    monkeypatch.setattr(wmi, "SEND_SECONDS", 0.2)
+    with serving(request.getfixturevalue(store)) as served, connect(served, 4096) as peer:
+        peer.sendall(GET.replace(b"HTTP/1.1", b"HTTP/1.0"))
+        peer.recv(1)
+        until(lambda: not connections(served), "the cut")
+        with pytest.raises(ConnectionResetError):
+            while peer.recv(65536):
+                pass
+
+
+@pytest.mark.usefixtures("shortened")
+def test_deadlines_hold_whoever_leads(served):
+    """While each request makes another thread lead, idle connections and slow heads still come to their end."""
+    served.server.service.answer(wmi.parse_head(head("/api/images/wmi-one", "DELETE")), b"")
+    with connect(served) as busy, connect(served) as idle, connect(served) as slow:
+        slow.sendall(GET[:9])
+        ended, began = {}, time.monotonic()
+        while len(ended) < 2:
+            assert time.monotonic() < began + 5, ended
+            busy.sendall(PUT)
+            threading.Event().wait(0.01)
+            busy.sendall(b"display_name=x")
+            assert read_answer(busy)[0] == 200
+            for name, peer in {"idle": idle, "slow": slow}.items():
+                peer.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    ended.setdefault(name, peer.recv(100))
+        assert ended["idle"] == b"" and ended["slow"].startswith(b"HTTP/1.1 408 ")
 
 
 def test_a_slow_head_leaves_the_reader_its_time(larger, log, monkeypatch):
@@ -427,6 +461,34 @@ class Slow(wmi.MemoryStorage):
 
 
 SLOW = head("/api/images/wmi-slow")
+
+
+def test_the_loop_looks_after_the_leader_by_default():
+    """Whoever embeds the server need not know how often the one that serves has to be watched."""
+    with Slow() as storage:
+        server = wmi.Server(storage, port=0)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with socket.create_connection(server.server_address[:2], SECONDS) as peer:
+            peer.sendall(SLOW)
+            assert storage.asked.acquire(timeout=SECONDS)
+            began = time.monotonic()
+            until(lambda: leaders() == 2, "another thread")
+            assert time.monotonic() - began < 0.4
+            storage.told.set()
+            assert read_answer(peer)[0] == 200
+        server.shutdown()
+        assert server.stop()
+
+
+def test_a_log_that_raises_does_not_stop_the_answers(storage):
+    """Whatever the function that takes the log's lines raises, requests are answered."""
+
+    def fail(line):
+        raise BlockingIOError if "GET" in line else RuntimeError(line)
+
+    with serving(storage, log=fail, max_connections=1) as served:
+        for _ in range(3):
+            assert served.raw(GET + CLOSE).count(b"HTTP/1.1 200 ") == 2
 
 
 @pytest.mark.parametrize("slow", [1, 3])
@@ -602,7 +664,7 @@ def test_a_connection_that_rests_late_does_not_hold_up_the_end(storage):
 def test_a_process_with_more_connections_lets_others_accept(unserved, monkeypatch):
     """It waits a moment, in which one with fewer takes the connection; with no more than others it does not."""
     pauses, counts = [], memoryview(bytearray(2))
-    unserved.join(os.getppid(), counts, 1)
+    unserved.share((os.getppid(), counts, 1))
     monkeypatch.setattr(wmi.time, "sleep", pauses.append)
     for ours, theirs, paused in ((0, 0, 0), (1, 1, 0), (1, 2, 0), (2, 1, 1)):
         counts[1], counts[0] = ours, theirs
@@ -786,10 +848,6 @@ class Stub:
         """Return the descriptor of something that can be read."""
         return self.readable.fileno()
 
-    def setblocking(self, blocking):
-        """Be told not to block, and nothing else."""
-        assert not blocking
-
     def close(self):
         """Close what stands for it."""
         self.readable.close()
@@ -809,7 +867,8 @@ class Stub:
         return len(data)
 
     def settimeout(self, seconds):
-        """Take any."""
+        """Be told not to block, and nothing else."""
+        assert seconds == 0
 
     def shutdown(self, how):
         """Take any."""
@@ -1056,6 +1115,23 @@ def test_start_up_message(command):
     with server.connect() as peer:
         peer.sendall(CLOSE)
         assert json.loads(parse_answer(rest(peer))[2])["owner_total"] > 0
+
+
+def test_ipv6_command(command):
+    """`serve --host ::1` says a URL with brackets, and refuses there what it refuses elsewhere."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    server = command("--host", "::1", "--workers", "2")
+    assert server.said == [f"wmi: serving sqlite:images.db on http://[::1]:{server.port}/api/images\n"]
+    for text, status in ((GET[:-2] + b"Host: b\r\n\r\n", 400), (GET.replace(b"Host: a", b"Host: [::1]:9001"), 200)):
+        with server.connect() as peer:
+            peer.sendall(text)
+            peer.shutdown(socket.SHUT_WR)
+            assert parse_answer(rest(peer))[0] == status
+    os.kill(server.pid, signal.SIGTERM)
+    assert server.wait() == 0 and server.refuses()
 
 
 def test_warning_where_others_can_call(command):
