@@ -1103,9 +1103,9 @@ def _sort_key(version: Version, field: str, record: Record) -> tuple[bool, Any]:
 ####################################################################################################
 # HTTP
 ####################################################################################################
-# A request walks through here once: bytes, head, route, catalog, rendering, bytes. The frame is the
-# standard library's ThreadingHTTPServer; the request is read by our own reader, because the stock one
-# accepts most of what RFC 9112 forbids. Reading is strict: what breaks a rule gets one answer and the
+# A request walks through here once: bytes, head, route, catalog, rendering, bytes. The frame, which
+# accepts connections, is the standard library's ThreadingHTTPServer; the request is read by our own reader,
+# because the stock one takes most of what RFC 9112 forbids, and a thread only for what has to wait. Reading is strict: what breaks a rule gets one answer and the
 # connection is closed, so that nothing after it can be taken for a request.
 
 MAX_REQUEST_LINE = 8192  # bytes; RFC 9112, 3 asks for at least 8000
@@ -2006,11 +2006,11 @@ class Server(http.server.ThreadingHTTPServer):
         with self._changed:
             with contextlib.suppress(KeyError):  # its thread waited for it
                 self._resting.unregister(handler.request)
+            self.close_request(handler.request)
+            self._slots.release()
             self._handlers.discard(handler)
             self._count()
             self._changed.notify_all()
-        self.close_request(handler.request)
-        self._slots.release()
 
     def share(self, place: Place) -> None:
         """Be one of a parent's processes, which share a listener and a count of connections each, in a byte."""
