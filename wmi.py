@@ -1104,9 +1104,10 @@ def _sort_key(version: Version, field: str, record: Record) -> tuple[bool, Any]:
 # HTTP
 ####################################################################################################
 # A request walks through here once: bytes, head, route, catalog, rendering, bytes. The frame, which
-# accepts connections, is the standard library's ThreadingHTTPServer; the request is read by our own reader,
-# because the stock one takes most of what RFC 9112 forbids, and a thread only for what has to wait. Reading is strict: what breaks a rule gets one answer and the
-# connection is closed, so that nothing after it can be taken for a request.
+# accepts connections, is the standard library's ThreadingHTTPServer; the request is read by our own
+# reader, because the stock one takes most of what RFC 9112 forbids, and a thread is only for what has to
+# wait. Reading is strict: what breaks a rule gets one answer and the connection is closed, so that nothing
+# after it can be taken for a request.
 
 MAX_REQUEST_LINE = 8192  # bytes; RFC 9112, 3 asks for at least 8000
 MAX_FIELD_LINE = 8192  # bytes; as nginx and Apache
