@@ -1160,10 +1160,10 @@ def parse_head(head: bytes) -> Request:
 
     Raises a subclass of Error for the first rule that is broken; the connection must then be closed.
     """
-    line, _, lines = head[:-4].partition(b"\r\n")
+    line = head[:-4].partition(b"\r\n")[0]
     method, target, minor = parse_request_line(line)
     check_size(head)
-    said = _small_fields(lines, minor) if len(lines) <= _SMALL else _parse_field_lines(lines, minor)
+    said = (_small_fields if len(head) <= _SMALL else _parse_field_lines)(head[len(line) : -4], minor)
     path, query = parse_target(method, target)
     fields = said["fields"]
     asked = target, fields.get("x-vdc-account-uuid", ""), fields.get("if-none-match", "")
@@ -1174,8 +1174,8 @@ def parse_head(head: bytes) -> Request:
 
 
 def _parse_field_lines(text: bytes, minor: int) -> dict[str, Any]:
-    """Return what all lines but the first say: the fields, what they mean, and the account for the log."""
-    fields = parse_fields(text.split(b"\r\n") if text else [])
+    """Return what the lines after the first CRLF say: the fields, what they mean, and the account for the log."""
+    fields = parse_fields(text.split(b"\r\n")[1:])
     check_host(fields, minor)
     length, chunked = parse_framing(fields, minor)
     account = fields.get("x-vdc-account-uuid") or "-"

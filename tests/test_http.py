@@ -389,6 +389,14 @@ def test_head_is_put_together():
     }
 
 
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_an_empty_line_is_no_field(version):
+    """RFC 9112, 2.1: the head ends with its first empty line; another one in it is not a field."""
+    with pytest.raises(wmi.BadRequest):
+        wmi.parse_head(b"GET / HTTP/" + version + b"\r\n\r\n\r\n")
+    assert wmi.parse_head(b"GET / HTTP/1.0\r\n\r\n").fields == {}
+
+
 @pytest.mark.parametrize(
     "buffer",
     [
