@@ -640,7 +640,7 @@ class Storage(Protocol):
     def __exit__(self, *exc: object) -> None: ...
 
 
-class _Row(NamedTuple):
+class _Row(types.SimpleNamespace):  # here and below, where a NamedTuple would cost each import more
     account: str
     public: bool
     deleted: bool
@@ -753,7 +753,8 @@ class MemoryStorage:
 def _encoded(record: Record) -> _Row:
     text = json.dumps(record, ensure_ascii=False, allow_nan=False)
     text.encode("utf-8")  # a lone surrogate is a ValueError here, not at the reader's
-    return _Row(record["account_id"], record["is_public"], record["deleted_at"] is not None, text)
+    deleted = record["deleted_at"] is not None
+    return _Row(account=record["account_id"], public=record["is_public"], deleted=deleted, text=text)
 
 
 def _decoded(row: _Row) -> Record:
@@ -1137,7 +1138,7 @@ _HOST = r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
 _ABSOLUTE = r"(?i:http)://([^/?]*)(.*)"
 
 
-class Request(types.SimpleNamespace):  # a NamedTuple of so many fields would cost an import a millisecond
+class Request(types.SimpleNamespace):
     """Be the head of a request that broke no rule. Parsed heads are shared: change nothing."""
 
     method: str
@@ -1151,8 +1152,7 @@ class Request(types.SimpleNamespace):  # a NamedTuple of so many fields would co
     chunked: bool
     expects_continue: bool
     asked: tuple[str, str, str]  # everything that an answer to GET or HEAD hangs on
-    account: str  # for the log: one word of visible ASCII
-    logged: str  # account, method and target, none of which can forge a line
+    account: str  # for the log: one word of visible ASCII, as the target is, so that neither can forge a line
 
 
 def parse_head(head: bytes) -> Request:
@@ -1167,10 +1167,7 @@ def parse_head(head: bytes) -> Request:
     path, query = parse_target(method, target)
     fields = said["fields"]
     asked = target, fields.get("x-vdc-account-uuid", ""), fields.get("if-none-match", "")
-    logged = f"{said['account']} {method} {target[:LOGGED_TARGET]}"
-    return Request(
-        method=method, target=target, path=path, query=query, minor=minor, asked=asked, logged=logged, **said
-    )  # fmt: skip
+    return Request(method=method, target=target, path=path, query=query, minor=minor, asked=asked, **said)
 
 
 def _parse_field_lines(text: bytes, minor: int) -> dict[str, Any]:
@@ -1440,7 +1437,7 @@ _CACHED_AT_MOST = 1 << 20  # of one answer, so that a few large ones do not push
 _CACHE_CONTROL = "private, no-cache"  # to be asked each time: each account sees other images
 
 
-class Answer(NamedTuple):
+class Answer(types.SimpleNamespace):
     """Be a status, encoded header lines, and a body that is streamed where it is an iterator."""
 
     status: int
@@ -1448,7 +1445,7 @@ class Answer(NamedTuple):
     body: bytes | Iterator[bytes]
 
 
-class Route(NamedTuple):
+class Route(types.SimpleNamespace):
     """Be what a path says: which version, which image (None: the collection), which format."""
 
     version: Version
@@ -1460,7 +1457,7 @@ def make_answer(status: int, lines: str, body: bytes | Iterator[bytes] = b"") ->
     """Return an answer with these header lines, Content-Length added to them."""
     if isinstance(body, bytes) and status not in (204, 304):
         lines += f"Content-Length: {len(body)}\r\n"
-    return Answer(status, lines.encode("ascii"), body)
+    return Answer(status=status, head=lines.encode("ascii"), body=body)
 
 
 def error_answer(error: Error, version: Version, format: str = "json") -> Answer:
@@ -1561,7 +1558,7 @@ class Service:
             raise NotFound(path)
         version = VERSIONS[match[1]] if match[1] else self.unversioned
         id = match[2] and urllib.parse.unquote(match[2])
-        return Route(version, id, "yaml" if match[3].startswith(".y") else "json")
+        return Route(version=version, id=id, format="yaml" if match[3].startswith(".y") else "json")
 
     def _dispatch(self, request: Request, route: Route, body: bytes) -> Answer:
         """Answer what is neither GET nor HEAD."""
@@ -1773,8 +1770,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return False
         finally:
             milliseconds = (time.perf_counter() - began) * 1000
-            logged = request.logged if request else "- - -"
-            self.server.log(f"{self.client} {logged} {answer.status} {sent} {milliseconds:.1f}ms")
+            asked = f"{request.account} {request.method} {request.target[:LOGGED_TARGET]}" if request else "- - -"
+            self.server.log(f"{self.client} {asked} {answer.status} {sent} {milliseconds:.1f}ms")
         if not keep_alive and not self.server.stopping:
             self.stream.end()
             self._lingering, self.deadline = True, time.monotonic() + LINGER_SECONDS
@@ -1852,7 +1849,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.parent = 0  # process that supervises this one and others
         self._counts, self._number = memoryview(bytearray(1)), 0  # connections of each process, and which is ours
         self._write_line = log
-        self._slots = threading.Semaphore(max_connections)
+        self._max_connections = max_connections
         self._changed = threading.Condition()  # guards everything below
         self._handlers: set[Handler] = set()  # every open connection
         # Those of them that the leader waits for. Where this is select(), it sees new ones after LOOK_SECONDS.
@@ -1885,26 +1882,22 @@ class Server(http.server.ThreadingHTTPServer):
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection if there is a place for it; others wait in the backlog."""
-        if not self._slots.acquire(timeout=TURN_SECONDS):
-            raise BlockingIOError(errno.EAGAIN, "every connection is taken")
+        with self._changed:
+            if not self._changed.wait_for(lambda: len(self._handlers) < self._max_connections, TURN_SECONDS):
+                raise BlockingIOError(errno.EAGAIN, "every connection is taken")
         if self._counts[self._number] > min(self._counts):
             time.sleep(0.001)  # the process that has the fewest may take it
         try:
             return self.socket.accept()
         except OSError as error:
-            self._slots.release()
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 time.sleep(0.1)  # the listener stays ready: without a pause this would spin
                 self.report(f"accept: {error}")
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Let a connection rest, in place of a thread for it, or give its place back."""
-        try:
-            self.finish_request(request, client_address)
-        except BaseException:
-            self._slots.release()
-            raise
+        """Let a connection rest, in place of a thread for it."""
+        self.finish_request(request, client_address)
 
     def service_actions(self) -> None:
         """Let another thread lead if one request keeps the leader; stop when the supervising process is gone."""
@@ -2008,7 +2001,6 @@ class Server(http.server.ThreadingHTTPServer):
             with contextlib.suppress(KeyError):  # its thread waited for it
                 self._resting.unregister(handler.request)
             self.close_request(handler.request)
-            self._slots.release()
             self._handlers.discard(handler)
             self._count()
             self._changed.notify_all()

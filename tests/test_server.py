@@ -568,22 +568,22 @@ def test_a_reader_that_is_waited_for_delays_nobody(store, request):
         assert text.count(b"HTTP/1.1 200 OK\r\n") == 2
 
 
+def no_thread(thread):
+    """Fail as Thread.start does where the system has no thread left."""
+    raise RuntimeError("can't start new thread")
+
+
 def test_no_thread_for_a_wait_costs_one_connection(served, log, monkeypatch):
     """Where no thread can be started to wait for a body, that connection ends; the others are served."""
     with connect(served) as slow, connect(served) as other:
         other.sendall(GET)
         assert read_answer(other)[0] == 200
-        start = threading.Thread.start
-
-        def fail(thread):
-            raise RuntimeError("can't start new thread")
-
-        monkeypatch.setattr(threading.Thread, "start", fail)
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
         slow.sendall(PUT + b"display")
         assert rest(slow) == b""
         other.sendall(GET)
         assert read_answer(other)[0] == 200
-        monkeypatch.setattr(threading.Thread, "start", start)
+        monkeypatch.undo()
     assert len([line for line in log if "start new thread" in line]) == 1
     log.clear()
 
@@ -605,44 +605,32 @@ def test_a_fault_of_ours_ends_its_connection_only(served, log, monkeypatch):
 
 def test_a_server_can_be_stopped_while_a_request_takes_long(log):
     """Idle connections are closed at once, what runs gets its time, and the answer says close."""
-    storage = Slow()
-    server = wmi.Server(storage, port=0, log=log.append)
-    loop = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    loop.start()
-    with socket.create_connection(server.server_address[:2], SECONDS) as slow, socket.create_connection(
-        server.server_address[:2], SECONDS
+    with Slow() as storage, serving(storage, log=log.append) as served, connect(served) as slow, connect(
+        served
     ) as idle:
         slow.sendall(SLOW)
         assert storage.asked.acquire(timeout=SECONDS)
         until(lambda: leaders() == 2, "another thread")
         idle.sendall(GET)
         assert read_answer(idle)[0] == 200
-        server.shutdown()
-        loop.join()
-        assert server.stop(0.2) is False
+        served.server.shutdown()
+        assert served.server.stop(0.2) is False
         assert rest(idle) == b""
         storage.told.set()
         assert b"Connection: close" in rest(slow)
-        assert server.stop(SECONDS) is True
-    until(lambda: not leaders(), "the end of the threads")
-    storage.close()
+        assert served.server.stop(SECONDS) is True
+        until(lambda: not leaders(), "the end of the threads")
 
 
-def test_a_head_that_has_begun_is_finished(storage, log):
+def test_a_head_that_has_begun_is_finished(served):
     """Told to stop, the server waits for the rest of a head, as it would for a body."""
-    server = wmi.Server(storage, port=0, log=log.append)
-    loop = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    loop.start()
-    with socket.create_connection(server.server_address[:2], SECONDS) as peer, socket.create_connection(
-        server.server_address[:2], SECONDS
-    ) as idle:
+    server, ended = served.server, []
+    with connect(served) as peer, connect(served) as idle:
         idle.sendall(GET)
         read_answer(idle)
         peer.sendall(GET[:20])
         until(lambda: [handler for handler in server._handlers if not handler.idle], "the beginning of a head")
         server.shutdown()
-        loop.join()
-        ended = []
         stopper = threading.Thread(target=lambda: ended.append(server.stop(SECONDS)))
         stopper.start()
         assert rest(idle) == b""
@@ -689,17 +677,12 @@ def test_stopping_with_every_connection_taken(storage):
 def test_a_thread_that_cannot_start_gives_its_place_back(storage, log, monkeypatch):
     """Where the system has no thread left, that client is dropped and the next one is served."""
     with serving(storage, max_connections=1, log=log.append) as served:
-        start = threading.Thread.start
-
-        def fail(thread):
-            raise RuntimeError("can't start new thread")
-
-        monkeypatch.setattr(threading.Thread, "start", fail)
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
         for _ in range(3):
             with connect(served) as peer:
                 peer.sendall(GET)
                 assert rest(peer) == b""
-        monkeypatch.setattr(threading.Thread, "start", start)
+        monkeypatch.undo()
         assert served.request("GET", "/api/images", {"X-VDC-ACCOUNT-UUID": ACCOUNT})[0] == 200
     assert all("start new thread" in line for line in log[:3])
     log.clear()
@@ -899,7 +882,6 @@ def test_one_send_an_answer(unserved, raw):
     """Head and body leave in one send, with Nagle off: two sends cost 40 ms a request."""
     stub = Stub(raw)
     unserved.get_request = lambda: (stub, ("127.0.0.1", 1))
-    unserved._slots.acquire()
     unserved._handle_request_noblock()
     until(lambda: not connections(SimpleNamespace(server=unserved)), "the end of the connection")
     assert (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1) in stub.options
@@ -1217,18 +1199,14 @@ def test_second_signal_ends_at_once(command, workers, number):
         assert time.monotonic() - began < 5
 
 
-def test_waiting_for_what_runs_has_an_end(storage, log):
+def test_waiting_for_what_runs_has_an_end(served):
     """A request that does not end in the time of grace is given up."""
-    server = wmi.Server(storage, port=0, log=log.append)
-    loop = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    loop.start()
-    with socket.create_connection(server.server_address[:2], SECONDS) as peer:
+    with connect(served) as peer:
         peer.sendall(head("/api/12.03/images/wmi-one", "PUT", "Content-Length: 14", "Expect: 100-continue"))
         assert peer.recv(100).startswith(b"HTTP/1.1 100 ")
-        server.shutdown()
-        loop.join()
+        served.server.shutdown()
         began = time.monotonic()
-        assert server.stop(0.3) is False
+        assert served.server.stop(0.3) is False
         assert 0.2 < time.monotonic() - began < 5
         peer.sendall(b"display_name=x")
         assert b"Connection: close" in rest(peer)
