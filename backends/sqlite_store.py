@@ -16,7 +16,9 @@ How it works:
    BEGIN IMMEDIATE, because a transaction that began by reading may not wait for its turn.
 6. Two connections a process, one reading, one writing, each under a lock. They are opened
    anew after a fork, and when another file stands at the path.
-7. Many records are first put into a temporary table, so that a slow source holds no lock.
+7. A file that nobody writes is read through a third one, which takes no locks of the file:
+   they cost more than the search. One `stat` afterwards says whether the reading was good.
+8. Many records are first put into a temporary table, so that a slow source holds no lock.
 
 Left out: search in fields (see 1), and a pool of connections (the interpreter lock makes
 readers queue anyway).
@@ -30,9 +32,10 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import Any
+from urllib.parse import quote
 
 BUSY_S = 30.0  # how long a call waits for another process before it fails with "locked"
 CACHE_KIB, LOAD_CACHE_KIB = 1000, 64_000  # small in a server; an index of a million fits the other
@@ -129,13 +132,18 @@ class SqliteStorage:
         """Open the file. Raise OSError if it is there and not ours."""
         self._path = os.path.abspath(path)
         self._revision: tuple[object, str] = None, ""
+        self._still: _Still | None = None
         _connect(self._path).close()
         self._reads, self._writes = _Connection(self._path), _Connection(self._path)
 
     def get(self, id: str) -> Record:
         """Return the record, a tombstone too. Raise KeyError if there is none."""
-        with self._reads as db:
-            return self._decode(_one(db, id)[1])
+        still = self._still
+        text = still.find(id) if still else None
+        if text is None:
+            with self._reads as db:
+                _, text = _one(db, id)
+        return self._decode(text)
 
     def add(self, record: Record) -> None:
         """Add a record as the newest, in place of a tombstone. Raise FileExistsError."""
@@ -245,8 +253,10 @@ class SqliteStorage:
             with self._reads as db:
                 revision, = db.execute(REVISION).fetchone()
                 mode, = db.execute("PRAGMA journal_mode").fetchone()
-            if mode == "delete" and found[-2] + SETTLED_NS < now:  # a WAL leaves the file alone
-                self._revision = found, revision
+                settled = found[-2] + SETTLED_NS < now
+                if settled and mode == "delete":  # a WAL leaves the file alone
+                    self._revision = found, revision
+                    self._read_still(found)
         return str(revision)
 
     def check(self, repair: bool = False) -> Iterator[str]:
@@ -270,10 +280,20 @@ class SqliteStorage:
             yield str(error)
 
     def close(self) -> None:
-        """Close both connections. Every later call but this one raises ValueError."""
+        """Close every connection. Every later call but this one raises ValueError."""
         self._reads.close()
         self._writes.close()
+        self._read_still(None)
         self._revision = None, ""
+
+    def _read_still(self, state: tuple[int, ...] | None) -> None:
+        """Read this state of the file, or none, without locks from now on."""
+        before, self._still = self._still, None
+        if before:
+            before.close()
+        if state and os.name == "posix":  # elsewhere the times may come late
+            with suppress(sqlite3.Error):  # no descriptor is free: go on with locks
+                self._still = _Still(self._path, state)
 
     def __enter__(self) -> SqliteStorage:
         return self
@@ -347,15 +367,51 @@ class _Connection:
 
     def _drop(self) -> None:
         db, self._db = self._db, None
-        if db is not None and self._opened[0] == os.getpid():
-            db.close()
-        elif db is not None:
-            _inherited.append(db)
+        if db is not None:
+            _close(db, self._opened[0])
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
             self._drop()
+
+
+class _Still:
+    """Read one state of the file without its locks.
+
+    SQLite neither locks an "immutable" file nor looks whether it changed. That is right as long
+    as nobody writes, and whoever writes changes the times of a file that had settled, before
+    others can read what was written. So a reading is good if afterwards the times are the same.
+    """
+
+    def __init__(self, path: str, state: tuple[int, ...]) -> None:
+        self._path, self._state, self._lock = path, state, threading.Lock()
+        uri = f"file:{quote(os.fsencode(path))}?immutable=1"
+        self._db = sqlite3.connect(uri, uri=True, check_same_thread=False)
+        self._db.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+
+    def find(self, id: str) -> str | None:
+        """Return the text of a record, None if there is none or the file has changed."""
+        if self._state[0] != os.getpid():
+            return None
+        with self._lock:
+            try:
+                found = self._db.execute(GET, (id,)).fetchone()
+            except sqlite3.Error:  # half of a change, or closed meanwhile
+                return None
+        return found[1] if found and _identify(self._path) == self._state else None
+
+    def close(self) -> None:
+        with self._lock:
+            _close(self._db, self._state[0])
+
+
+def _close(db: sqlite3.Connection, pid: int) -> None:
+    """Close a connection, unless another process opened it: that could harm its files."""
+    if pid == os.getpid():
+        db.close()
+    else:
+        _inherited.append(db)
 
 
 # ---- scopes and places ----
@@ -461,9 +517,9 @@ def _stat(path: str) -> os.stat_result:
 
 
 def _identify(path: str) -> tuple[int, ...]:
-    """Return what tells one state of the file from another."""
+    """Return what tells one state of the file from another, and our process from its parent."""
     found = _stat(path)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return os.getpid(), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _connect(path: str) -> sqlite3.Connection:

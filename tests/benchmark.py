@@ -71,10 +71,13 @@ class Load(NamedTuple):
 # ---- load ----
 
 WRK_SCRIPT = """
-local number = %d
+local number, before, after = %d
+init = function()
+  before, after = wrk.format("GET", "/api/images/wmi-NUMBER"):match("(.*)NUMBER(.*)")
+end
 request = function()
   number = (number + 1) %% %d
-  return wrk.format("GET", string.format("/api/images/wmi-%%06d", number))
+  return before .. string.format("%%06d", number) .. after
 end
 """  # wrk's own thread calls it: the numbers go around, so that each comes again only after all others
 

@@ -629,6 +629,112 @@ def test_sqlite_revision_costs_a_stat_once_settled(base, path):
             assert base._revision[1] == first  # too fresh to be kept
 
 
+def settle(store, path):
+    """Make the file an old one, which is read without locks from the next look on."""
+    os.utime(path, (1e9, 1e9))
+    store.revision()
+
+
+def test_sqlite_settled_is_read_without_locks(base, path):
+    """Somebody who holds the file's lock, and has written nothing yet, is not waited for."""
+    settle(base, path)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as shell:
+        shell.execute("BEGIN EXCLUSIVE")
+        assert base.get("wmi-00000001") == image(1)
+        shell.execute("UPDATE image SET record = json_set(record, '$.state', 'shell')")
+        assert base.get("wmi-00000001") == image(1)
+        shell.execute("COMMIT")
+        assert base.get("wmi-00000001")["state"] == "shell"
+        with pytest.raises(KeyError):
+            base.get("wmi-00000009")
+
+
+def test_sqlite_settled_shows_nothing_uncommitted(path, monkeypatch):
+    """A change that is in the file, and may still be rolled back, is waited for; then it never was."""
+    monkeypatch.setattr(sqlite_store, "BUSY_S", 0.1)
+    with opened(sqlite_store, path, *map(image, range(1, 400))) as store:
+        settle(store, path)
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as shell:
+            shell.execute("PRAGMA cache_size = 1")  # pages are written long before the end
+            shell.execute("BEGIN IMMEDIATE")
+            shell.execute("UPDATE image SET record = json_set(record, '$.state', 'shell')")
+            with pytest.raises(OSError, match="locked"):
+                store.get("wmi-00000001")
+            shell.execute("ROLLBACK")
+        assert store.get("wmi-00000001") == image(1)
+
+
+def test_sqlite_settled_never_goes_back(base, path):
+    """Of two readings the later one is never older, however often the file settles between changes."""
+    done, seen = threading.Event(), []
+
+    def read():
+        last = 0
+        while not done.is_set():
+            base.revision()
+            ordinal = base.get("wmi-00000001").get("ordinal", 0)
+            seen.append(ordinal - last)
+            last = ordinal
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    with sqlite_store.open_storage(path) as other:
+        for n in range(1, 60):
+            other.replace("wmi-00000001", lambda record, n=n: {**record, "ordinal": n})
+            assert base.get("wmi-00000001")["ordinal"] == n
+            settle(base, path)
+            assert base.get("wmi-00000001")["ordinal"] == n
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert seen
+    assert min(seen) == 0
+
+
+def test_sqlite_settled_and_replaced(base, path):
+    """Another file at the path is read from then on."""
+    settle(base, path)
+    assert base.get("wmi-00000002") == image(2)
+    with opened(sqlite_store, path + ".new", image(1, state="other")):
+        os.utime(path + ".new", (1e9, 1e9))
+    os.rename(path + ".new", path)
+    assert base.get("wmi-00000001")["state"] == "other"
+    with pytest.raises(KeyError):
+        base.get("wmi-00000002")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_sqlite_settled_and_forked(base, path):
+    """A child reads by itself, and its end takes nothing from the parent."""
+    settle(base, path)
+    still = base._still
+    child = os.fork()
+    if child == 0:
+        still._db = None  # what the parent opened is not touched
+        good = base.get("wmi-00000001") == image(1)
+        base.revision()
+        good &= base._still is not still and base._still.find("wmi-00000002") is not None
+        base.close()
+        os._exit(0 if good else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert still.find("wmi-00000001") is not None
+
+
+def test_sqlite_settled_without_a_descriptor(base, path, monkeypatch):
+    """What cannot be opened once more is read as it was before."""
+    real = sqlite3.connect
+
+    def connect(name, **options):
+        if options.get("uri"):
+            raise sqlite3.OperationalError("unable to open database file")
+        return real(name, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    settle(base, path)
+    assert base.get("wmi-00000001") == image(1)
+
+
 def test_sqlite_revision_is_not_kept_in_wal_mode(path):
     """There a change leaves the file's times alone."""
     with opened(sqlite_store, path, image(1)) as store:
