@@ -28,6 +28,7 @@ for plug-ins. A store is one file in backends/ with one function, open_storage(l
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import datetime
@@ -234,19 +235,19 @@ def to_yaml(value: Any) -> str:
     return "---\n" + "".join(yaml_lines(value, "")) if nested else f"--- {_yaml_scalar(value)}\n"
 
 
-def yaml_lines(value: Any, indent: str) -> Iterator[str]:
-    """Yield the block lines of a dict or list that is not empty, laid out as Ruby's psych does."""
-    listed = isinstance(value, list)
+def yaml_lines(value: Any, indent: str) -> list[str]:
+    """Return the block lines of a dict or list that is not empty, laid out as Ruby's psych does."""
+    lines, listed = [], isinstance(value, list)
     for item in value:
         head, item = (f"{indent}-", item) if listed else (f"{indent}:{item}:", value[item])
         if not isinstance(item, (dict, list)) or not item:
             text = _yaml_scalar(item)
-            yield f"{head} {text}\n" if text else f"{head}\n"
+            lines.append(f"{head} {text}\n" if text else f"{head}\n")
         elif listed:
-            yield head + "".join(yaml_lines(item, indent + "  "))[len(head) :]
+            lines.append(head + "".join(yaml_lines(item, indent + "  "))[len(head) :])
         else:
-            yield head + "\n"
-            yield from yaml_lines(item, indent if isinstance(item, list) else indent + "  ")
+            lines += [f"{head}\n", *yaml_lines(item, indent if isinstance(item, list) else indent + "  ")]
+    return lines
 
 
 def _yaml_scalar(value: Any) -> str:
@@ -1117,7 +1118,8 @@ MAX_FIELDS = 64  # lines; browsers send about 20
 MAX_BODY = 65536  # bytes; a name and a description
 MAX_EMPTY_LINES = 4  # before a request line; old clients sent one after a body
 MAX_CHUNK_LINE = 256  # bytes; a size and extensions that nobody uses
-LOGGED_TARGET = 2048  # characters; a line below PIPE_BUF is one write, so those of processes never mix
+LOGGED = 2048  # characters of a request, or of a failure
+PIPE_BUF = 4096  # bytes; so much is one write, also to a pipe, so that the lines of processes never mix
 MAX_CONNECTIONS = 64  # a process; each may need a thread, and more connections wait in the backlog
 IDLE_SECONDS = 15  # between two requests; proxies commonly wait longer, so they close first
 HEAD_SECONDS = 10  # for a whole head, from its first bytes
@@ -1127,6 +1129,7 @@ LINGER_SECONDS = 1  # for a client to read the last answer
 GRACE_SECONDS = 10  # to finish what runs when told to stop
 TURN_SECONDS = 0.05  # of one connection; then, or at most as long again, another thread serves the others
 LOOK_SECONDS = 0.1  # between two looks for deadlines that have passed
+YIELD_SECONDS = 0.0001  # of work; then whoever waits for the processor gets it, else for some ms nobody would
 PIECE = 65536  # bytes asked of recv at once: it allocates what it is asked for
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, 5.6.2
@@ -1433,6 +1436,7 @@ _CONTENT_TYPES = {"json": "application/json", "yaml": "text/yaml;charset=utf-8"}
 _REASONS = {code: reason for code, (reason, _) in http.server.BaseHTTPRequestHandler.responses.items()}
 _STREAM_PIECE = 32768  # characters gathered for one send of a streamed index
 _CACHE_BYTES = 8 << 20  # of rendered answers a process; about 1,000 pages of 20
+_REMEMBERED = 4096  # different requests, of which the next equal one is kept
 _CACHED_AT_MOST = 1 << 20  # of one answer, so that a few large ones do not push out the others
 _CACHE_CONTROL = "private, no-cache"  # to be asked each time: each account sees other images
 
@@ -1445,12 +1449,7 @@ class Answer(types.SimpleNamespace):
     body: bytes | Iterator[bytes]
 
 
-class Route(types.SimpleNamespace):
-    """Be what a path says: which version, which image (None: the collection), which format."""
-
-    version: Version
-    id: str | None
-    format: str
+Route = tuple[Version, "str | None", str]  # what a path says: the version, which image or all (None), the format
 
 
 def make_answer(status: int, lines: str, body: bytes | Iterator[bytes] = b"") -> Answer:
@@ -1525,25 +1524,32 @@ class Service:
     def __init__(self, storage: Storage, unversioned: str = DOCUMENT, report: Callable[[str], None] = print) -> None:
         self._storage, self._report = storage, report
         self.unversioned = find_version(unversioned)
+        self._catalogs = functools.lru_cache(maxsize=64)(functools.partial(Catalog, storage))
+        self._known = 0.0, ""  # when the store was asked for its revision, and what it said
         self._cache: dict[Any, tuple[str, Answer, Version, str]] = {}  # each good for one revision of the store
         self._cached_bytes = 0
+        self._rendered: set[int] = set()  # hashes of what was asked: what comes again is worth being kept
         self._lock = threading.Lock()
 
-    def answer(self, request: Request, body: bytes) -> Answer:
-        """Return the answer; every failure becomes one in the form of the API."""
+    def answer(self, request: Request, body: bytes, arrived: float | None = None) -> Answer:
+        """Return the answer; every failure becomes one in the form of the API.
+
+        `arrived` is when all of the request had, by time.monotonic(), just now by default: what another request
+        learned of the store after that is as good for this one.
+        """
+        arrived = time.monotonic() if arrived is None else arrived
         version, format = self.unversioned, "json"
         try:
             reads = request.method in ("GET", "HEAD")
             kept = self._cache.get(request.asked) if reads else None
             if kept:
                 revision, answer, version, format = kept
-                if revision == self._revision():
+                if revision == self._revision(arrived):
                     return answer
             if request.path == "*":
                 return make_answer(204, "Allow: GET, HEAD, PUT, DELETE, OPTIONS\r\n")
-            route = self._route(request.path)
-            version, format = route.version, route.format
-            return self._get(request, route) if reads else self._dispatch(request, route, body)
+            version, _, format = route = self._route(request.path)
+            return self._get(request, route, arrived) if reads else self._dispatch(request, route, body)
         except Error as error:
             if error.status >= 500 and error.__cause__:
                 self._report(f"{request.method} {request.target}: {error}: {error.__cause__}")
@@ -1556,69 +1562,84 @@ class Service:
         match = _compiled(_IMAGES_PATH).fullmatch(path)
         if not match:
             raise NotFound(path)
-        version = VERSIONS[match[1]] if match[1] else self.unversioned
-        id = match[2] and urllib.parse.unquote(match[2])
-        return Route(version=version, id=id, format="yaml" if match[3].startswith(".y") else "json")
+        version, id, suffix = match.groups()
+        return (
+            VERSIONS[version] if version else self.unversioned,
+            urllib.parse.unquote(id) if id else None,
+            "yaml" if suffix.startswith(".y") else "json",
+        )
 
     def _dispatch(self, request: Request, route: Route, body: bytes) -> Answer:
         """Answer what is neither GET nor HEAD."""
-        methods = ["GET", "HEAD", "OPTIONS"]
-        if route.id is not None:
-            methods += ["DELETE", "PUT"] if route.version.updatable else ["DELETE"]
+        methods, (version, id, format) = ["GET", "HEAD", "OPTIONS"], route
+        if id is not None:
+            methods += ["DELETE", "PUT"] if version.updatable else ["DELETE"]
         if request.method not in methods:
             raise MethodNotAllowed(", ".join(methods))
         if request.method == "OPTIONS":
             return make_answer(204, f"Allow: {', '.join(methods)}\r\n")
-        catalog = Catalog(self._storage, self._account(request, route.version), route.version.name)
+        catalog = self._catalog(request, version)
         if request.method == "DELETE":
-            done: Any = [catalog.destroy(route.id or "")]
+            done: Any = [catalog.destroy(id or "")]
         else:
-            changes = parse_update(request, body, route.version.updatable)
-            done = render(route.version, catalog.update(route.id or "", **changes))
-        return make_answer(200, f"Content-Type: {_CONTENT_TYPES[route.format]}\r\n", encode(done, route.format))
+            done = render(version, catalog.update(id or "", **parse_update(request, body, version.updatable)))
+        return make_answer(200, f"Content-Type: {_CONTENT_TYPES[format]}\r\n", encode(done, format))
 
-    def _account(self, request: Request, version: Version) -> str:
-        """Return who calls: what must prove a caller belongs here, before the catalog."""
+    def _catalog(self, request: Request, version: Version) -> Catalog:
+        """Return what the caller may do: what must prove who that is belongs here."""
         account = request.fields.get("x-vdc-account-uuid", "")
         try:
-            return str(check_account("account", account))
+            return self._catalogs(account, version.name)
         except InvalidParameter as error:
             message = f"Invalid uuid or unsupported uuid: {account} in Dcmgr::Models::Account"
             raise InvalidRequestCredentials(message if account else version.no_account) from error
 
-    def _revision(self) -> str:
-        with storage_errors():
-            return self._storage.revision()
+    def _revision(self, arrived: float) -> str:
+        """Return the revision that the store had at some moment after that one."""
+        moment, revision = self._known
+        if moment <= arrived:
+            moment = time.monotonic()
+            with storage_errors():
+                revision = self._storage.revision()
+            self._known = moment, revision
+        return revision
 
-    def _get(self, request: Request, route: Route) -> Answer:
+    def _get(self, request: Request, route: Route, arrived: float) -> Answer:
         """Render an answer, and keep it for as long as the store's revision is the same.
 
         The revision is read first: after a change meanwhile, what is kept is never served.
         """
-        account = self._account(request, route.version)
-        revision = self._revision()
-        seed = f"{__version__}\n{self.unversioned.name}\n{revision}\n{request.path}\n{request.query}\n{account}"
+        version, _, format = route
+        catalog, revision = self._catalog(request, version), self._revision(arrived)
+        seed = f"{__version__}\n{self.unversioned.name}\n{revision}\n{request.path}\n{request.query}\n{catalog.account}"
         etag = f'"{hashlib.blake2b(seed.encode(), digest_size=12).hexdigest()}"'
         tagged = f"ETag: {etag}\r\nCache-Control: {_CACHE_CONTROL}\r\n"
-        body = self._render(request, route, account)
+        body = self._render(request, route, catalog)
         if "if-none-match" in request.fields and matches_etag(request.fields["if-none-match"], etag):
             answer = make_answer(304, tagged)
         else:
-            lines = f"Content-Type: {_CONTENT_TYPES[route.format]}\r\n{tagged}X-Content-Type-Options: nosniff\r\n"
+            lines = f"Content-Type: {_CONTENT_TYPES[format]}\r\n{tagged}X-Content-Type-Options: nosniff\r\n"
             answer = make_answer(200, lines, body)
         if isinstance(answer.body, bytes) and len(answer.body) <= _CACHED_AT_MOST:
-            self._keep(request.asked, (revision, answer, route.version, route.format), len(answer.body))
+            self._keep(request.asked, (revision, answer, version, format), len(answer.body))
         return answer
 
-    def _render(self, request: Request, route: Route, account: str) -> bytes | Iterator[bytes]:
-        catalog = Catalog(self._storage, account, route.version.name)
-        if route.id is not None:
-            return encode(render(route.version, catalog.show(route.id)), route.format)
-        page = catalog.index(**parse_query(request.query, ("start", "limit", *route.version.filters)))
-        pieces = gather(render_page(route.version, page, route.format))
+    def _render(self, request: Request, route: Route, catalog: Catalog) -> bytes | Iterator[bytes]:
+        version, id, format = route
+        if id is not None:
+            return encode(render(version, catalog.show(id)), format)
+        page = catalog.index(**parse_query(request.query, ("start", "limit", *version.filters)))
+        pieces = gather(render_page(version, page, format))
         return b"".join(pieces) if isinstance(page.images, list) else pieces
 
     def _keep(self, asked: tuple[str, str, str], entry: tuple[str, Answer, Version, str], size: int) -> None:
+        """Keep an answer if the same was asked before: who reads all images must not push out the usual ones."""
+        key = hash(asked)
+        if key not in self._rendered:
+            if len(self._rendered) >= _REMEMBERED:
+                self._rendered = set()
+            self._rendered.add(key)
+            return
         with self._lock:
             if self._cached_bytes > _CACHE_BYTES:
                 self._cache, self._cached_bytes = {}, 0
@@ -1679,10 +1700,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.client = self.client_address[0] if self.client_address else "unix"
         self.deadline = time.monotonic() + IDLE_SECONDS  # of what is waited for: a request, its head, the end
         self._lingering = False  # the last answer is sent, and the client may read it
-        self._began = 0.0  # when the head that is not whole did
+        self._partial, self._more = False, True  # what `receive` found: a head begun before; the client's end
+        self._arrived = self._began = 0.0  # when the last bytes did; when a head that is not whole did
 
     def handle(self) -> None:
-        """Wait for the client; from now on the server calls `serve` and `expire`."""
+        """Wait for the client; from now on the server calls `receive`, then `serve`, or `expire`."""
         self.server.rest(self)
 
     def finish(self) -> None:
@@ -1693,20 +1715,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Say whether nothing has arrived that will be answered."""
         return self._lingering or not self.stream.pending
 
-    def serve(self) -> bool:
-        """Take what has arrived, answer what is whole, and return whether the connection goes on."""
-        partial = self.stream.pending
+    def receive(self) -> None:
+        """Take what has arrived, or learn that the client hung up, which is no error."""
+        self._partial, self._more = self.stream.pending, False
         try:
-            more = self.stream.receive()
-        except OSError as error:  # woken for nothing, or the client hung up, which is no error
-            return isinstance(error, BlockingIOError)
+            self._more = self.stream.receive()
+        except BlockingIOError:  # woken for nothing
+            self._more = True
+        except (OSError, MemoryError):
+            self._partial = False  # nobody is there to be told
+        self._arrived = time.monotonic()
+
+    def serve(self) -> bool:
+        """Answer what is whole of what has arrived, and return whether the connection goes on."""
         try:
             if self._lingering:
                 self.stream.discard()
-                return more
-            if not more:
-                return partial and self._refuse(BadRequest("the head is cut"), None, self._began)
-            return self._answer_all(partial)
+                return self._more
+            if not self._more:
+                return self._partial and self._refuse(BadRequest("the head is cut"), None, self._began)
+            return self._answer_all(self._partial)
         except OSError:
             return False
 
@@ -1720,7 +1748,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answer the requests that are here, the first begun earlier if partial; return as `serve` does."""
         stream, server = self.stream, self.server
         while stream.pending:
-            began, request = self._began if partial else time.perf_counter(), None
+            began, request = self._began if partial else self._arrived, None
             try:
                 request = stream.take_head()
                 if request is None:
@@ -1728,14 +1756,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 body = stream.read_body(request)
             except Error as error:
                 return self._refuse(error, request, began)
-            answer = server.service.answer(request, body)
+            answer = server.service.answer(request, body, self._arrived)
             if not self._send(answer, request, request.keep_alive and not server.stopping, began):
                 return self._lingering
             partial = False
+            self._arrived = time.monotonic()  # the next request may count on what this one changed
         if not stream.pending:
-            self.deadline = time.monotonic() + IDLE_SECONDS
+            self.deadline = self._arrived + IDLE_SECONDS
         elif not partial:  # bytes that keep coming do not extend it
-            self.deadline, self._began = time.monotonic() + HEAD_SECONDS, time.perf_counter()
+            self.deadline, self._began = self._arrived + HEAD_SECONDS, self._arrived
         return True
 
     def _refuse(self, error: Error, request: Request | None, began: float) -> bool:
@@ -1769,8 +1798,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.report(f"a streamed answer is cut: {error}: {error.__cause__}")
             return False
         finally:
-            milliseconds = (time.perf_counter() - began) * 1000
-            asked = f"{request.account} {request.method} {request.target[:LOGGED_TARGET]}" if request else "- - -"
+            milliseconds = (time.monotonic() - began) * 1000
+            asked = f"{request.account} {request.method} {request.target}"[:LOGGED] if request else "- - -"
             self.server.log(f"{self.client} {asked} {answer.status} {sent} {milliseconds:.1f}ms")
         if not keep_alive and not self.server.stopping:
             self.stream.end()
@@ -1820,6 +1849,9 @@ def address_of(listener: socket.socket) -> str:
     return f"http://[{address[0]}]:{address[1]}" if ":" in address[0] else f"http://{address[0]}:{address[1]}"
 
 
+_yield_processor: Callable[[], object] = getattr(os, "sched_yield", lambda: None)  # not everywhere
+
+Step = tuple[Handler, Callable[[], bool]]  # of a connection; says whether it goes on
 Place = tuple[int, memoryview, int]  # of a worker: its parent, the connections of each worker, its number
 
 
@@ -1831,13 +1863,13 @@ class Server(http.server.ThreadingHTTPServer):
     it has to wait for one client, or is busy with one for long, it goes on with that one and another
     thread leads; so the usual request costs no change of threads, and a slow one delays others hardly.
 
-    `log` takes one line at a time, without its end; without it nothing is logged.
+    `log` takes text, one or more lines with their ends, as sys.stderr.write does; without it nothing is logged.
     """
 
     def __init__(
         self, storage: Storage, host: str = "127.0.0.1", port: int = 9001, *, listener: socket.socket | None = None,
         unversioned: str = DOCUMENT, max_connections: int = MAX_CONNECTIONS,
-        log: Callable[[str], None] = lambda line: None,
+        log: Callable[[str], object] = lambda text: None,
     ) -> None:  # fmt: skip
         self.service = Service(storage, unversioned, self.report)
         listener = listener or listen(host, port)
@@ -1848,15 +1880,18 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping = False
         self.parent = 0  # process that supervises this one and others
         self._counts, self._number = memoryview(bytearray(1)), 0  # connections of each process, and which is ours
-        self._write_line = log
+        self._log, self._log_lock = log, threading.Lock()
+        self._lines: list[str] = []  # that are not written yet
         self._max_connections = max_connections
-        self._changed = threading.Condition()  # guards everything below
+        self._lock = threading.RLock()  # guards everything below
+        self._changed = threading.Condition(self._lock)
         self._handlers: set[Handler] = set()  # every open connection
         # Those of them that the leader waits for. Where this is select(), it sees new ones after LOOK_SECONDS.
         self._resting = selectors.DefaultSelector()
         self._leader: threading.Thread | None = None
         self._turn: tuple[Handler | None, float] = None, 0.0  # whom the leader serves, since when
-        self._looked = 0.0  # when the leader looked for deadlines that had passed
+        self._steps: collections.deque[Step] = collections.deque()  # what the leader does before it waits again
+        self._looked = self._yielded = 0.0  # when the leader looked for deadlines, and gave others the processor
         ascii("é")  # PyPy imports a codec for it, which report() could not do without descriptors
 
     @property
@@ -1865,14 +1900,26 @@ class Server(http.server.ThreadingHTTPServer):
         return address_of(self.socket)
 
     def log(self, text: str) -> None:
-        """Log a line, with the time before it."""
-        with contextlib.suppress(Exception):  # a log that fails, on a full disk say, must not stop the answers
-            self._write_line(f"{now()} {text}")
+        """Log a line, with the time before it. The leader's are written together, before it waits."""
+        with self._log_lock:
+            self._lines.append(f"{now()} {text}\n")
+        if threading.current_thread() is not self._leader:
+            self._write_log()
+
+    def _write_log(self) -> None:
+        if not self._lines:
+            return
+        with self._log_lock:
+            lines, self._lines = self._lines, []
+        text = "".join(lines)
+        for part in lines if len(text) > PIPE_BUF else [text]:
+            with contextlib.suppress(Exception):  # a log that fails, on a full disk say, must not stop the answers
+                self._log(part)
 
     def report(self, text: str) -> None:
         """Log a failure, in one line of visible ASCII."""
         # Not by a codec: it would be imported first, which fails without a free descriptor.
-        self.log(f"error: {ascii(text)[1:-1][:LOGGED_TARGET]}")
+        self.log(f"error: {ascii(text)[1:-1][:LOGGED]}")
 
     # The accept loop, and what it calls.
 
@@ -1882,7 +1929,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection if there is a place for it; others wait in the backlog."""
-        with self._changed:
+        with self._lock:
             if not self._changed.wait_for(lambda: len(self._handlers) < self._max_connections, TURN_SECONDS):
                 raise BlockingIOError(errno.EAGAIN, "every connection is taken")
         if self._counts[self._number] > min(self._counts):
@@ -1901,7 +1948,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def service_actions(self) -> None:
         """Let another thread lead if one request keeps the leader; stop when the supervising process is gone."""
-        with self._changed:
+        with self._lock:
             handler, since = self._turn
             if handler and time.monotonic() - since > TURN_SECONDS:
                 with contextlib.suppress(RuntimeError):  # no thread to be had: then they wait
@@ -1919,7 +1966,7 @@ class Server(http.server.ThreadingHTTPServer):
     def rest(self, handler: Handler) -> None:
         """Give the leader a connection, one that is new or one whose thread is done with it."""
         handler.stream.end_wait()
-        with self._changed:
+        with self._lock:
             if not self._leader:
                 self._replace_leader()
             self._resting.register(handler.request, selectors.EVENT_READ, handler)
@@ -1929,7 +1976,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def step_aside(self, handler: Handler) -> None:
         """Let another thread lead, if this one does, as it will wait for this connection's client."""
-        with self._changed:
+        with self._lock:
             if self._leader is threading.current_thread():
                 self._replace_leader(handler)
 
@@ -1947,20 +1994,17 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _lead(self) -> None:
         """Serve the connections that rest, as something arrives on them, until another thread leads."""
-        me = threading.current_thread()
-        while self._has_work(me):
-            if time.monotonic() - self._looked > LOOK_SECONDS:  # whoever led then
-                self._looked = time.monotonic()
-                for handler in self._expired(self._looked):
-                    if not self._take_turn(me, handler, handler.expire):
-                        return
-            for key, _ in self._resting.select(LOOK_SECONDS):
-                if not self._take_turn(me, key.data, key.data.serve):
-                    return
+        me, leads = threading.current_thread(), True
+        while leads and self._has_work(me):
+            if not self._steps:  # the leader before may have left some
+                self._steps.extend(self._find_expired() or self._receive())
+            while leads and self._steps:
+                leads = self._take_turn(me, *self._steps.popleft())
 
     def _has_work(self, me: threading.Thread) -> bool:
         """Wait until a connection rests; return false where this thread leads no more."""
-        with self._changed:
+        self._write_log()
+        with self._lock:
             while self._leader is me and not self._resting.get_map():
                 if self.stopping and not self._handlers:
                     self._leader = None
@@ -1969,10 +2013,25 @@ class Server(http.server.ThreadingHTTPServer):
                     self._changed.wait()
             return self._leader is me
 
-    def _expired(self, moment: float) -> list[Handler]:
-        with self._changed:
+    def _find_expired(self) -> list[Step]:
+        """Return what is to be done at deadlines that have passed, if it is time to look for them."""
+        moment = time.monotonic()
+        if moment - self._looked < LOOK_SECONDS:
+            return []
+        self._looked = moment  # whoever leads next
+        with self._lock:
             handlers: list[Handler] = [key.data for key in self._resting.get_map().values()]
-        return [each for each in handlers if each.deadline <= moment or (self.stopping and each.idle)]
+        return [(each, each.expire) for each in handlers if each.deadline <= moment or (self.stopping and each.idle)]
+
+    def _receive(self) -> list[Step]:
+        """Wait, and take what arrives on every connection before any is served, so that one look at the store does."""
+        if time.monotonic() - self._yielded > YIELD_SECONDS:
+            _yield_processor()
+            self._yielded = time.monotonic()
+        handlers: list[Handler] = [key.data for key, _ in self._resting.select(LOOK_SECONDS)]
+        for handler in handlers:
+            handler.receive()
+        return [(handler, handler.serve) for handler in handlers]
 
     def _take_turn(self, me: threading.Thread, handler: Handler, step: Callable[[], bool]) -> bool:
         """Do one step of a connection, and return whether this thread still leads."""
@@ -1982,7 +2041,7 @@ class Server(http.server.ThreadingHTTPServer):
         except Exception:
             self.handle_error(handler.request, handler.client_address)
             goes_on = False
-        with self._changed:
+        with self._lock:
             leads = self._leader is me
             if leads:
                 self._turn = None, 0.0
@@ -1997,7 +2056,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _drop(self, handler: Handler) -> None:
         """Close a connection and give its place back."""
-        with self._changed:
+        with self._lock:
             with contextlib.suppress(KeyError):  # its thread waited for it
                 self._resting.unregister(handler.request)
             self.close_request(handler.request)
@@ -2017,7 +2076,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Let running requests end, once serve_forever has; return whether all did in time."""
         self.stopping = True
         self.socket.close()
-        with self._changed:
+        with self._lock:
             self._changed.notify_all()
             done = self._changed.wait_for(lambda: not self._handlers and not self._leader, seconds)
         if done:
@@ -2499,7 +2558,7 @@ def _serve(options: Any) -> int:
     if options.workers > 1 and (options.store.startswith("memory:") or not hasattr(os, "fork")):
         raise InvalidParameter("--workers: processes share neither memory: nor a system without fork; use 1")
     _start_anew_from_module()
-    log = _line_writer(options.log)
+    log = _log_writer(options.log)
     storage = open_storage(options.store)  # before any fork, so that a bad one is refused here
     with storage_errors():
         if options.sample and not storage.page(None, 0, 0, deleted=None)[0]:
@@ -2548,16 +2607,12 @@ def _sample_image(row: str) -> Record:
     })  # fmt: skip
 
 
-def _line_writer(path: str | None) -> Callable[[str], None]:
-    """Return a writer of log lines: each is one write, so that those of processes never mix."""
+def _log_writer(path: str | None) -> Callable[[str], object]:
+    """Return what writes the log: each text is one write, so that those of processes never mix."""
     if path == "-":
-        return lambda line: None
+        return lambda text: None
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) if path else 2
-
-    def write(line: str) -> None:
-        os.write(file, line.encode("ascii", "backslashreplace") + b"\n")
-
-    return write
+    return lambda text: os.write(file, text.encode("ascii", "backslashreplace"))
 
 
 def _add(options: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -38,9 +38,11 @@ class Serving(NamedTuple):
 
 
 @contextlib.contextmanager
-def serving(storage: wmi.Storage, **options: Any) -> Iterator[Serving]:
-    """Serve a store on a port of the system's choice for as long as the block runs."""
-    server = wmi.Server(storage, port=0, **options)
+def serving(
+    storage: wmi.Storage, log: Callable[[str], object] = lambda line: None, **options: Any
+) -> Iterator[Serving]:
+    """Serve a store on a port of the system's choice for as long as the block runs; log takes one line at a time."""
+    server = wmi.Server(storage, port=0, log=lambda text: [log(line) for line in text.splitlines()], **options)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

@@ -54,7 +54,7 @@ def server(log: list[str]) -> Iterator[Server]:
     """Run our server with one image and say where it is."""
     storage = wmi.open_storage("memory:")
     wmi.Catalog(storage).register({"id": "wmi-corpus", "account_id": "a-shpoolxx"})
-    running = wmi.Server(storage, port=0, log=log.append)
+    running = wmi.Server(storage, port=0, log=lambda text: log.extend(text.splitlines()))
     thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     host, port = running.server_address[:2]
@@ -72,7 +72,7 @@ def _silence(log: list[str], capfd: pytest.CaptureFixture[str]) -> Iterator[None
     yield
     captured = capfd.readouterr()
     assert captured.err == ""
-    assert not [line for line in log[start:] if " error " in line]
+    assert not [line for line in log[start:] if " error: " in line]
 
 
 @pytest.mark.parametrize("mode", MODES)

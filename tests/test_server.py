@@ -528,6 +528,88 @@ def test_what_arrives_meanwhile_is_not_taken_by_two(log):
         assert [read_answer(peer)[0] for _ in range(3)] == [200] * 3
 
 
+@contextlib.contextmanager
+def held(served):
+    """Keep the one that serves from serving: what is sent meanwhile is there when it goes on."""
+    with served.server._lock:
+        yield
+
+
+def test_what_arrives_together_needs_one_look_at_the_store(storage):
+    """However many requests have arrived, the store is asked for its revision once."""
+    looks = []
+    storage.revision = lambda: looks.append(1) or "the same"
+    with serving(storage) as served, contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(connect(served)) for _ in range(9)]
+        until(lambda: connections(served) == 9, "all connections")
+        with held(served):  # the first wakes it, and it takes that one or more
+            for peer in peers:
+                peer.sendall(GET)
+        assert [read_answer(peer)[0] for peer in peers] == [200] * 9
+        assert len(looks) <= 3  # two, unless the machine stood still
+
+
+def test_what_arrives_together_waits_for_nobody(log, monkeypatch):
+    """Requests that arrive with one that takes long are answered first of all by the thread that leads then."""
+    monkeypatch.setattr(wmi, "LOOK_SECONDS", 2 * SECONDS)  # nothing else wakes it
+    with Slow() as storage, serving(storage, log=log.append) as served, contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(connect(served)) for _ in range(6)]
+        until(lambda: connections(served) == 6, "all connections")
+        with held(served):
+            for number, peer in enumerate(peers):
+                peer.sendall(SLOW if number == 2 else GET)
+        assert [read_answer(peer)[0] for peer in peers[:2] + peers[3:]] == [200] * 5
+        assert not storage.told.is_set()
+        until(lambda: len(log) == 5, "their lines in the log")
+        storage.told.set()
+        assert read_answer(peers[2])[0] == 200
+
+
+def test_a_change_is_seen_by_what_follows_it(served):
+    """Requests sent in one piece are answered in order: what is behind a change shows it."""
+    shown = head("/api/12.03/images/wmi-one")
+    with connect(served) as peer:
+        for number in range(5):
+            peer.sendall(shown * 3 + PUT + b"display_name=%d" % number + shown * 2)
+            answers = [json.loads(read_answer(peer)[2])["display_name"] for _ in range(6)]
+            assert answers[3:] == [str(number)] * 3
+            assert answers[:3] == [str(number - 1) if number else ""] * 3
+
+
+def test_a_change_before_a_request_arrived_is_seen(unserved, storage):
+    """Also one that was made after the server looked for somebody else, while this request was on its way."""
+
+    class Changing(Stub):
+        def recv(self, size):
+            ask = wmi.parse_head(head("/api/images/wmi-one"))
+            unserved.service.answer(ask, b"")
+            unserved.service.answer(ask, b"")
+            storage.replace("wmi-one", lambda record: {**record, "description": "changed"})
+            return super().recv(size)
+
+    stub = Changing(head("/api/images/wmi-one"))
+    handler = wmi.Handler.__new__(wmi.Handler)
+    handler.request, handler.client_address, handler.server = stub, ("127.0.0.1", 1), unserved
+    handler.setup()
+    handler.receive()
+    assert handler.serve()
+    assert json.loads(parse_answer(stub.sent[0])[2])["description"] == "changed"
+    stub.close()
+
+
+def test_the_processor_is_offered_to_others(served, monkeypatch):
+    """A thread that always has something to do lets those that it serves, and other workers, run now and then."""
+    offers = []
+    monkeypatch.setattr(wmi, "_yield_processor", lambda: offers.append(1))
+    monkeypatch.setattr(wmi, "YIELD_SECONDS", 0.01)
+    with connect(served) as peer:
+        began = time.monotonic()
+        while time.monotonic() < began + 0.2:
+            peer.sendall(GET)
+            assert read_answer(peer)[0] == 200
+        assert 2 < len(offers) <= (time.monotonic() - began) / 0.01 + 2
+
+
 @pytest.mark.parametrize("text", [GET[:-2], GET[:9], b"\r"], ids=["head", "line", "empty line"])
 def test_heads_that_are_not_whole_take_no_thread(served, text):
     """One thread waits for all that has to arrive, and serves the others meanwhile."""
@@ -780,6 +862,29 @@ def test_targets_cannot_forge_the_log(served, log, target):
     assert shown == target or (shown.startswith(target[:1000]) and len(log[0]) < 4096)  # a pipe's atomic write
 
 
+def test_lines_are_written_together(served):
+    """What is answered together is one text of whole lines in order, or several small enough for a pipe."""
+    texts = []
+    served.server._log = texts.append
+    with connect(served) as peer:
+        for count in (10, 300):
+            del texts[:]
+            peer.sendall(b"".join(head(f"/{number}/{'a' * (number % 90)}") for number in range(count)))
+            assert [read_answer(peer)[0] for _ in range(count)] == [404] * count
+            until(lambda count=count: "".join(texts).count("\n") == count, "all lines")
+            assert all(text.endswith("\n") and len(text) <= wmi.PIPE_BUF for text in texts)
+            targets = [LINE.fullmatch(line)[3] for line in "".join(texts).splitlines()]
+            assert [target.split("/")[1] for target in targets] == list(map(str, range(count)))
+            assert len(texts) == 1 or count == 300
+
+
+def test_a_method_cannot_make_a_line_longer_than_a_write(served, log):
+    """The whole of what a client can put into a line is bounded."""
+    served.raw(b"M" * 8000 + CLOSE[3:])
+    until(lambda: log)
+    assert len(log) == 1 and len(log[0]) < wmi.PIPE_BUF
+
+
 def test_reports_are_one_line(log):
     """A failure whose text has line ends or escape sequences is one line of visible ASCII."""
 
@@ -810,7 +915,7 @@ def test_a_log_that_fails_does_not_stop_the_answers(tmp_path, storage):
     """A full disk under the log: the line is lost, the answer is not."""
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
-    with serving(storage, log=wmi._line_writer("/dev/full")) as served:
+    with serving(storage, log=wmi._log_writer("/dev/full")) as served:
         for _ in range(3):
             assert served.request("GET", "/api/images", {"X-VDC-ACCOUNT-UUID": ACCOUNT})[0] == 200
 
