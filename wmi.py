@@ -1119,7 +1119,7 @@ MAX_BODY = 65536  # bytes; a name and a description
 MAX_EMPTY_LINES = 4  # before a request line; old clients sent one after a body
 MAX_CHUNK_LINE = 256  # bytes; a size and extensions that nobody uses
 LOGGED = 2048  # characters of a request, or of a failure
-PIPE_BUF = 4096  # bytes; so much is one write, also to a pipe, so that the lines of processes never mix
+PIPE_BUF = 4096  # bytes of ASCII; on Linux so much is one write, also to a pipe, and lines of processes never mix
 MAX_CONNECTIONS = 64  # a process; each may need a thread, and more connections wait in the backlog
 IDLE_SECONDS = 15  # between two requests; proxies commonly wait longer, so they close first
 HEAD_SECONDS = 10  # for a whole head, from its first bytes
@@ -1129,7 +1129,7 @@ LINGER_SECONDS = 1  # for a client to read the last answer
 GRACE_SECONDS = 10  # to finish what runs when told to stop
 TURN_SECONDS = 0.05  # of one connection; then, or at most as long again, another thread serves the others
 LOOK_SECONDS = 0.1  # between two looks for deadlines that have passed
-YIELD_SECONDS = 0.0001  # of work; then whoever waits for the processor gets it, else for some ms nobody would
+YIELD_SECONDS = 0.0002  # of work, then other processes may have the processor; they would wait for some ms else
 PIECE = 65536  # bytes asked of recv at once: it allocates what it is asked for
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, 5.6.2
@@ -1528,7 +1528,7 @@ class Service:
         self._known = 0.0, ""  # when the store was asked for its revision, and what it said
         self._cache: dict[Any, tuple[str, Answer, Version, str]] = {}  # each good for one revision of the store
         self._cached_bytes = 0
-        self._rendered: set[int] = set()  # hashes of what was asked: what comes again is worth being kept
+        self._asked_before: set[int] = set()  # hashes: what comes again is worth being kept
         self._lock = threading.Lock()
 
     def answer(self, request: Request, body: bytes, arrived: float | None = None) -> Answer:
@@ -1605,7 +1605,7 @@ class Service:
         return revision
 
     def _get(self, request: Request, route: Route, arrived: float) -> Answer:
-        """Render an answer, and keep it for as long as the store's revision is the same.
+        """Render an answer, and keep it, if it is asked for again, as long as the store's revision is the same.
 
         The revision is read first: after a change meanwhile, what is kept is never served.
         """
@@ -1635,10 +1635,10 @@ class Service:
     def _keep(self, asked: tuple[str, str, str], entry: tuple[str, Answer, Version, str], size: int) -> None:
         """Keep an answer if the same was asked before: who reads all images must not push out the usual ones."""
         key = hash(asked)
-        if key not in self._rendered:
-            if len(self._rendered) >= _REMEMBERED:
-                self._rendered = set()
-            self._rendered.add(key)
+        if key not in self._asked_before:
+            if len(self._asked_before) >= _REMEMBERED:
+                self._asked_before = set()
+            self._asked_before.add(key)
             return
         with self._lock:
             if self._cached_bytes > _CACHE_BYTES:
@@ -1700,7 +1700,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.client = self.client_address[0] if self.client_address else "unix"
         self.deadline = time.monotonic() + IDLE_SECONDS  # of what is waited for: a request, its head, the end
         self._lingering = False  # the last answer is sent, and the client may read it
-        self._partial, self._more = False, True  # what `receive` found: a head begun before; the client's end
+        self._partial, self._more = False, True  # what `receive` found: a head begun before; not the client's end
         self._arrived = self._began = 0.0  # when the last bytes did; when a head that is not whole did
 
     def handle(self) -> None:
@@ -1716,15 +1716,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self._lingering or not self.stream.pending
 
     def receive(self) -> None:
-        """Take what has arrived, or learn that the client hung up, which is no error."""
-        self._partial, self._more = self.stream.pending, False
+        """Take what has arrived, or learn that the client hung up."""
+        self._partial, self._more = self.stream.pending, True
         try:
             self._more = self.stream.receive()
+            self._arrived = time.monotonic()
         except BlockingIOError:  # woken for nothing
-            self._more = True
-        except (OSError, MemoryError):
-            self._partial = False  # nobody is there to be told
-        self._arrived = time.monotonic()
+            pass
+        except (OSError, MemoryError):  # it hung up, which is no error, or sent more than there is room for
+            self._partial = self._more = False
 
     def serve(self) -> bool:
         """Answer what is whole of what has arrived, and return whether the connection goes on."""
@@ -1734,7 +1734,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return self._more
             if not self._more:
                 return self._partial and self._refuse(BadRequest("the head is cut"), None, self._began)
-            return self._answer_all(self._partial)
+            return self._answer_all()
         except OSError:
             return False
 
@@ -1744,9 +1744,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return not self.idle and self._refuse(RequestTimeout("the head took too long to arrive"), None, self._began)
         return False
 
-    def _answer_all(self, partial: bool) -> bool:
-        """Answer the requests that are here, the first begun earlier if partial; return as `serve` does."""
-        stream, server = self.stream, self.server
+    def _answer_all(self) -> bool:
+        """Answer the requests that are here; return as `serve` does."""
+        stream, server, partial = self.stream, self.server, self._partial
         while stream.pending:
             began, request = self._began if partial else self._arrived, None
             try:
@@ -1754,6 +1754,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if request is None:
                     break
                 body = stream.read_body(request)
+                self._arrived = time.monotonic() if body else self._arrived
             except Error as error:
                 return self._refuse(error, request, began)
             answer = server.service.answer(request, body, self._arrived)
@@ -1881,17 +1882,18 @@ class Server(http.server.ThreadingHTTPServer):
         self.parent = 0  # process that supervises this one and others
         self._counts, self._number = memoryview(bytearray(1)), 0  # connections of each process, and which is ours
         self._log, self._log_lock = log, threading.Lock()
-        self._lines: list[str] = []  # that are not written yet
+        self._lines: collections.deque[str] = collections.deque()  # that are not written yet
         self._max_connections = max_connections
-        self._lock = threading.RLock()  # guards everything below
-        self._changed = threading.Condition(self._lock)
+        self._lock = threading.RLock()  # guards connections, leader and turn
+        self._changed = threading.Condition(self._lock)  # taking the lock by it would cost each request more
         self._handlers: set[Handler] = set()  # every open connection
         # Those of them that the leader waits for. Where this is select(), it sees new ones after LOOK_SECONDS.
         self._resting = selectors.DefaultSelector()
         self._leader: threading.Thread | None = None
         self._turn: tuple[Handler | None, float] = None, 0.0  # whom the leader serves, since when
-        self._steps: collections.deque[Step] = collections.deque()  # what the leader does before it waits again
-        self._looked = self._yielded = 0.0  # when the leader looked for deadlines, and gave others the processor
+        # The leader's alone, whoever that is.
+        self._steps: collections.deque[Step] = collections.deque()  # what it does before it waits again
+        self._looked = self._yielded = 0.0  # when it looked for deadlines, and let others have the processor
         ascii("é")  # PyPy imports a codec for it, which report() could not do without descriptors
 
     @property
@@ -1900,20 +1902,19 @@ class Server(http.server.ThreadingHTTPServer):
         return address_of(self.socket)
 
     def log(self, text: str) -> None:
-        """Log a line, with the time before it. The leader's are written together, before it waits."""
-        with self._log_lock:
-            self._lines.append(f"{now()} {text}\n")
-        if threading.current_thread() is not self._leader:
+        """Log a line, with the time before it. The leader's are written together, with the last that it serves."""
+        self._lines.append(f"{now()} {text}\n")
+        if self.stopping or threading.current_thread() is not self._leader:
             self._write_log()
 
     def _write_log(self) -> None:
         if not self._lines:
             return
-        with self._log_lock:
-            lines, self._lines = self._lines, []
-        text = "".join(lines)
-        for part in lines if len(text) > PIPE_BUF else [text]:
-            with contextlib.suppress(Exception):  # a log that fails, on a full disk say, must not stop the answers
+        with contextlib.suppress(Exception):  # a log that fails, on a full disk say, must not stop the answers
+            with self._log_lock:
+                lines = [self._lines.popleft() for _ in range(len(self._lines))]
+            text = "".join(lines)
+            for part in lines if len(text) > PIPE_BUF else [text]:
                 self._log(part)
 
     def report(self, text: str) -> None:
@@ -2003,7 +2004,6 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _has_work(self, me: threading.Thread) -> bool:
         """Wait until a connection rests; return false where this thread leads no more."""
-        self._write_log()
         with self._lock:
             while self._leader is me and not self._resting.get_map():
                 if self.stopping and not self._handlers:
@@ -2041,6 +2041,8 @@ class Server(http.server.ThreadingHTTPServer):
         except Exception:
             self.handle_error(handler.request, handler.client_address)
             goes_on = False
+        if not self._steps:
+            self._write_log()  # in this turn: if it has to wait for whoever reads the log, another thread leads
         with self._lock:
             leads = self._leader is me
             if leads:
@@ -2076,6 +2078,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Let running requests end, once serve_forever has; return whether all did in time."""
         self.stopping = True
         self.socket.close()
+        self._write_log()
         with self._lock:
             self._changed.notify_all()
             done = self._changed.wait_for(lambda: not self._handlers and not self._leader, seconds)

@@ -139,11 +139,14 @@ class SqliteStorage:
     def get(self, id: str) -> Record:
         """Return the record, a tombstone too. Raise KeyError if there is none."""
         still = self._still
-        text = still.find(id) if still else None
-        if text is None:
+        found = still.get(id) if still else None
+        if found is None:
             with self._reads as db:
-                _, text = _one(db, id)
-        return self._decode(text)
+                self._end_still(still)
+                found = db.execute(GET, (id,)).fetchall()
+        if not found:
+            raise KeyError(id)
+        return self._decode(found[0][1])
 
     def add(self, record: Record) -> None:
         """Add a record as the newest, in place of a tombstone. Raise FileExistsError."""
@@ -251,12 +254,13 @@ class SqliteStorage:
         if found != known:
             now = time.time_ns()
             with self._reads as db:
+                self._end_still(self._still)
                 revision, = db.execute(REVISION).fetchone()
                 mode, = db.execute("PRAGMA journal_mode").fetchone()
                 settled = found[-2] + SETTLED_NS < now
                 if settled and mode == "delete":  # a WAL leaves the file alone
                     self._revision = found, revision
-                    self._read_still(found)
+                    self._begin_still(found)
         return str(revision)
 
     def check(self, repair: bool = False) -> Iterator[str]:
@@ -283,17 +287,18 @@ class SqliteStorage:
         """Close every connection. Every later call but this one raises ValueError."""
         self._reads.close()
         self._writes.close()
-        self._read_still(None)
+        self._end_still(self._still)
         self._revision = None, ""
 
-    def _read_still(self, state: tuple[int, ...] | None) -> None:
-        """Read this state of the file, or none, without locks from now on."""
-        before, self._still = self._still, None
-        if before:
-            before.close()
-        if state and os.name == "posix":  # elsewhere the times may come late
+    def _begin_still(self, state: tuple[int, ...]) -> None:
+        if os.name == "posix":  # elsewhere the times may come late
             with suppress(sqlite3.Error):  # no descriptor is free: go on with locks
                 self._still = _Still(self._path, state)
+
+    def _end_still(self, still: _Still | None) -> None:
+        if still and still is self._still:
+            self._still = None
+            still.close()
 
     def __enter__(self) -> SqliteStorage:
         return self
@@ -386,20 +391,20 @@ class _Still:
 
     def __init__(self, path: str, state: tuple[int, ...]) -> None:
         self._path, self._state, self._lock = path, state, threading.Lock()
-        uri = f"file:{quote(os.fsencode(path))}?immutable=1"
+        uri = f"file://{quote(os.fsencode(path))}?mode=ro&immutable=1"
         self._db = sqlite3.connect(uri, uri=True, check_same_thread=False)
-        self._db.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        self._cursor = self._db.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
 
-    def find(self, id: str) -> str | None:
-        """Return the text of a record, None if there is none or the file has changed."""
+    def get(self, id: str) -> list[tuple[int, str]] | None:
+        """Return the rows that GET finds, None if the file has changed since it was this state."""
         if self._state[0] != os.getpid():
             return None
         with self._lock:
             try:
-                found = self._db.execute(GET, (id,)).fetchone()
+                found = self._cursor.execute(GET, (id,)).fetchall()
             except sqlite3.Error:  # half of a change, or closed meanwhile
                 return None
-        return found[1] if found and _identify(self._path) == self._state else None
+        return found if _identify(self._path) == self._state else None
 
     def close(self) -> None:
         with self._lock:

@@ -711,14 +711,51 @@ def test_sqlite_settled_and_forked(base, path):
     still = base._still
     child = os.fork()
     if child == 0:
-        still._db = None  # what the parent opened is not touched
+        still._cursor = None  # what the parent opened is not touched
         good = base.get("wmi-00000001") == image(1)
         base.revision()
-        good &= base._still is not still and base._still.find("wmi-00000002") is not None
+        good &= base._still is not still and bool(base._still.get("wmi-00000002"))
         base.close()
         os._exit(0 if good else 1)
     assert os.waitpid(child, 0)[1] == 0
-    assert still.find("wmi-00000001") is not None
+    assert base._still is not None
+
+
+def test_sqlite_settled_is_forgotten_after_a_change(base, path):
+    """What a change made useless is closed by the next look, or the next reading."""
+    for look in (base.revision, lambda: base.get("wmi-00000002")):
+        settle(base, path)
+        assert base._still
+        sql(path, "UPDATE image SET record = json_set(record, '$.state', 'shell')")
+        look()
+        assert base._still is None
+        assert base.get("wmi-00000001")["state"] == "shell"
+
+
+def test_sqlite_settled_and_taken_away(base, path, monkeypatch):
+    """A file that goes away as it is opened for reading without locks is not made anew."""
+    real = sqlite3.connect
+
+    def connect(name, **options):
+        if options.get("uri"):
+            os.rename(path, path + ".away")
+        return real(name, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    settle(base, path)
+    assert not os.path.exists(path)
+    with pytest.raises(OSError, match="^" + path):
+        base.get("wmi-00000001")
+
+
+def test_sqlite_settled_path_of_odd_characters(tmp_path):
+    """Every path is one: what means something in a URI, two slashes at the start."""
+    folder = tmp_path / "a b?c#d%41é"
+    folder.mkdir()
+    path = f"/{folder}/images"
+    with opened(sqlite_store, path, image(1)) as store:
+        settle(store, path)
+        assert store._still.get("wmi-00000001")
 
 
 def test_sqlite_settled_without_a_descriptor(base, path, monkeypatch):

@@ -630,7 +630,7 @@ def test_who_reads_everything_pushes_out_nothing(storage):
     before = kept_bytes(service)
     for number in range(3 * wmi._REMEMBERED):
         service.answer(request(f"/api/images?unknown={number}"), b"")
-        assert len(service._rendered) <= wmi._REMEMBERED
+        assert len(service._asked_before) <= wmi._REMEMBERED
     assert kept_bytes(service) == before
     assert service.answer(request(), b"") is usual
 

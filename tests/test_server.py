@@ -481,6 +481,73 @@ def test_the_loop_looks_after_the_leader_by_default():
     assert default == wmi.TURN_SECONDS == 0.05
 
 
+def test_a_log_that_waits_delays_nobody_else(storage):
+    """While whoever reads the log keeps one thread waiting, others are answered."""
+    waiting, told = threading.Semaphore(0), threading.Event()
+
+    def wait(line):
+        waiting.release()
+        assert told.wait(SECONDS)
+
+    with serving(storage, log=wait) as served, connect(served) as one, connect(served) as other:
+        try:
+            for peer in (one, other):
+                peer.sendall(GET)
+                assert read_answer(peer)[0] == 200
+                assert waiting.acquire(timeout=SECONDS)
+        finally:
+            told.set()
+        for peer in (one, other):
+            peer.sendall(GET)
+            assert read_answer(peer)[0] == 200
+
+
+def test_lines_of_answers_are_written_before_the_end(log):
+    """Told to stop while one request takes long, the server logs those that were answered with it."""
+    with Slow() as storage, serving(storage, log=log.append) as served, contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(connect(served)) for _ in range(6)]
+        until(lambda: connections(served) == 6, "all connections")
+        served.server.shutdown()  # from here on nobody looks after the leader
+        with held(served):
+            for number, peer in enumerate(peers):
+                peer.sendall(SLOW if number == 4 else GET)
+        assert [read_answer(peer)[0] for peer in peers[:4]] == [200] * 4
+        assert storage.asked.acquire(timeout=SECONDS)
+        assert not served.server.stop(0.01)
+        assert len([line for line in log if " 200 " in line]) == 4
+        storage.told.set()
+
+
+def test_lines_wait_for_nothing_once_told_to_stop(unserved):
+    """The thread that leads collects lines, but not when it may be the last to write them."""
+    texts = []
+    unserved._log, unserved._leader = texts.append, threading.current_thread()
+    unserved.log("one")
+    assert texts == []
+    unserved.stopping = True
+    unserved.log("two")
+    assert [line[21:] for line in "".join(texts).splitlines()] == ["one", "two"]
+    unserved._leader = None
+
+
+def test_no_memory_for_a_line_is_no_end(served, monkeypatch):
+    """A fault while lines are put together costs lines, not the thread that serves."""
+    monkeypatch.setattr(served.server, "_lines", Forgetful())
+    with connect(served) as peer:
+        for _ in range(3):
+            peer.sendall(GET)
+            assert read_answer(peer)[0] == 200
+    monkeypatch.undo()
+
+
+class Forgetful(list):
+    """Lines that cannot be read again."""
+
+    def popleft(self):
+        """Have no memory for it."""
+        raise MemoryError
+
+
 def test_a_log_that_raises_does_not_stop_the_answers(storage):
     """Whatever the function that takes the log's lines raises, requests are answered."""
 
@@ -595,6 +662,19 @@ def test_a_change_before_a_request_arrived_is_seen(unserved, storage):
     assert handler.serve()
     assert json.loads(parse_answer(stub.sent[0])[2])["description"] == "changed"
     stub.close()
+
+
+def test_a_change_before_a_body_arrived_is_seen(served, storage):
+    """A request with a body is as new as the end of its body."""
+    shown = head("/api/images/wmi-one", "GET", "Content-Length: 2")
+    with connect(served) as slow, connect(served) as other:
+        slow.sendall(shown + b"a")
+        until(lambda: leaders() == 2, "a thread that waits")
+        other.sendall(head("/api/images/wmi-one") * 2)  # the second answer is kept
+        assert [read_answer(other)[0], read_answer(other)[0]] == [200, 200]
+        storage.replace("wmi-one", lambda record: {**record, "description": "changed"})
+        slow.sendall(b"b")
+        assert json.loads(read_answer(slow)[2])["description"] == "changed"
 
 
 def test_the_processor_is_offered_to_others(served, monkeypatch):
