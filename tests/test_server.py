@@ -1075,6 +1075,13 @@ def test_one_send_an_answer(unserved, raw):
     assert len(body) == (int(fields.get("content-length", 0)) if b"HEAD" not in raw else 0)
 
 
+def test_nobody_else_is_let_in_by_default(unserved):
+    """A server that is told no address, and a listener, are for this machine only."""
+    assert unserved.url.startswith("http://127.0.0.1:")
+    with wmi.listen(port=0) as listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
+
+
 def test_the_name_service_is_not_asked(storage, monkeypatch):
     """The stock server asks for our own name, and for the client's in its log: either can stall."""
 
