@@ -602,8 +602,9 @@ def held(served):
         yield
 
 
-def test_what_arrives_together_needs_one_look_at_the_store(storage):
+def test_what_arrives_together_needs_one_look_at_the_store(storage, monkeypatch):
     """However many requests have arrived, the store is asked for its revision once."""
+    monkeypatch.setattr(wmi, "TURN_SECONDS", SECONDS)  # another thread would receive, and look, by itself
     looks = []
     storage.revision = lambda: looks.append(1) or "the same"
     with serving(storage) as served, contextlib.ExitStack() as stack:
@@ -942,8 +943,9 @@ def test_targets_cannot_forge_the_log(served, log, target):
     assert shown == target or (shown.startswith(target[:1000]) and len(log[0]) < 4096)  # a pipe's atomic write
 
 
-def test_lines_are_written_together(served):
+def test_lines_are_written_together(served, monkeypatch):
     """What is answered together is one text of whole lines in order, or several small enough for a pipe."""
+    monkeypatch.setattr(wmi, "TURN_SECONDS", SECONDS)  # another thread would write each line at once
     texts = []
     served.server._log = texts.append
     with connect(served) as peer:
