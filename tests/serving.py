@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -42,16 +41,9 @@ def serving(
     storage: wmi.Storage, log: Callable[[str], object] = lambda line: None, **options: Any
 ) -> Iterator[Serving]:
     """Serve a store on a port of the system's choice for as long as the block runs; log takes one line at a time."""
-    server = wmi.Server(storage, port=0, log=lambda text: [log(line) for line in text.splitlines()], **options)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with wmi.Server(storage, port=0, log=lambda text: [log(line) for line in text.splitlines()], **options) as server:
         parts = urlsplit(server.url)
         yield Serving(server, server.url, str(parts.hostname), int(parts.port or 0))
-    finally:
-        server.shutdown()
-        thread.join()
-        server.stop()
 
 
 def raw(host: str, port: int, text: bytes) -> bytes:
@@ -93,11 +85,11 @@ def unchunk(body: bytes) -> bytes:
         body = body[length + 2 :]
 
 
-def read_head(connection: wmi.Connection) -> wmi.Request | None:
-    """Return the head of the next request, None if the stream ends before one begins."""
-    while (request := connection.take_head()) is None:
-        if not connection.receive():
-            if connection.pending:
-                raise wmi.BadRequest("the head is cut")
-            return None
-    return request
+def read_requests(pieces: Iterable[bytes]) -> Iterator[wmi.Request | None]:
+    """Yield the requests that a reader finds in pieces that arrive one after the other, None where it waits."""
+    reader = wmi.Reader()
+    for piece in (*pieces, b""):
+        reader.feed(piece)
+        while (request := reader.read()) is not None:
+            yield request
+        yield None
