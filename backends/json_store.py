@@ -9,9 +9,13 @@ How it works:
    no lock; a walk simply goes on with the one that it began with.
 4. A change copies the table of lines, alters one, and writes all of it: a new file beside
    the old one, fsync, rename over the old one, fsync of the directory. Only then is it done.
-5. Writers of all processes queue on a lock (flock) of the file itself.
+5. Writers of all processes take a lock (flock) of the file itself. They ask for it again and
+   again instead of waiting in the system, which knows no limit: whoever may read the file can
+   hold that lock for as long as they like. Readers need no lock.
 6. One `stat` a call shows what other processes, or an editor, did. The state's own file is
-   held open, so that its inode number cannot come back with other content.
+   held open, so that its inode number cannot come back with other content. Two edits within
+   one tick of the file system's clock look alike to `stat`: until the file is older than a
+   tick its content is compared as well.
 7. A file that cannot be understood is refused with line and column, and never overwritten.
 
 Left out: anything that would make a change cheaper than writing the whole file. Ten
@@ -20,6 +24,7 @@ thousand images are fine; beyond that use sqlite.
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -28,6 +33,7 @@ import re
 import stat
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -41,6 +47,11 @@ else:
 FORMAT, VERSION = "wmi-images", 1
 HEAD = f'{{{{"format": "{FORMAT}", "version": {VERSION}, "change": {{}},\n"images": [\n'
 TAIL = b"\n]}\n"
+BUSY_S = 8.0  # a call waits for locks no longer than this in total; a server gives up at 10 s
+MODE = 0o640  # of a new file, less the umask: whoever may read the file may lock it
+PAUSE_S, LONGEST_PAUSE_S = 0.005, 0.05  # between two attempts to get the lock
+SETTLED_NS = 3 * 10**9  # longer than a tick of any file system's clock: FAT's takes 2 s
+TICK_NS = 500 * 10**6  # longer than a tick of the system's clock, on a busy virtual machine too
 VIEWS = 32  # lists kept per state: enough for the accounts that are busy between two changes
 POSIX = sys.platform != "win32"  # elsewhere a file that is open cannot be renamed over
 BINARY = getattr(os, "O_BINARY", 0)  # Windows alone would translate line ends
@@ -67,6 +78,7 @@ class _State(NamedTuple):
     change: int
     revision: str
     identity: tuple[int, ...]
+    settled: bool  # a later change of the file is certain to show in its times
     views: dict[Scope, list[bytes]]
 
 
@@ -79,7 +91,7 @@ class JsonStorage:
     """A store in one JSON file. Threads may share it; processes each open their own."""
 
     def __init__(self, path: str) -> None:
-        """Open and read the file. Raise OSError if it is there and not ours."""
+        """Open and read the file. Raises OSError if it is there and not ours."""
         self._path = os.path.realpath(path)  # a symbolic link stays one: its target is replaced
         self._closed = self._drafting = False
         self._loading, self._writing = threading.Lock(), threading.RLock()
@@ -89,11 +101,11 @@ class JsonStorage:
         self._sweep()
 
     def get(self, id: str) -> Record:
-        """Return the record, a tombstone too. Raise KeyError if there is none."""
+        """Return the record, a tombstone too. Raises KeyError."""
         return _decode(self._current().rows[id].line)
 
     def add(self, record: Record) -> None:
-        """Add a record as the newest, in place of a tombstone. Raise FileExistsError."""
+        """Add a record as the newest, also over a tombstone. Raises FileExistsError."""
         id, row = _encode(record)
         with self._change() as rows:
             _register(rows, id, row)
@@ -124,7 +136,7 @@ class JsonStorage:
         return _decode(row.line)
 
     def delete(self, id: str) -> None:
-        """Remove the record altogether. Raise KeyError if there is none."""
+        """Remove the record altogether. Raises KeyError."""
         with self._change() as rows:
             del rows[id]
 
@@ -176,22 +188,26 @@ class JsonStorage:
         self.close()
 
     def _current(self) -> _State:
-        """Return the newest state, read anew only when the file is another one."""
+        """Return the newest state, read anew only when the file is, or may be, another one."""
         state = self._state
-        if state is None or state.identity != _identify(self._path):
+        if not self._is_newest(state):
             with self._loading:
                 if self._closed:
                     raise ValueError(f"closed: {self._path}")
                 state = self._state
-                if state is None or state.identity != _identify(self._path):
-                    state = self._install(*_load(self._path))
+                if not self._is_newest(state):
+                    state = self._install(*_load(self._path, state))
+        assert state
         return state
+
+    def _is_newest(self, state: _State | None) -> bool:
+        return bool(state and state.settled and state.identity == _identify(self._path))
 
     def _sweep(self) -> None:
         """Remove what a crash left of a change; the lock tells it from one that is being written."""
-        if os.path.exists(self._path + ".new"):
-            with suppress(OSError):  # a file that may only be read
-                lock = _lock(self._path)
+        if os.path.lexists(self._path + ".new"):
+            with suppress(OSError):  # a file that may only be read, or somebody is writing
+                lock = _lock(self._path, time.monotonic())
                 try:
                     os.unlink(self._path + ".new")
                 finally:
@@ -206,11 +222,14 @@ class JsonStorage:
     @contextmanager
     def _change(self) -> Iterator[dict[str, _Row]]:
         """Hand out a copy of the rows, and write it unless the body raises."""
-        with self._writing:
+        deadline = time.monotonic() + BUSY_S
+        if not self._writing.acquire(timeout=BUSY_S):
+            raise _busy(self._path)
+        try:
             if self._drafting:
                 raise ValueError("a change cannot be made inside another one")
             self._current()  # a closed store, or a file that is not ours, is not even locked
-            lock = _lock(self._path)
+            lock = _lock(self._path, deadline)
             self._drafting = True
             try:
                 state = self._current()
@@ -222,10 +241,12 @@ class JsonStorage:
             finally:
                 self._drafting = False
                 os.close(lock)
+        finally:
+            self._writing.release()
 
 
 def _register(rows: dict[str, _Row], id: str, row: _Row) -> None:
-    """Put a row at the end; raise FileExistsError unless its id is free or a tombstone's."""
+    """Put a row at the end. Raises FileExistsError unless its id is free or a tombstone's."""
     known = rows.pop(id, None)
     if known and not known.deleted:
         raise FileExistsError(id)
@@ -249,7 +270,7 @@ def _view(state: _State, scope: Scope) -> list[bytes]:
 
 
 def _encode(record: Record) -> tuple[str, _Row]:
-    """Return a record's id and row. Raise ValueError for what JSON or UTF-8 cannot hold."""
+    """Return a record's id and row. Raises ValueError for what JSON or UTF-8 cannot hold."""
     try:
         id, account, public = record["id"], record["account_id"], record["is_public"]
         gone = record["deleted_at"]
@@ -299,21 +320,36 @@ def _identity(found: os.stat_result) -> tuple[int, ...]:
 
 
 @_medium
-def _load(path: str) -> tuple[int | None, _State]:
+def _load(path: str, known: _State | None = None) -> tuple[int | None, _State]:
     """Read the file. Return it, still open, and its state; a missing or empty one is empty."""
+    now = time.time_ns()
     try:
         file = os.open(path, os.O_RDONLY | BINARY)
     except FileNotFoundError:
-        return None, _State({}, 0, _digest(b""), (), {})
+        return None, _State({}, 0, _digest(b""), (), True, {})
     try:
         identity = _identity(os.fstat(file))  # before reading: a later change shows
         with open(file, "rb", closefd=False) as stream:
             text = stream.read()
-        rows, change = _parse(path, text) if text else ({}, 0)
+        revision = _digest(text)
+        if known is None or known.revision != revision:
+            rows, change = _parse(path, text) if text else ({}, 0)
+            known = _State(rows, change, revision, identity, False, {})
     except BaseException:
         os.close(file)
         raise
-    return _keep(file), _State(rows, change, _digest(text), identity, {})
+    return _keep(file), known._replace(identity=identity, settled=_is_settled(identity, now))
+
+
+def _is_settled(identity: tuple[int, ...], now: int) -> bool:
+    """Return whether any change of the file after the moment `now` shows in its times.
+
+    It does not if the clock that stamps the file still stands where it stood at the last change.
+    A time that is no whole number of milliseconds tells that this clock ticks often.
+    """
+    last = max(identity[-2:])  # mtime can be put back, ctime cannot
+    quick = POSIX and identity[-1] % 10**6  # elsewhere ctime is the time of creation
+    return now > last + (TICK_NS if quick else SETTLED_NS)
 
 
 def _keep(file: int) -> int | None:
@@ -333,23 +369,49 @@ def _digest(text: bytes) -> str:
     return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
+def _busy(path: str) -> OSError:
+    return OSError(
+        f"{path}: locked by another program for {BUSY_S:g} s; nothing was changed:"
+        " try again when it has finished, or end it"
+    )
+
+
 @_medium
-def _lock(path: str) -> int:
+def _lock(path: str, deadline: float) -> int:
     """Wait until this process alone may change the file. Return what holds the lock."""
-    if sys.platform == "win32":
-        file = os.open(path + ".lock", os.O_RDWR | os.O_CREAT)
-        msvcrt.locking(file, msvcrt.LK_LOCK, 1)
-        return file
+    pause = PAUSE_S
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        file = os.open(path if POSIX else path + ".lock", os.O_RDWR | os.O_CREAT, MODE)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if _identify(path)[:2] == _identity(os.fstat(file))[:2]:
+            # A file that was replaced while we waited is another one: its lock protects nothing.
+            if _try_lock(file) and (not POSIX or _is_at(path, file)):
                 return file
         except BaseException:
             os.close(file)
             raise
-        os.close(file)  # replaced while we waited: the lock of an old file protects nothing
+        os.close(file)
+        if time.monotonic() >= deadline:
+            raise _busy(path)
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def _try_lock(file: int) -> bool:
+    """Lock a file unless somebody else has. Return whether it is locked."""
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            raise
+        return False
+    return True
+
+
+def _is_at(path: str, file: int) -> bool:
+    return _identify(path)[:2] == _identity(os.fstat(file))[:2]
 
 
 @_medium
@@ -358,14 +420,18 @@ def _save(
 ) -> tuple[int | None, _State]:
     """Write all rows so that after a crash the file has the old content or the new one."""
     text = HEAD.format(change).encode() + b",\n".join([r.line for r in rows.values()]) + TAIL
-    new = path + ".new"  # always this name: what a crash left, the next change writes over
+    new = path + ".new"  # always this name, so that the next change finds what a crash left
     pin: int | None = None
     try:
-        pin = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | BINARY, 0o600)
+        with suppress(FileNotFoundError):
+            os.unlink(new)
+        pin = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY, 0o600)  # follows no link
         _write(pin, text)
-        _inherit(new, os.fstat(lock))
+        _inherit(pin if POSIX else new, os.fstat(lock))
         os.fsync(pin)  # the content before the name: else a power cut leaves an empty file
         pin = _keep(pin)
+        if POSIX and not _is_at(path, lock):
+            raise OSError(f"{path}: replaced or removed meanwhile; nothing was changed")
         os.replace(new, path)
         new = ""  # from here on a file of that name would be another process's
         _sync_directory(os.path.dirname(path))
@@ -375,7 +441,7 @@ def _save(
         with suppress(OSError):
             os.unlink(new)
         raise
-    return pin, _State(rows, change, _digest(text), identity, {})
+    return pin, _State(rows, change, _digest(text), identity, False, {})
 
 
 def _write(file: int, text: bytes) -> None:
@@ -384,7 +450,7 @@ def _write(file: int, text: bytes) -> None:
         rest = rest[os.write(file, rest):]
 
 
-def _inherit(new: str, old: os.stat_result) -> None:
+def _inherit(new: int | str, old: os.stat_result) -> None:
     """Give the new file the owner and mode of the old: root's command must not take it away."""
     if hasattr(os, "chown"):
         with suppress(PermissionError):
@@ -406,7 +472,7 @@ def _sync_directory(path: str) -> None:
 
 
 def _parse(path: str, text: bytes) -> tuple[dict[str, _Row], int]:
-    """Return the rows and the change counter. Raise OSError with line and column."""
+    """Return the rows and the change counter. Raises OSError with line and column."""
     try:
         whole = json.loads(text.decode())
     except UnicodeDecodeError as error:
