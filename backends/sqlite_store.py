@@ -32,18 +32,20 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import chain
 from typing import Any
 from urllib.parse import quote
 
-BUSY_S = 30.0  # how long a call waits for another process before it fails with "locked"
+BUSY_S = 8.0  # a call waits for locks no longer than this in total; a server gives up at 10 s
 CACHE_KIB, LOAD_CACHE_KIB = 1000, 64_000  # small in a server; an index of a million fits the other
-CHUNK = 256  # records a walk reads at once: it holds no lock while they are used
+CHUNK, CHUNK_TEXT = 256, 128 * 1024  # rows read at once, and their text: no lock is held between
 LARGE, SMALL = 14, 7  # a block of counts covers 2**14 or 2**7 serials
 LAST = 2**63 - 1  # the highest serial SQLite can give
 EVERYBODY = b""  # stands where an account would: a blob equals no text, not even an empty one
 SETTLED_NS = 3 * 10**9  # a file this old gets a new time from the next write, on any file system
+LOCKED = "database is locked"  # SQLite's words, and ours:
+BUSY = "locked by another program for {:g} s; nothing was changed: try again, or end that program"
 NEEDED, WAL_SAFE = (3, 24, 0), (3, 51, 3)  # upsert; earlier ones can corrupt a WAL of many writers
 APPLICATION_ID = 0x776D6931  # "wmi1" at offset 68 of the file tells it from other databases
 
@@ -57,11 +59,9 @@ FORGET = """DELETE FROM tally WHERE account IN (OLD.account_id, x'')
     AND is_public = OLD.is_public AND deleted = OLD.deleted
     AND shift IN (14, 7) AND block IN (OLD.serial >> 14, OLD.serial >> 7) AND n = 0;"""
 RENEW = "UPDATE state SET revision = lower(hex(randomblob(16)));"
-COUNT_NEW = COUNT.format(row="NEW", n=1)
-DISCOUNT_OLD = COUNT.format(row="OLD", n=-1) + FORGET
-COLUMNS = """(serial INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
-    account_id TEXT NOT NULL, is_public INTEGER NOT NULL, deleted INTEGER NOT NULL,
-    record TEXT NOT NULL)"""
+ADDED, REMOVED = COUNT.format(row="NEW", n=1), COUNT.format(row="OLD", n=-1) + FORGET
+COLUMNS = """(serial INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, account_id TEXT
+    NOT NULL, is_public INTEGER NOT NULL, deleted INTEGER NOT NULL, record TEXT NOT NULL)"""
 TOMBSTONE = """TRIGGER {name} BEFORE INSERT ON {table}
     BEGIN DELETE FROM {table} WHERE id = NEW.id AND deleted; END"""
 MIGRATIONS = (  # a file of schema version N is brought up to date by MIGRATIONS[N:]
@@ -75,48 +75,44 @@ MIGRATIONS = (  # a file of schema version N is brought up to date by MIGRATIONS
         "CREATE TABLE state (revision TEXT NOT NULL)",
         "INSERT INTO state VALUES (lower(hex(randomblob(16))))",
         "CREATE " + TOMBSTONE.format(name="reuse", table="image"),
-        f"CREATE TRIGGER added AFTER INSERT ON image BEGIN {COUNT_NEW} {RENEW} END",
-        f"CREATE TRIGGER removed AFTER DELETE ON image BEGIN {DISCOUNT_OLD} {RENEW} END",
-        f"""CREATE TRIGGER changed AFTER UPDATE ON image
-            BEGIN {DISCOUNT_OLD} {COUNT_NEW} {RENEW} END""",
+        f"CREATE TRIGGER added AFTER INSERT ON image BEGIN {ADDED} {RENEW} END",
+        f"CREATE TRIGGER removed AFTER DELETE ON image BEGIN {REMOVED} {RENEW} END",
+        f"CREATE TRIGGER changed AFTER UPDATE ON image BEGIN {REMOVED} {ADDED} {RENEW} END",
     ),
 )
 
+VERSION = """SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master)
+    FROM pragma_application_id, pragma_user_version"""  # the table makes it one reading
 GET = "SELECT serial, record FROM image WHERE id = ?"
 ADD = "INSERT INTO {} (id, account_id, is_public, deleted, record) VALUES (?, ?, ?, ?, ?)"
 REPLACE = """UPDATE image SET id = ?, account_id = ?, is_public = ?, deleted = ?, record = ?
     WHERE serial = ?"""
 LIVE = "SELECT 1 FROM image WHERE id = ? AND NOT deleted"
 DELETE = "DELETE FROM image WHERE id = ?"
-NEWEST = "SELECT coalesce(max(serial), 0) FROM image"
-COLUMNS_AFTER = """SELECT serial, id, account_id, is_public, deleted, record FROM image
-    WHERE serial > ? ORDER BY serial LIMIT ?"""
-REVISION = "SELECT revision FROM state"
+IMAGES_AFTER = "SELECT * FROM image WHERE serial > ? ORDER BY serial LIMIT ?"
 BLOCKS = """SELECT block, n FROM tally WHERE account = ? AND is_public = ? AND deleted = ?
     AND shift = ? AND block BETWEEN ? AND ?"""
-OWN = """SELECT serial, record FROM image INDEXED BY own
-    WHERE account_id = ? AND is_public = ? AND deleted = ? AND serial BETWEEN ? AND ?"""
-ANYBODY = """SELECT serial, record FROM image INDEXED BY everybody
-    WHERE is_public = ? AND deleted = ? AND serial BETWEEN ? AND ?"""
+ROWS = """SELECT serial, record FROM image INDEXED BY {}
+    WHERE {}is_public = ? AND deleted = ? AND serial BETWEEN ? AND ?"""
+OWN, ANYBODY = ROWS.format("own", "account_id = ? AND "), ROWS.format("everybody", "")
 ORDER = " ORDER BY serial {} LIMIT ? OFFSET ?"
 PUBLISH = """INSERT INTO image (id, account_id, is_public, deleted, record)
     SELECT id, account_id, is_public, deleted, record FROM staged ORDER BY serial"""
 KNOWN = "SELECT id FROM image JOIN staged USING (id) WHERE NOT image.deleted LIMIT 1"
-RECOUNT = """SELECT account_id AS account, is_public, deleted, shift, serial >> shift AS block,
-        count(*) AS n
-    FROM image, (SELECT 14 AS shift UNION ALL SELECT 7) GROUP BY 1, 2, 3, 4, 5
-    UNION ALL SELECT x'', is_public, deleted, shift, serial >> shift, count(*)
-    FROM image, (SELECT 14 AS shift UNION ALL SELECT 7) GROUP BY 1, 2, 3, 4, 5"""
-MISCOUNTED = f"""SELECT DISTINCT account, is_public, deleted, shift, block FROM (
-    SELECT * FROM ({RECOUNT}) EXCEPT SELECT * FROM tally) UNION
-    SELECT account, is_public, deleted, shift, block FROM (
-    SELECT * FROM tally EXCEPT SELECT * FROM ({RECOUNT}))"""
+RECOUNT = """SELECT account, is_public, deleted, shift, serial >> shift AS block, count(*) AS n
+    FROM (SELECT account_id AS account, is_public, deleted, serial FROM image
+        UNION ALL SELECT x'', is_public, deleted, serial FROM image),
+        (SELECT 14 AS shift UNION ALL SELECT 7) GROUP BY 1, 2, 3, 4, 5"""
+MISCOUNTED = f"""SELECT DISTINCT account, is_public, deleted, shift, block FROM ({RECOUNT}
+    UNION ALL SELECT * FROM tally) GROUP BY 1, 2, 3, 4, 5, n HAVING count(*) = 1"""
 
 Record = dict[str, Any]
 Row = tuple[str, str, bool, bool, str]
 Key = tuple["str | bytes", bool, bool]
+Span = tuple[int, int]
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-_parse_json = json.JSONDecoder().decode  # without the checks that json.loads makes each time
+_parse_json: Callable[[str], Record] = json.JSONDecoder().decode  # json.loads looks around first
+_making = threading.Lock()
 _inherited: list[Any] = []  # a parent's connections: closing them in a child could harm its files
 
 
@@ -125,19 +121,25 @@ def open_storage(location: str) -> SqliteStorage:
     return SqliteStorage(location)
 
 
-class SqliteStorage:
+class SqliteStorage(AbstractContextManager["SqliteStorage"]):
     """A store in an SQLite file. Threads may share it; processes each open their own."""
 
     def __init__(self, path: str) -> None:
-        """Open the file. Raise OSError if it is there and not ours."""
+        """Open the file. Raises OSError if it is there and not ours."""
         self._path = os.path.abspath(path)
         self._revision: tuple[object, str] = None, ""
         self._still: _Still | None = None
-        _connect(self._path).close()
+        if sqlite3.sqlite_version_info < NEEDED:
+            raise OSError(f"{path}: SQLite {sqlite3.sqlite_version} is too old, 3.24 is needed")
+        # SQLite would let everybody read a new file. Only here, and by one thread at a time: to
+        # close a file is to lose every lock that this process has on it.
+        with _making, suppress(OSError):  # it is there, or SQLite will say why it cannot be
+            os.close(os.open(os.path.realpath(path), os.O_CREAT | os.O_EXCL, 0o640))
+        _connect(self._path, _deadline()).close()
         self._reads, self._writes = _Connection(self._path), _Connection(self._path)
 
     def get(self, id: str) -> Record:
-        """Return the record, a tombstone too. Raise KeyError if there is none."""
+        """Return the record, a tombstone too. Raises KeyError."""
         still = self._still
         found = still.get(id) if still else None
         if found is None:
@@ -149,11 +151,10 @@ class SqliteStorage:
         return self._decode(found[0][1])
 
     def add(self, record: Record) -> None:
-        """Add a record as the newest, in place of a tombstone. Raise FileExistsError."""
-        row = _row(record)
+        """Add a record as the newest, also over a tombstone. Raises FileExistsError."""
         with self._writes as db:
-            db.execute("BEGIN IMMEDIATE")
-            _insert(db, "image", row)
+            db.begin()
+            _insert(db, "image", _row(record))
 
     def add_all(self, records: Iterable[Record]) -> int:
         """Add all records or none, the last one as the newest. Return how many."""
@@ -162,13 +163,12 @@ class SqliteStorage:
             db.execute(f"PRAGMA cache_size = -{LOAD_CACHE_KIB}")
             db.execute(f"CREATE TEMP TABLE staged {COLUMNS}")
             db.execute("CREATE TEMP " + TOMBSTONE.format(name="restage", table="staged"))
-            for record in records:
+            for count, record in enumerate(records, 1):
                 row = _row(record)
                 if db.execute(LIVE, (row[0],)).fetchone():
                     raise FileExistsError(row[0])
                 _insert(db, "staged", row)
-                count += 1
-            db.execute("BEGIN IMMEDIATE")
+            db.begin(_deadline())  # anew: the source may have been slow
             try:
                 db.execute(PUBLISH)
             except sqlite3.IntegrityError:  # another process was faster
@@ -179,18 +179,20 @@ class SqliteStorage:
     def replace(self, id: str, change: Callable[[Record], Record]) -> Record:
         """Put what `change` makes of the record in its place. Return a copy of it."""
         with self._writes as db:
-            db.execute("BEGIN IMMEDIATE")
-            serial, text = _one(db, id)
-            row = _row(change(self._decode(text)))
+            db.begin()
+            found = db.execute(GET, (id,)).fetchall()
+            if not found:
+                raise KeyError(id)
+            row = _row(change(self._decode(found[0][1])))
             if row[0] != id:
                 raise ValueError(f"the id {id!r} cannot be changed to {row[0]!r}")
-            db.execute(REPLACE, (*row, serial))
+            db.execute(REPLACE, (*row, found[0][0]))
         return self._decode(row[-1])
 
     def delete(self, id: str) -> None:
-        """Remove the record altogether. Raise KeyError if there is none."""
+        """Remove the record altogether. Raises KeyError."""
         with self._writes as db:
-            db.execute("BEGIN IMMEDIATE")
+            db.begin()
             if not db.execute(DELETE, (id,)).rowcount:
                 raise KeyError(id)
 
@@ -225,13 +227,13 @@ class SqliteStorage:
         with self._reads as db:
             db.execute("BEGIN")
             _, (first, last), skip = _seek(db, keys, start, order)
-            last = min(last, db.execute(NEWEST).fetchone()[0])  # what is added later is not seen
+            # What is added later is not seen.
+            last = min(last, db.execute("SELECT coalesce(max(serial), 0) FROM image").fetchone()[0])
         while first <= last:
             with self._reads as db:
-                rows = db.execute(*_query(keys, order, (first, last), CHUNK, skip)).fetchall()
-            for _, text in rows:
-                yield text
-            if len(rows) < CHUNK:
+                rows = _fetch(db.execute(*_query(keys, order, (first, last), CHUNK, skip)))
+            yield from (text for _, text in rows)
+            if not rows:
                 return
             end, skip = rows[-1][0], 0
             if not first <= end <= last:  # the table is out of order: go on, and it never ends
@@ -243,9 +245,9 @@ class SqliteStorage:
         with self._private() as db:
             select, values = _query(keys, order, (0, LAST), -1, start)
             db.execute("CREATE TEMP TABLE frozen (serial, record)")
+            db.allow()
             db.execute("INSERT INTO frozen " + select, values)
-            for text, in db.execute("SELECT record FROM frozen ORDER BY rowid"):
-                yield text
+            yield from (text for text, in db.execute("SELECT record FROM frozen ORDER BY rowid"))
 
     def revision(self) -> str:
         """Return a text that differs after every change. Usually it costs one `stat`."""
@@ -255,31 +257,19 @@ class SqliteStorage:
             now = time.time_ns()
             with self._reads as db:
                 self._end_still(self._still)
-                revision, = db.execute(REVISION).fetchone()
+                revision, = db.execute("SELECT revision FROM state").fetchone()
                 mode, = db.execute("PRAGMA journal_mode").fetchone()
-                settled = found[-2] + SETTLED_NS < now
-                if settled and mode == "delete":  # a WAL leaves the file alone
+                if found[-2] + SETTLED_NS < now and mode == "delete":  # a WAL leaves the file alone
                     self._revision = found, revision
-                    self._begin_still(found)
+                    with suppress(sqlite3.Error):  # no descriptor is free: go on with locks
+                        self._still = _Still(self._path, found) if os.name == "posix" else None
         return str(revision)
 
     def check(self, repair: bool = False) -> Iterator[str]:
-        """Yield each fault of the file, its columns and its counts; repair the last two."""
-        with self._reads:
-            return self._check(repair)
-
-    def _check(self, repair: bool) -> Iterator[str]:
-        wrong: list[tuple[int, Row]] = []
+        """Yield each fault; repair indexes, counts and columns by the records."""
         try:
             with self._private() as db:
-                for fault, in db.execute("PRAGMA integrity_check").fetchall():
-                    if fault != "ok":
-                        yield f"{self._path}: {fault}"
-                yield from _check_columns(db, self._path, wrong)
-                for key in db.execute(MISCOUNTED).fetchall():
-                    yield f"{self._path}: the count of {key} is wrong"
-                if repair:
-                    _repair(db, wrong)
+                yield from (f"{self._path}: {fault}" for fault in _faults(db, repair))
         except OSError as error:
             yield str(error)
 
@@ -290,40 +280,63 @@ class SqliteStorage:
         self._end_still(self._still)
         self._revision = None, ""
 
-    def _begin_still(self, state: tuple[int, ...]) -> None:
-        if os.name == "posix":  # elsewhere the times may come late
-            with suppress(sqlite3.Error):  # no descriptor is free: go on with locks
-                self._still = _Still(self._path, state)
-
     def _end_still(self, still: _Still | None) -> None:
         if still and still is self._still:
             self._still = None
             still.close()
 
-    def __enter__(self) -> SqliteStorage:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.close()
 
     @contextmanager
-    def _private(self) -> Iterator[sqlite3.Connection]:
+    def _private(self) -> Iterator[_Database]:
         """Open a connection for one long work: its cache and temporary tables go with it."""
-        with self._reads:  # a closed store is refused, a file that went away is not made anew
-            db = _connect(self._path)
+        with self._reads as reads:  # a closed store is refused, a file gone is not made anew
+            db = _connect(self._path, reads.deadline)
         try:
             yield db
         except sqlite3.Error as error:
-            raise OSError(f"{self._path}: {error}") from error
+            raise _failure(self._path, error) from error
         finally:
             db.close()
 
     def _decode(self, text: str) -> Record:
         try:
-            record: Record = _parse_json(text)
+            return _parse_json(text)
         except (TypeError, ValueError, RecursionError) as error:
             raise OSError(f"{self._path}: a record does not parse: {error}") from error
-        return record
+
+
+class _Database(sqlite3.Connection):
+    """A connection whose statements together wait no longer for locks than until a deadline."""
+
+    path, deadline = "", 0.0
+
+    def allow(self) -> None:
+        """Let the next statement wait for as long as is left."""
+        left = max(0, round(1000 * (self.deadline - time.monotonic())))
+        self.execute(f"PRAGMA busy_timeout = {left}")
+
+    def begin(self, deadline: float = 0.0) -> None:
+        """Begin a change. Raises OSError in WAL mode where writing is not safe."""
+        self.deadline = deadline or self.deadline
+        self.allow()
+        self.execute("BEGIN IMMEDIATE")
+        if self.is_unsafe():
+            raise OSError(f"{self.path}: another program has it open in WAL mode, in which this"
+                          f" SQLite, {sqlite3.sqlite_version}, may damage it: close that program")
+        self.allow()  # COMMIT waits for readers
+
+    def is_unsafe(self) -> bool:
+        """Return whether the file is in WAL mode, in which this SQLite may only read it."""
+        return sqlite3.sqlite_version_info < WAL_SAFE and (
+            self.execute("PRAGMA journal_mode").fetchone() == ("wal",))
+
+    def change(self, *statements: str) -> None:
+        """Execute statements as one change."""
+        self.begin(_deadline())
+        for statement in (*statements, "COMMIT"):
+            self.execute(statement)
 
 
 class _Connection:
@@ -334,19 +347,26 @@ class _Connection:
 
     def __init__(self, path: str) -> None:
         self._path, self._lock, self._closed = path, threading.RLock(), False
-        self._db: sqlite3.Connection | None = None
-        self._opened: tuple[int, ...] = ()
+        self._db: _Database | None = None
+        self._seen: tuple[int, ...] = ()
 
-    def __enter__(self) -> sqlite3.Connection:
-        self._lock.acquire()
+    def __enter__(self) -> _Database:
+        deadline = _deadline()
+        if not self._lock.acquire(timeout=BUSY_S):
+            raise _failure(self._path, LOCKED)
         try:
             if self._closed:
                 raise ValueError(f"closed: {self._path}")
-            found = _stat(self._path)
-            file = os.getpid(), found.st_dev, found.st_ino
-            db = (file == self._opened and self._db) or self._reopen(file)
+            found = _identify(self._path)
+            if found[:3] != self._seen[:3]:
+                self._drop()
+            db = self._db = self._db or _connect(self._path, deadline)
             if db.in_transaction:
                 raise ValueError("a change cannot be made inside another one")
+            if found != self._seen:  # SQLite may not notice a backup copied over the file
+                db.execute("PRAGMA shrink_memory")  # forgets what was read
+            self._seen, db.deadline = found, deadline
+            db.allow()
             return db
         except BaseException:
             self._lock.release()
@@ -354,7 +374,9 @@ class _Connection:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
-            if self._db is not None and self._db.in_transaction:
+            if self._db and self._db.is_unsafe():
+                self._drop()  # the file can leave WAL mode only when nobody has it open
+            elif self._db and self._db.in_transaction:
                 self._db.execute("ROLLBACK" if kind else "COMMIT")
         except sqlite3.Error as failed:
             error = error or failed
@@ -362,18 +384,12 @@ class _Connection:
         finally:
             self._lock.release()
         if isinstance(error, sqlite3.Error):
-            raise OSError(f"{self._path}: {error}") from error
-
-    def _reopen(self, file: tuple[int, ...]) -> sqlite3.Connection:
-        self._drop()
-        self._db = _connect(self._path)
-        self._opened = file
-        return self._db
+            raise _failure(self._path, error) from error
 
     def _drop(self) -> None:
         db, self._db = self._db, None
-        if db is not None:
-            _close(db, self._opened[0])
+        if db:
+            _close(db, self._seen[0])
 
     def close(self) -> None:
         with self._lock:
@@ -430,25 +446,19 @@ def _keys(account: str | None, public: bool, deleted: bool | None) -> list[Key]:
     return [key for dead in gone for key in ((owner, False, dead), (others, True, dead))]
 
 
-def _query(
-    keys: list[Key], order: str, serials: tuple[int, int], limit: int, skip: int
-) -> tuple[str, tuple[Any, ...]]:
+def _query(keys: list[Key], order: str, serials: Span, limit: int, skip: int) -> tuple[str, Any]:
     """Return the statement, and its values, that merges the keys' rows in order of serials."""
     selects = [ANYBODY if key[0] == EVERYBODY else OWN for key in keys]
     values = [(*(key[1:] if key[0] == EVERYBODY else key), *serials) for key in keys]
     return " UNION ALL ".join(selects) + ORDER.format(order), (*chain(*values), limit, skip)
 
 
-def _seek(
-    db: sqlite3.Connection, keys: list[Key], start: int, order: str
-) -> tuple[int, tuple[int, int], int]:
+def _seek(db: _Database, keys: list[Key], start: int, order: str) -> tuple[int, Span, int]:
     """Return the total, the serials that the place `start` is in, and how many to skip there."""
     counts = _count(db, keys, LARGE, 0, LAST)
     total = sum(counts.values())
-    if start >= total:
-        return total, (1, 0), 0
-    if start == 0:
-        return total, (0, LAST), 0
+    if not 0 < start < total:  # from the first one on, or nothing
+        return total, (1, 0) if start else (0, LAST), 0
     large, skip = _find(counts, start, order)
     first = large << LARGE - SMALL
     last = first + (1 << LARGE - SMALL) - 1
@@ -457,9 +467,7 @@ def _seek(
     return total, (serial, LAST) if order == "ASC" else (0, serial + (1 << SMALL) - 1), skip
 
 
-def _count(
-    db: sqlite3.Connection, keys: list[Key], shift: int, first: int, last: int
-) -> dict[int, int]:
+def _count(db: _Database, keys: list[Key], shift: int, first: int, last: int) -> dict[int, int]:
     """Add up what the keys count in each of the blocks from `first` to `last`."""
     counts: dict[int, int] = {}
     for key in keys:
@@ -481,7 +489,7 @@ def _find(counts: dict[int, int], start: int, order: str) -> tuple[int, int]:
 
 
 def _row(record: Record) -> Row:
-    """Return a record's columns. Raise ValueError for what JSON or UTF-8 cannot hold."""
+    """Return a record's columns. Raises ValueError for what JSON or UTF-8 cannot hold."""
     try:
         id, account, public = record["id"], record["account_id"], record["is_public"]
         gone = record["deleted_at"]
@@ -495,116 +503,113 @@ def _row(record: Record) -> Row:
     return id, account, public, gone is not None, text
 
 
-def _one(db: sqlite3.Connection, id: str) -> tuple[int, str]:
-    """Return a record's serial and text. Raise KeyError."""
-    found: tuple[int, str] | None = db.execute(GET, (id,)).fetchone()
-    if found is None:
-        raise KeyError(id)
-    return found
-
-
-def _insert(db: sqlite3.Connection, table: str, row: Row) -> None:
-    """Add a row; a trigger makes room in place of a tombstone. Raise FileExistsError."""
+def _insert(db: _Database, table: str, row: Row) -> None:
+    """Add a row; a trigger makes room in place of a tombstone. Raises FileExistsError."""
     try:
         db.execute(ADD.format(table), row)
     except sqlite3.IntegrityError:
         raise FileExistsError(row[0]) from None
 
 
+def _fetch(cursor: sqlite3.Cursor) -> list[Any]:
+    """Return the first rows, as many as hold about CHUNK_TEXT of text in their last column."""
+    rows, size = [], 0
+    while size < CHUNK_TEXT and (row := cursor.fetchone()):
+        rows.append(row)
+        size += len(str(row[-1]))  # in a damaged file it may be anything
+    cursor.close()  # what is left unread would keep writers waiting
+    return rows
+
+
 # ---- the file ----
 
 
-def _stat(path: str) -> os.stat_result:
-    try:
-        return os.stat(path)
-    except OSError as error:
-        raise OSError(f"{path}: {error.strerror}") from error
+def _deadline() -> float:
+    return time.monotonic() + BUSY_S
+
+
+def _failure(path: str, why: object) -> OSError:
+    return OSError(f"{path}: {BUSY.format(BUSY_S) if str(why) == LOCKED else why}")
 
 
 def _identify(path: str) -> tuple[int, ...]:
     """Return what tells one state of the file from another, and our process from its parent."""
-    found = _stat(path)
-    return os.getpid(), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    try:
+        s = os.stat(path)
+    except OSError as error:
+        raise _failure(path, error.strerror) from error
+    return os.getpid(), s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
 
 
-def _connect(path: str) -> sqlite3.Connection:
-    """Open the file, make or migrate what it holds. Raise OSError unless it is ours."""
-    if sqlite3.sqlite_version_info < NEEDED:
-        raise OSError(f"{path}: SQLite {sqlite3.sqlite_version} is too old, 3.24 is needed")
+def _connect(path: str, deadline: float) -> _Database:
+    """Open the file, make or migrate what it holds. Raises OSError unless it is ours."""
     db = None
     try:
-        db = sqlite3.connect(
-            path, timeout=BUSY_S, isolation_level=None, check_same_thread=False
-        )
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, factory=_Database)
+        db.path, db.deadline = path, deadline
         db.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
         db.execute("PRAGMA synchronous = EXTRA")  # FULL, and the journal's removal is synced too
-        _migrate(db, path)
-        if sqlite3.sqlite_version_info < WAL_SAFE:
-            db.execute("PRAGMA journal_mode = DELETE").fetchall()  # else PyPy has it unfinished
+        db.allow()
+        version = _version(db)
+        if db.is_unsafe():
+            with suppress(sqlite3.OperationalError):  # another program has it open: only read
+                db.execute("PRAGMA journal_mode = DELETE").fetchall()  # else PyPy has it unfinished
+        if version < len(MIGRATIONS):
+            db.begin()
+            for statement in chain(*MIGRATIONS[_version(db):]):  # another process may be first
+                db.execute(statement)
+            db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+            db.execute("COMMIT")
     except (sqlite3.Error, OSError) as error:
-        if db is not None:
+        if db:
             db.close()
-        if isinstance(error, OSError):
-            raise
-        raise OSError(f"{path}: {error}") from error
+        raise error if isinstance(error, OSError) else _failure(path, error) from error
     return db
 
 
-def _migrate(db: sqlite3.Connection, path: str) -> None:
-    """Bring the schema up to date in one transaction. On errors the caller closes."""
-    db.execute("BEGIN")
-    version = _version(db, path)
-    db.execute("COMMIT")
-    if version == len(MIGRATIONS):
-        return
-    db.execute("BEGIN IMMEDIATE")
-    for statement in chain(*MIGRATIONS[_version(db, path):]):  # another process may be first
-        db.execute(statement)
-    db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-    db.execute("COMMIT")
-
-
-def _version(db: sqlite3.Connection, path: str) -> int:
-    """Return the schema version, 0 for an empty file. Raise OSError unless it is ours."""
-    db.execute("SELECT count(*) FROM sqlite_master").fetchall()  # from here on nobody writes
-    owner, = db.execute("PRAGMA application_id").fetchone()
-    version, = db.execute("PRAGMA user_version").fetchone()
-    if os.stat(path).st_size == 0:  # SQLite takes a file cut down to some bytes for empty too
+def _version(db: _Database) -> int:
+    """Return the schema version, 0 for an empty file. Raises OSError unless it is ours."""
+    owner, version, _ = db.execute(VERSION).fetchone()
+    if os.stat(db.path).st_size == 0:  # SQLite takes a file cut down to some bytes for empty too
         return 0
     if owner != APPLICATION_ID:
-        raise OSError(f"{path}: not a store of images but another program's database")
+        raise OSError(f"{db.path}: not a store of images but another program's database")
     if version > len(MIGRATIONS):
-        raise OSError(f"{path}: schema {version} is newer than this program's {len(MIGRATIONS)}")
+        raise OSError(f"{db.path}: schema {version} is newer than this program's {len(MIGRATIONS)}")
     return int(version)
 
 
 # ---- faults ----
 
 
-def _check_columns(
-    db: sqlite3.Connection, path: str, wrong: list[tuple[int, Row]]
-) -> Iterator[str]:
-    """Yield a line per record that does not parse or disagrees with its columns."""
-    last = 0
-    while rows := db.execute(COLUMNS_AFTER, (last, CHUNK)).fetchall():
-        for serial, *columns in rows:
-            try:
-                row = _row(json.loads(columns[-1]))
-            except (TypeError, ValueError, RecursionError) as error:
-                yield f"{path}: image {serial} ({columns[0]}): {error}"
-                continue
-            if (*row[:-1],) != (*columns[:-1],):
-                yield f"{path}: image {serial} ({columns[0]}): columns differ from the record"
-                wrong.append((serial, row))
-        if rows[-1][0] <= last:
-            return  # out of order, as integrity_check has said: this would never end
-        last = rows[-1][0]
+def _faults(db: _Database, repair: bool) -> Iterator[str]:
+    """Yield a line per fault. Repair indexes, then counts, then columns: each needs the former."""
+    indexes = [fault for fault, in db.execute("PRAGMA integrity_check") if fault != "ok"]
+    yield from indexes
+    if repair and indexes:
+        db.change("REINDEX")
+    counts = [f"the count of {key} is wrong" for key in db.execute(MISCOUNTED)]
+    yield from counts
+    if repair and counts:
+        db.change("DELETE FROM tally", "INSERT INTO tally " + RECOUNT, RENEW)
+    last, found = -1, 0
+    while found > last:  # in a damaged table the images may be out of order
+        last, wrong = found, []
+        # What is written follows from what the same transaction has read.
+        db.begin(_deadline()) if repair else db.execute("BEGIN")
+        for found, *columns in _fetch(db.execute(IMAGES_AFTER, (last, CHUNK))):
+            wrong += _check_row(db, found, columns, repair)
+        db.execute("COMMIT")
+        yield from wrong
 
 
-def _repair(db: sqlite3.Connection, wrong: list[tuple[int, Row]]) -> None:
-    """Make columns, indexes and counts anew from the records."""
-    db.execute("BEGIN IMMEDIATE")
-    db.executemany(REPLACE, [(*row, serial) for serial, row in wrong])
-    for statement in ("REINDEX", "DELETE FROM tally", "INSERT INTO tally " + RECOUNT):
-        db.execute(statement)
-    db.execute("COMMIT")
+def _check_row(db: _Database, serial: int, columns: list[Any], repair: bool) -> Iterator[str]:
+    """Yield a fault if a record does not parse or disagrees with its columns."""
+    try:
+        row = _row(json.loads(columns[-1]))
+        if row[:-1] != (*columns[:-1],):
+            yield f"image {serial} ({columns[0]}): columns differ from the record"
+            if repair:
+                db.execute(REPLACE, (*row, serial))
+    except (TypeError, ValueError, RecursionError, sqlite3.IntegrityError) as error:
+        yield f"image {serial} ({columns[0]}): {error}"

@@ -298,8 +298,8 @@ def die_at_step(path, n, work, pages=None):
         if steps[0] == n:
             end()
 
-    def connect_to_die(path):
-        db = connect(path)
+    def connect_to_die(*arguments):
+        db = connect(*arguments)
         if pages:
             db.execute(f"PRAGMA cache_size = {pages}")
         db.set_progress_handler(step, 1)
