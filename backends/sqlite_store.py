@@ -13,9 +13,11 @@ How it works:
    ones, then by stepping over fewer than 128 index entries: it costs the same anywhere.
 4. A trigger draws a new random revision for every change, also for one by the sqlite3 shell.
 5. Durability is left to SQLite: rollback journal, full synchronisation. A change begins with
-   BEGIN IMMEDIATE, because a transaction that began by reading may not wait for its turn.
+   BEGIN IMMEDIATE, because a transaction that began by reading may not wait for its turn. A
+   file that another program keeps in WAL mode is only read, by an SQLite that may damage it.
 6. Two connections a process, one reading, one writing, each under a lock. They are opened
-   anew after a fork, and when another file stands at the path.
+   anew after a fork, and when another file stands at the path. One deadline a call bounds the
+   wait for that lock and for the locks of the file.
 7. A file that nobody writes is read through a third one, which takes no locks of the file:
    they cost more than the search. One `stat` afterwards says whether the reading was good.
 8. Many records are first put into a temporary table, so that a slow source holds no lock.
@@ -219,10 +221,9 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
             raise ValueError(f"start {start} must not be negative")
         keys, order = _keys(account, public, deleted), "ASC" if oldest_first else "DESC"
         with self._reads:  # a closed store is refused now, not when the walk begins
-            texts = self._copied if frozen else self._chunked
-        return map(self._decode, texts(keys, order, start))
+            return map(self._decode, (self._copied if frozen else self._chunks)(keys, order, start))
 
-    def _chunked(self, keys: list[Key], order: str, start: int) -> Iterator[str]:
+    def _chunks(self, keys: list[Key], order: str, start: int) -> Iterator[str]:
         """Yield texts in chunks, each of them one reading."""
         with self._reads as db:
             db.execute("BEGIN")
@@ -310,12 +311,13 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
 class _Database(sqlite3.Connection):
     """A connection whose statements together wait no longer for locks than until a deadline."""
 
-    path, deadline = "", 0.0
+    path, deadline, allowed = "", 0.0, -1
 
     def allow(self) -> None:
         """Let the next statement wait for as long as is left."""
-        left = max(0, round(1000 * (self.deadline - time.monotonic())))
-        self.execute(f"PRAGMA busy_timeout = {left}")
+        if (left := max(0, round(1000 * (self.deadline - time.monotonic())))) != self.allowed:
+            self.execute(f"PRAGMA busy_timeout = {left}")
+            self.allowed = left
 
     def begin(self, deadline: float = 0.0) -> None:
         """Begin a change. Raises OSError in WAL mode where writing is not safe."""
@@ -346,7 +348,7 @@ class _Connection:
     """
 
     def __init__(self, path: str) -> None:
-        self._path, self._lock, self._closed = path, threading.RLock(), False
+        self._path, self._lock, self._closed, self._changed = path, threading.RLock(), False, False
         self._db: _Database | None = None
         self._seen: tuple[int, ...] = ()
 
@@ -363,9 +365,10 @@ class _Connection:
             db = self._db = self._db or _connect(self._path, deadline)
             if db.in_transaction:
                 raise ValueError("a change cannot be made inside another one")
-            if found != self._seen:  # SQLite may not notice a backup copied over the file
-                db.execute("PRAGMA shrink_memory")  # forgets what was read
-            self._seen, db.deadline = found, deadline
+            self._changed, self._seen = found != self._seen, found
+            if self._changed:  # SQLite may not notice a backup that was copied over the file
+                db.execute("PRAGMA shrink_memory")  # forget what was read
+            db.deadline = deadline
             db.allow()
             return db
         except BaseException:
@@ -374,7 +377,7 @@ class _Connection:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
-            if self._db and self._db.is_unsafe():
+            if self._db and self._changed and self._db.is_unsafe():
                 self._drop()  # the file can leave WAL mode only when nobody has it open
             elif self._db and self._db.in_transaction:
                 self._db.execute("ROLLBACK" if kind else "COMMIT")
@@ -387,9 +390,9 @@ class _Connection:
             raise _failure(self._path, error) from error
 
     def _drop(self) -> None:
-        db, self._db = self._db, None
-        if db:
-            _close(db, self._seen[0])
+        if self._db:
+            _close(self._db, self._seen[0])
+        self._db, self._seen = None, ()
 
     def close(self) -> None:
         with self._lock:
@@ -493,8 +496,7 @@ def _row(record: Record) -> Row:
     try:
         id, account, public = record["id"], record["account_id"], record["is_public"]
         gone = record["deleted_at"]
-        text = _encode(record)
-        text.encode()  # a lone surrogate
+        text = _encode(record).encode().decode()  # a lone surrogate is refused
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"not a record: {error!r}") from error
     if not (type(id) is type(account) is str and type(public) is bool
@@ -592,22 +594,22 @@ def _faults(db: _Database, repair: bool) -> Iterator[str]:
     yield from counts
     if repair and counts:
         db.change("DELETE FROM tally", "INSERT INTO tally " + RECOUNT, RENEW)
-    last, found = -1, 0
-    while found > last:  # in a damaged table the images may be out of order
-        last, wrong = found, []
+    last, rows = -1, [(0,)]
+    while rows and rows[-1][0] > last:  # in a damaged table the images may be out of order
+        last = rows[-1][0]
         # What is written follows from what the same transaction has read.
         db.begin(_deadline()) if repair else db.execute("BEGIN")
-        for found, *columns in _fetch(db.execute(IMAGES_AFTER, (last, CHUNK))):
-            wrong += _check_row(db, found, columns, repair)
+        rows = _fetch(db.execute(IMAGES_AFTER, (last, CHUNK)))
+        wrong = [fault for row in rows for fault in _check_row(db, repair, *row)]
         db.execute("COMMIT")
         yield from wrong
 
 
-def _check_row(db: _Database, serial: int, columns: list[Any], repair: bool) -> Iterator[str]:
+def _check_row(db: _Database, repair: bool, serial: int, *columns: Any) -> Iterator[str]:
     """Yield a fault if a record does not parse or disagrees with its columns."""
     try:
         row = _row(json.loads(columns[-1]))
-        if row[:-1] != (*columns[:-1],):
+        if row[:-1] != columns[:-1]:
             yield f"image {serial} ({columns[0]}): columns differ from the record"
             if repair:
                 db.execute(REPLACE, (*row, serial))
