@@ -503,6 +503,15 @@ class StorageContract(Base):
             del walk
         self.assertEqual(store.page(None, 0, 0)[0], 5)
 
+    def test_large_records_walk_as_they_page(self) -> None:
+        """Records of very different sizes, in either direction, none twice and none left out."""
+        store = self.open()
+        records = [image(n, description="x" * (n * n * 997 % 60_000)) for n in range(60)]
+        store.add_all(records)
+        self.assertEqual(list(store.walk(oldest_first=True)), records)
+        self.assertEqual(list(store.walk(start=7)), records[-8::-1])
+        self.assertEqual(store.page(None, 0, 99), (60, records[::-1]))
+
     # ---- revisions ----
 
     def test_a_revision_stays_while_nothing_changes(self) -> None:
@@ -639,6 +648,29 @@ class StorageContract(Base):
         self.assertEqual(list(store.check()) + list(store.check(repair=True)), [])
         self.assertEqual(list(store.walk()), before)
         self.compare(store, before[::-1])
+
+    def test_a_repair_undoes_no_change(self) -> None:
+        """What is changed while `check` reads stays changed."""
+        store, done = self.open(), threading.Event()
+        store.add_all(image(n, n=0) for n in range(300))
+
+        def change() -> None:
+            try:
+                for n in range(0, 30, 3):
+                    store.replace(f"wmi-{n:08x}", lambda record: {**record, "n": 1})
+                    store.delete(f"wmi-{n + 1:08x}")
+                    store.add(image(1000 + n))
+            finally:
+                done.set()
+
+        def check() -> None:
+            while not done.wait(0.002):
+                self.assertEqual(list(store.check(repair=True)), [])
+
+        self.gather(change, check)
+        want = [image(n, n=int(n < 30 and n % 3 == 0)) for n in range(300) if n >= 30 or n % 3 != 1]
+        self.assertEqual(list(store.walk(oldest_first=True)),
+                         want + [image(1000 + n) for n in range(0, 30, 3)])
 
     # ---- threads ----
 

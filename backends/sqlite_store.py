@@ -549,9 +549,9 @@ def _connect(path: str, deadline: float) -> _Database:
     try:
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, factory=_Database)
         db.path, db.deadline = path, deadline
+        db.allow()
         db.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
         db.execute("PRAGMA synchronous = EXTRA")  # FULL, and the journal's removal is synced too
-        db.allow()
         version = _version(db)
         if db.is_unsafe():
             with suppress(sqlite3.OperationalError):  # another program has it open: only read

@@ -1,6 +1,7 @@
-"""Faults on demand: make the n-th operation of the system fail, or be the last one."""
+"""Faults on demand: make the n-th operation of the system fail, or be the last one; slow clocks."""
 
 import os
+import types
 
 OPERATIONS = ("open", "read", "write", "fsync", "replace", "unlink", "stat", "fstat", "chmod")
 
@@ -37,6 +38,28 @@ class Faults:
         if name == "open":
             self._names[result] = file
         return result
+
+
+class Clock:
+    """Stand in for the module `os` of a store whose files are stamped by another clock.
+
+    It ticks every `tick` seconds and is `behind` by some.
+    """
+
+    def __init__(self, tick=1, behind=0):
+        self.tick, self.behind = int(tick * 10**9), int(behind * 10**9)
+
+    def __getattr__(self, name):
+        operation = getattr(os, name)
+        if name not in ("stat", "fstat"):
+            return operation
+        return lambda file: self._stamped(operation(file))
+
+    def _stamped(self, found):
+        fields = {name: getattr(found, name) for name in dir(found) if name.startswith("st_")}
+        for name in ("st_mtime_ns", "st_ctime_ns"):
+            fields[name] = (fields[name] - self.behind) // self.tick * self.tick
+        return types.SimpleNamespace(**fields)
 
 
 def error(number):

@@ -16,10 +16,11 @@ import types
 import unittest
 
 import pytest
+from faults import Clock, Faults
 
 import wmi
 from wmi import json_store, sqlite_store
-from wmi.contract import ALICE, BOB, StorageContract, dead, ids, image
+from wmi.contract import ALICE, BOB, CAROL, StorageContract, dead, ids, image
 
 # ---- the contract ----
 
@@ -195,12 +196,22 @@ def test_a_symbolic_link_stays(module, path):
         assert store.page(None, 0, 0)[0] == 2
 
 
+@pytest.mark.parametrize("mask", [0, 0o022, 0o027, 0o077])
+def test_a_new_file_is_not_for_everybody(module, path, mask):
+    """Whoever may read it can lock it: 0640 less the umask, also where a link leads."""
+    os.symlink(path + ".target", path + ".link")
+    old = os.umask(mask)
+    try:
+        for place in (path, path + ".link"):
+            with opened(module, place, image(1)):
+                assert stat.S_IMODE(os.stat(place).st_mode) == 0o640 & ~mask
+    finally:
+        os.umask(old)
+
+
 def test_the_mode_of_the_file_is_kept(module, path):
-    """A file made private stays so; a new one is for owner and group, less the umask."""
+    """Whatever its owner made it."""
     with opened(module, path, image(1)) as store:
-        mask = os.umask(0)
-        os.umask(mask)
-        assert stat.S_IMODE(os.stat(path).st_mode) == 0o640 & ~mask
         for mode in (0o600, 0o640, 0o660):
             os.chmod(path, mode)
             store.add(image(mode))
@@ -324,6 +335,216 @@ def test_a_store_s_working_directory_does_not_matter(module, path, monkeypatch):
     assert files(path) == ["images"]
 
 
+# ---- waiting ----
+
+
+@contextlib.contextmanager
+def locked(module, path):
+    """Hold the store's lock as another program would, before it has written anything."""
+    if module is sqlite_store:
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            yield
+            other.execute("ROLLBACK")
+    else:
+        fcntl = pytest.importorskip("fcntl")
+        with open(path, "rb") as other:  # to read is enough
+            fcntl.flock(other, fcntl.LOCK_EX)
+            yield
+
+
+def attempts(*works):
+    """Do all works at once, each in a thread; return how long each took and what it raised."""
+    results = []
+
+    def attempt(work):
+        began, raised = time.monotonic(), None
+        try:
+            work()
+        except OSError as error:
+            raised = error
+        results.append((time.monotonic() - began, raised))
+
+    threads = [threading.Thread(target=attempt, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_a_call_waits_for_a_locked_file_no_longer_than_it_may(module, path, monkeypatch):
+    """With its queueing, however many wait; the error says what to do; then all goes on."""
+    monkeypatch.setattr(module, "BUSY_S", 0.4)
+    with opened(module, path, image(1)) as store:
+        works = [lambda n=n: store.add(image(n)) for n in range(10, 20)]
+        works += [lambda: store.add_all([image(20)]), lambda: store.delete("wmi-00000001")]
+        with locked(module, path):
+            results = attempts(*works)
+        for seconds, error in results:
+            assert 0.35 < seconds < 2.5  # one after the other they would take 5
+            assert str(error).startswith(
+                f"{path}: locked by another program for 0.4 s; nothing was changed: try again")
+        assert store.page(None, 0, 9) == (1, [image(1)])
+        store.add(image(2))
+        assert list(store.check()) == []
+
+
+def test_a_call_goes_on_soon_after_the_lock_is_gone(module, path):
+    """Those who wait are done within a second; a busy neighbour may make it two more."""
+    with opened(module, path, image(1)) as store, contextlib.ExitStack() as stack:
+        stack.enter_context(locked(module, path))
+        threads = [threading.Thread(target=store.add, args=(image(n),)) for n in range(10, 14)]
+        for thread in threads:
+            thread.start()
+        waiting(store)
+        stack.close()
+        began = time.monotonic()
+        for thread in threads:
+            thread.join()
+        assert time.monotonic() - began < 3
+        assert store.page(None, 0, 0)[0] == 5
+
+
+def waiting(store):
+    """Return when a writer has the store's own lock, and so waits for that of the file."""
+    lock = store._writing if isinstance(store, json_store.JsonStorage) else store._writes._lock
+    deadline = time.monotonic() + 30
+    while lock.acquire(blocking=False):
+        lock.release()
+        assert time.monotonic() < deadline
+
+
+def test_json_readers_do_not_wait_for_a_writer_that_waits(path):
+    """Nor does whoever opens the store, also with something left of a change."""
+    with opened(json_store, path, image(1)) as store, contextlib.ExitStack() as stack:
+        stack.enter_context(locked(json_store, path))
+        writer = threading.Thread(target=store.add, args=(image(2),))
+        writer.start()
+        waiting(store)
+        overwrite(path + ".new", b"half")
+        with json_store.open_storage(path) as other:
+            for reader in (store, other):
+                assert reader.get("wmi-00000001") == image(1) == next(reader.walk())
+                assert reader.page(None, 0, 1) == (1, [image(1)])
+                assert reader.revision()
+        assert writer.is_alive()
+        assert files(path) == ["images", "images.new"]
+        stack.close()
+        writer.join()
+    assert files(path) == ["images"]
+
+
+def test_sqlite_a_change_waits_for_readers_no_longer_than_it_may(path, monkeypatch):
+    """One that reads and reads lets nobody commit; nothing is changed."""
+    monkeypatch.setattr(sqlite_store, "BUSY_S", 0.3)
+    with opened(sqlite_store, path, *map(image, range(9))) as store:
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            rows = other.execute("SELECT * FROM image")
+            rows.fetchone()
+            (seconds, error), = attempts(lambda: store.add(image(10)))
+            assert 0.25 < seconds < 2
+            assert "nothing was changed" in str(error)
+            rows.close()
+        assert store.page(None, 0, 0)[0] == 9
+        store.add(image(10))
+
+
+# ---- backup and restore ----
+
+
+def restored(module, path, store, backup):
+    """Rename a backup of image 1 over a store in use, and go on with the store."""
+    seen = [store.revision()]
+    store.add(image(2))
+    seen.append(store.revision())
+    os.replace(backup, path)
+    assert list(store.walk()) == [image(1)] == store.page(None, 0, 9)[1]
+    with pytest.raises(KeyError):
+        store.get("wmi-00000002")
+    assert store.revision() != seen[1]
+    store.add(image(3))
+    assert store.revision() not in seen
+    assert ids(store.walk()) == ["wmi-00000003", "wmi-00000001"]
+    assert list(store.check()) == []
+    assert files(path) == ["images"]
+
+
+@pytest.mark.parametrize("backup", ["copy", "VACUUM INTO", "backup"])
+def test_sqlite_restored_by_rename(path, backup):
+    """By cp at rest, by SQLite's statement, by its shell's .backup."""
+    with opened(sqlite_store, path, image(1)) as store:
+        if backup == "copy":
+            shutil.copy(path, path + ".backup")
+        elif backup == "VACUUM INTO":
+            sql(path, f"VACUUM INTO '{path}.backup'")
+        else:
+            with contextlib.closing(sqlite3.connect(path)) as source:
+                with contextlib.closing(sqlite3.connect(path + ".backup")) as target:
+                    source.backup(target)
+        restored(sqlite_store, path, store, path + ".backup")
+
+
+def test_json_restored_by_rename(path):
+    """A plain copy is a backup at any time."""
+    with opened(json_store, path, image(1)) as store:
+        shutil.copy(path, path + ".backup")
+        restored(json_store, path, store, path + ".backup")
+
+
+def test_json_restored_while_a_change_is_worked_out(path):
+    """The change is refused: it belongs to what has been replaced."""
+    with opened(json_store, path, image(1)) as store:
+        shutil.copy(path, path + ".backup")
+        store.add(image(2))
+
+        def change(record):
+            os.replace(path + ".backup", path)
+            return {**record, "state": "changed"}
+
+        with pytest.raises(OSError, match=f"^{path}: replaced .*nothing was changed"):
+            store.replace("wmi-00000002", change)
+        assert list(store.walk()) == [image(1)]
+        store.add(image(3))
+        assert files(path) == ["images"]
+
+
+def test_sqlite_a_copy_over_the_file_is_noticed(path):
+    """Also when others have brought SQLite's counter of changes to where it was."""
+    many = [image(n, description="y" * 900) for n in range(40)]
+    with opened(sqlite_store, path, *many) as store:
+        backup = content(path)
+        for n in range(3):
+            store.add(image(100 + n, is_public=True))
+        assert store.page(None, 0, 99)[0] == 43
+        overwrite(path, backup)
+        for n in range(3):
+            sql(path, f"DELETE FROM image WHERE id = 'wmi-0000000{n}'")
+        assert store.page(None, 0, 99) == (37, many[:2:-1])
+        store.add(image(200, is_public=True))
+        store.delete("wmi-00000007")
+        assert list(store.check()) == []
+
+
+def test_sqlite_a_copy_over_the_file_within_a_change_is_found(path):
+    """That mixes two states; check says so, and what is left of the images can be used again."""
+    with opened(sqlite_store, path, *map(image, range(40))) as store:
+        backup = content(path)
+        store.replace("wmi-00000004", lambda record: {**record, "is_public": True})
+
+        def change(record):  # of a row that shares a page with the other one
+            overwrite(path, backup)
+            return {**record, "state": "changed", "account_id": BOB}
+
+        store.replace("wmi-00000005", change)
+        assert any("missing from index" in fault for fault in store.check())
+        list(store.check(repair=True))
+        assert list(store.check()) == []
+        walked = list(store.walk())
+        assert store.page(None, 0, 999, deleted=None) == (len(walked), walked)
+        store.add(image(999))
+
+
 # ---- json ----
 
 
@@ -422,6 +643,54 @@ def test_json_sees_a_new_file_in_the_same_tick(table, path):
             assert json.load(file)["images"] == list(table.walk(oldest_first=True))
         overwrite(path, text.replace(b'"state%04d"' % n, b'"available"'))
         assert table.get("wmi-00000001")["state"] == "available"
+
+
+@pytest.mark.parametrize("tick", [0.004, 1, 2])
+def test_json_sees_every_edit_in_place_of_the_same_size(path, monkeypatch, tick):
+    """However coarse the file system's clock is, and although the editor puts the time back."""
+    monkeypatch.setattr(json_store, "os", Clock(tick))
+    with opened(json_store, path, image(1), image(2)) as table:
+        for n in range(50):
+            before = os.stat(path)
+            with open(path, "r+b") as file:
+                text = file.read()
+                file.seek(text.index(b'"state": "') + len(b'"state": "'))
+                file.write(f"edit{n:05}".encode())
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+            assert table.get("wmi-00000001")["state"] == f"edit{n:05}"
+        table.delete("wmi-00000002")
+        assert table.get("wmi-00000001")["state"] == "edit00049"
+
+
+def test_json_settled_costs_a_stat(path, monkeypatch):
+    """A file older than any tick is not read again; a young one is, and not parsed again."""
+    with opened(json_store, path, image(1)) as table:
+        monkeypatch.setattr(json_store, "os", Clock(1, behind=5))
+        state = table._current()
+        system = Faults()
+        monkeypatch.setattr(json_store, "os", system)
+        system.__dict__["stat"] = Clock(1, behind=5).stat
+        for _ in range(5):
+            assert table.get("wmi-00000001") == image(1)
+        assert system.calls == []
+        monkeypatch.setattr(json_store, "os", Clock(1))
+        assert table._current().rows is state.rows
+
+
+@pytest.mark.parametrize("target", ["there", "dangling"])
+def test_json_follows_no_link_that_was_planted(path, target):
+    """What a change writes beside the file is a new file of its own."""
+    victim = path + ".victim"
+    with opened(json_store, path, image(1)) as store:
+        for plant in (lambda: store.add(image(2)), lambda: json_store.open_storage(path).close()):
+            if target == "there":
+                overwrite(victim, b"precious")
+            os.symlink(victim, path + ".new")
+            plant()
+            assert files(path) == ["images"] + ["images.victim"] * (target == "there")
+            assert target != "there" or content(victim) == b"precious"
+        assert not os.path.islink(path)
+        assert store.page(None, 0, 0)[0] == 2
 
 
 def test_json_missing_reads_as_empty(table, path):
@@ -797,6 +1066,39 @@ def test_sqlite_leaves_wal_where_it_is_not_safe(path, monkeypatch, version, mode
             assert db.execute("PRAGMA journal_mode").fetchone() == (mode,)
 
 
+@pytest.fixture
+def old_sqlite(monkeypatch):
+    """An SQLite that may damage a file in WAL mode."""
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 51, 2))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_sqlite_in_wal_mode_elsewhere_is_read_and_not_written(path, old_sqlite, when):
+    """As long as another program has it open so; the error says what to do."""
+    with opened(sqlite_store, path, image(1)) as store:
+        assert store.get("wmi-00000001")
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            assert other.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
+            other.execute("UPDATE image SET record = json_set(record, '$.state', 'shell')")
+            with contextlib.ExitStack() as stack:
+                used = store
+                if when == "before":
+                    used = stack.enter_context(sqlite_store.open_storage(path))
+                for _ in range(2):
+                    assert used.get("wmi-00000001")["state"] == "shell"
+                    assert used.page(None, 0, 9)[0] == len(list(used.walk(frozen=True))) == 1
+                    assert used.revision()
+                    assert list(used.check()) == []
+                    for verb in (lambda: used.add(image(2)), lambda: used.add_all([image(2)]),
+                                 lambda: used.delete("wmi-00000001")):
+                        with pytest.raises(OSError, match=f"^{path}: another program .* WAL mode,"
+                                                          ".* close that program"):
+                            verb()
+        store.add(image(2))
+        assert sql(path, "PRAGMA journal_mode") == [("delete",)]
+        assert files(path) == ["images"]
+
+
 def test_sqlite_syncs_as_it_promises(base):
     """Both connections wait for the disk, the journal's removal included."""
     for connection in (base._reads, base._writes):
@@ -918,6 +1220,66 @@ def test_sqlite_check_finds_columns_that_lie(base, path):
     assert list(base.check()) == []
     assert list(base.walk(ALICE, public=False, deleted=False)) == [image(3), image(2), image(1)]
     assert base.get("wmi-00000002") == image(2)
+
+
+def test_sqlite_repair_undoes_no_change(path):
+    """What is changed or deleted while check reads stays so, and is repaired if it is wrong."""
+    with opened(sqlite_store, path, *map(image, range(600))) as store:
+        sql(path, "UPDATE image SET is_public = 1, account_id = 'x' WHERE serial % 3 = 1")
+        faults = store.check(repair=True)
+        first = [next(faults)]
+        assert "wmi-00000000" in first[0]
+        store.replace("wmi-00000000", lambda record: {**record, "state": "changed"})
+        store.delete("wmi-00000003")
+        sql(path, "UPDATE image SET record = json_set(record, '$.state', 'shell')"
+                  " WHERE id = 'wmi-00000006'")
+        store.replace("wmi-00000255", lambda record: {**record, "state": "changed"})  # not read yet
+        store.delete("wmi-00000252")
+        rest = list(faults)
+        assert 196 <= len(first + rest) <= 200
+        assert not [fault for fault in rest if "wmi-00000255" in fault or "wmi-00000252" in fault]
+        assert list(store.check()) == []
+        assert store.get("wmi-00000000") == image(0, state="changed")
+        assert store.get("wmi-00000006") == image(6, state="shell")
+        assert store.get("wmi-00000255") == image(0x255, state="changed")
+        assert store.page("x", 0, 0)[0] == 0
+        assert store.page(ALICE, 0, 0)[0] == 598
+
+
+def test_sqlite_repair_says_what_it_cannot_mend(base, path):
+    """Two images of one id: one of them stays as it is, and the others are repaired."""
+    sql(path, "UPDATE image SET record = json_set(record, '$.id', 'wmi-00000003')"
+              " WHERE id = 'wmi-00000001'",
+        "UPDATE image SET is_public = 1 WHERE id = 'wmi-00000002'")
+    assert any("UNIQUE" in fault for fault in base.check(repair=True))
+    fault, = base.check()
+    assert "image 1 (wmi-00000001): columns differ" in fault
+    assert base.get("wmi-00000002") == image(2)
+    assert base.page(CAROL, 0, 0)[0] == 0
+
+
+def test_sqlite_repaired_counts_are_another_revision(base, path):
+    """A total that was kept under the old one is not served again."""
+    sql(path, "UPDATE tally SET n = n + 1")
+    before = base.revision()
+    list(base.check(repair=True))
+    assert base.revision() != before
+
+
+@pytest.mark.parametrize("what", ["walk", "repair"])
+def test_sqlite_holds_few_large_records(path, what):
+    """Of 12 MB of records no more than some chunks of 128 KiB are in memory at a time."""
+    tracemalloc = pytest.importorskip("tracemalloc")
+    with opened(sqlite_store, path) as store:
+        store.add_all(image(n, description="x" * 60_000) for n in range(200))
+        sql(path, "UPDATE image SET is_public = 1")
+        tracemalloc.start()
+        try:
+            count = sum(1 for _ in (store.walk() if what == "walk" else store.check(repair=True)))
+            assert tracemalloc.get_traced_memory()[1] < 2 * 10**6
+        finally:
+            tracemalloc.stop()
+        assert count == 200
 
 
 def test_sqlite_a_record_that_does_not_parse_is_an_error(base, path):
