@@ -485,6 +485,21 @@ def test_sqlite_restored_by_rename(path, backup):
         restored(sqlite_store, path, store, path + ".backup")
 
 
+def test_sqlite_restored_by_the_shell(path):
+    """SQLite's .restore into the file that is in use."""
+    with opened(sqlite_store, path, image(1)) as store:
+        sql(path, f"VACUUM INTO '{path}.backup'")
+        store.add_all([image(n) for n in range(2, 300)])
+        seen = store.revision()
+        with contextlib.closing(sqlite3.connect(path + ".backup")) as source:
+            with contextlib.closing(sqlite3.connect(path)) as target:
+                source.backup(target)
+        assert store.revision() != seen
+        assert list(store.walk()) == [image(1)] == store.page(None, 0, 9)[1]
+        store.add(image(3))
+        assert list(store.check()) == []
+
+
 def test_json_restored_by_rename(path):
     """A plain copy is a backup at any time."""
     with opened(json_store, path, image(1)) as store:
