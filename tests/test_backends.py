@@ -406,9 +406,47 @@ def test_a_call_goes_on_soon_after_the_lock_is_gone(module, path):
         assert store.page(None, 0, 0)[0] == 5
 
 
+def test_a_call_waits_for_a_slow_change_no_longer_than_it_may(module, path, monkeypatch):
+    """One of this process: others are refused, and it goes on to its end."""
+    monkeypatch.setattr(module, "BUSY_S", 0.3)
+    with opened(module, path, image(1)) as store:
+        def change(record):
+            results.extend(attempts(lambda: store.add(image(2)), lambda: store.add(image(3))))
+            return {**record, "state": "slow"}
+
+        results = []
+        store.replace("wmi-00000001", change)
+        for seconds, error in results:
+            assert 0.25 < seconds < 2
+            assert "nothing was changed" in str(error)
+        assert list(store.walk()) == [image(1, state="slow")]
+
+
+def test_a_call_that_has_queued_waits_for_the_file_the_less(module, path, monkeypatch):
+    """Both together are no longer than one call may wait."""
+    monkeypatch.setattr(module, "BUSY_S", 2)
+    with opened(module, path, image(1)) as store, locked(module, path):
+        gate = own_lock(store)
+        gate.acquire()
+        results = []
+        writer = threading.Thread(target=lambda: results.extend(attempts(lambda: store.add(image(2)))))
+        writer.start()
+        time.sleep(1.5)  # the time in the queue; nothing is waited for
+        gate.release()
+        writer.join()
+        (seconds, error), = results
+        assert 1.9 < seconds < 3.2  # 3.5 if it began anew
+        assert "nothing was changed" in str(error)
+
+
+def own_lock(store):
+    """Return the lock on which the writers of this process queue."""
+    return store._writing if isinstance(store, json_store.JsonStorage) else store._writes._lock
+
+
 def waiting(store):
     """Return when a writer has the store's own lock, and so waits for that of the file."""
-    lock = store._writing if isinstance(store, json_store.JsonStorage) else store._writes._lock
+    lock = own_lock(store)
     deadline = time.monotonic() + 30
     while lock.acquire(blocking=False):
         lock.release()
@@ -423,7 +461,9 @@ def test_json_readers_do_not_wait_for_a_writer_that_waits(path):
         writer.start()
         waiting(store)
         overwrite(path + ".new", b"half")
+        began = time.monotonic()
         with json_store.open_storage(path) as other:
+            assert time.monotonic() - began < json_store.BUSY_S / 2
             for reader in (store, other):
                 assert reader.get("wmi-00000001") == image(1) == next(reader.walk())
                 assert reader.page(None, 0, 1) == (1, [image(1)])
@@ -706,6 +746,47 @@ def test_json_follows_no_link_that_was_planted(path, target):
             assert target != "there" or content(victim) == b"precious"
         assert not os.path.islink(path)
         assert store.page(None, 0, 0)[0] == 2
+
+
+def test_json_follows_no_link_that_is_planted_again(path, monkeypatch):
+    """Not even one that comes after the last one was removed; then the change is refused."""
+    class Planting:
+        def __getattr__(self, name):
+            return getattr(os, name)
+
+        def unlink(self, name):
+            os.unlink(name) if os.path.lexists(name) else None
+            if not planted:
+                planted.append(os.symlink(path + ".victim", name))
+
+    planted = []
+    overwrite(path + ".victim", b"precious")
+    with opened(json_store, path, image(1)) as store:
+        monkeypatch.setattr(json_store, "os", Planting())
+        with pytest.raises(OSError, match=f"^{path}: ") as caught:
+            store.add(image(2))
+        assert not isinstance(caught.value, FileExistsError)
+        assert content(path + ".victim") == b"precious"
+        store.add(image(3))
+        assert files(path) == ["images", "images.victim"]
+
+
+def test_json_locks_again_what_was_replaced_as_it_was_locked(path, monkeypatch):
+    """The lock of a file that is no longer at the path would keep nobody out."""
+    fcntl = pytest.importorskip("fcntl")
+    with opened(json_store, path, image(1)) as store:
+        with opened(json_store, path + ".other", image(7)):
+            pass
+
+        def flock(file, how):
+            if os.path.exists(path + ".other"):
+                os.replace(path + ".other", path)
+            fcntl.flock(file, how)
+
+        monkeypatch.setattr(json_store, "fcntl", types.SimpleNamespace(
+            flock=flock, LOCK_EX=fcntl.LOCK_EX, LOCK_NB=fcntl.LOCK_NB))
+        store.add(image(2))
+        assert list(store.walk()) == [image(2), image(7)]
 
 
 def test_json_missing_reads_as_empty(table, path):
