@@ -425,11 +425,13 @@ def test_a_call_waits_for_a_slow_change_no_longer_than_it_may(module, path, monk
 def test_a_call_that_has_queued_waits_for_the_file_the_less(module, path, monkeypatch):
     """Both together are no longer than one call may wait."""
     monkeypatch.setattr(module, "BUSY_S", 2)
-    with opened(module, path, image(1)) as store, locked(module, path):
-        gate = own_lock(store)
+    with opened(module, path) as store, contextlib.ExitStack() as stack:
+        store.add(image(1))  # what has to be opened is open
+        stack.enter_context(locked(module, path))
+        gate, results = own_lock(store), []
         gate.acquire()
-        results = []
-        writer = threading.Thread(target=lambda: results.extend(attempts(lambda: store.add(image(2)))))
+        writer = threading.Thread(
+            target=lambda: results.extend(attempts(lambda: store.add(image(2)))))
         writer.start()
         time.sleep(1.5)  # the time in the queue; nothing is waited for
         gate.release()
