@@ -372,7 +372,7 @@ def _digest(text: bytes) -> str:
 def _busy(path: str) -> OSError:
     return OSError(
         f"{path}: locked by another program for {BUSY_S:g} s; nothing was changed:"
-        " try again when it has finished, or end it"
+        " try again, or end that program"
     )
 
 
