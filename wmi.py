@@ -874,8 +874,8 @@ class Catalog:
     def index(self, start: int | str = 0, limit: int | str | None = None, **filters: Any) -> Page:
         """Return the page of images from offset start, at most limit of them, newest first.
 
-        limit None or 0 is the version's default; filters are the parameters of 12.03, by their names. Raises
-        InvalidParameter whose message is the name of the parameter.
+        limit None or 0 is the version's default; filters are the parameters of 12.03, by their names; `filter`
+        may be a list, of which all must hold. Raises InvalidParameter whose message is the parameter's name.
         """
         first = whole_number("start", start)
         size = whole_number("limit", 0 if limit is None else limit) or self.version.default_limit
@@ -1039,12 +1039,12 @@ def _guarded(images: Iterable[Record]) -> Iterator[Record]:
 # ---- the filters of 12.03 ----
 
 Condition = Callable[[Record], bool]
-_CHOICES = {
-    "is_public": ("true", "1", "false", "0", ""),  # the originals took an empty one as not given
-    "service_type": ("std", "lb"),
-    "state": ("alive", "alive_with_deleted", "available", "deleted"),
-    "sort_by": tuple(f"{field}.{order}" for field in _V1203.fields for order in ("asc", "desc")),
-    "filter": tuple(f"{field}.{test}" for field in _V1203.fields for test in ("nil", "not_nil")),
+_CHOICES: dict[str, set[str]] = {
+    "is_public": {"true", "1", "false", "0", ""},  # the originals took an empty one as not given
+    "service_type": {"std", "lb"},
+    "state": {"alive", "alive_with_deleted", "available", "deleted"},
+    "sort_by": {f"{field}.{order}" for field in _V1203.fields for order in ("asc", "desc")},
+    "filter": {f"{field}.{test}" for field in _V1203.fields for test in ("nil", "not_nil")},
 }
 
 
@@ -1054,7 +1054,8 @@ def filter_scope(version: Version, filters: Mapping[str, Any]) -> tuple[bool, bo
     Raises InvalidParameter, the parameter's name, for one that is unknown or has an unknown value.
     """
     for name, value in filters.items():
-        if name not in version.filters or (name in _CHOICES and _spelled(value) not in _CHOICES[name]):
+        values = value if name == "filter" and isinstance(value, list) else [value]
+        if name not in version.filters or (name in _CHOICES and not set(map(_spelled, values)) <= _CHOICES[name]):
             raise InvalidParameter(name)
     public = version.index_public or _spelled(filters.get("is_public")) in ("true", "1")
     states = {"alive": False, "available": False, "deleted": True}
@@ -1076,10 +1077,15 @@ def filter_conditions(filters: Mapping[str, Any]) -> list[Condition]:
             raise InvalidParameter(f"{field}_since is larger than {field}_until")
         if since or until:
             conditions.append(functools.partial(_is_between, f"{field}_at", since or "", until or "~"))
-    if filters.get("filter"):
-        field, _, test = filters["filter"].partition(".")
-        conditions.append(lambda record: (record.get(field, "") is None) == (test == "nil"))
+    tests = filters.get("filter", [])
+    for test in {tests} if isinstance(tests, str) else set(tests):  # a test that is repeated costs nothing more
+        field, _, expected = test.partition(".")
+        conditions.append(functools.partial(_is_null, field, expected == "nil"))
     return conditions
+
+
+def _is_null(field: str, expected: bool, record: Record) -> bool:
+    return (record.get(field, "") is None) == expected
 
 
 def _is_between(field: str, since: str, until: str, record: Record) -> bool:
@@ -1100,11 +1106,14 @@ def _spelled(value: Any) -> str:
 
 
 def _sort_key(version: Version, field: str, record: Record) -> tuple[bool, Any]:
-    """Return what a record is sorted by: null first, as in MySQL; id is the registration."""
+    """Return what a record is sorted by: null first, text without regard to case; id is the registration."""
     if field == "id":  # the originals' id was the number of the row, not the uuid
         return False, ""
     value = version.fields[field](record)
-    return value is not None, json.dumps(value) if isinstance(value, (dict, list)) else "" if value is None else value
+    if value is None:
+        return False, ""
+    text = json.dumps(value) if isinstance(value, (dict, list)) else value
+    return True, text.upper() if isinstance(text, str) else text  # MySQL's utf8_general_ci compares capitals
 
 
 ####################################################################################################
@@ -1672,15 +1681,19 @@ def matches_etag(field: str, etag: str) -> bool:
     return field == "*" or etag in [tag.strip().removeprefix("W/") for tag in field.split(",")]
 
 
-def parse_query(query: str, known: Sequence[str]) -> dict[str, str]:
+def parse_query(query: str, known: Sequence[str]) -> dict[str, Any]:
     """Return the known parameters; of equal ones the last counts. Raises InvalidParameter."""
-    params: dict[str, str] = {}
+    params: dict[str, Any] = {}
     for name, value in urllib.parse.parse_qsl(query, keep_blank_values=True, errors="surrogateescape"):
-        name, bracket, _ = name.partition("[")
-        if name in known and bracket:  # start[]=1: Rack made a list of it, which no parameter takes
-            raise InvalidParameter(name)
-        if name in known:
+        name, bracket, key = name.partition("[")
+        if name not in known:
+            continue
+        if not bracket and not isinstance(params.get(name), list):
             params[name] = value
+        elif name == "filter" and key == "]" and isinstance(params.setdefault(name, []), list):
+            params[name].append(value)
+        else:  # start[]=1: Rack made a list of it, which no other parameter takes; or both kinds of filter
+            raise InvalidParameter(name)
     return params
 
 

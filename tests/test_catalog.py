@@ -458,7 +458,7 @@ def random_filters(rng):
     """Return some of the parameters, spelled as a query or as a program would."""
     hours = [f"2012-01-0{day}T0{hour}" for day in range(1, 6) for hour in range(4)]
     times = [f"{hour}:{minute}:00Z" for hour in hours for minute in ("00", "30")]
-    tests = ("nil", "not_nil")
+    null_tests = [f"{field}.{test}" for field in wmi.VERSIONS["12.03"].fields for test in ("nil", "not_nil")]
     choices = {
         "is_public": ["true", "false", "1", "0", "", True, False, 1, 0],
         "service_type": ["std", "lb"],
@@ -467,7 +467,7 @@ def random_filters(rng):
         "created_until": times,
         "deleted_since": times,
         "deleted_until": times,
-        "filter": [f"{field}.{test}" for field in wmi.VERSIONS["12.03"].fields for test in tests],
+        "filter": [*null_tests, rng.sample(null_tests, 2), rng.choices(null_tests[::2], k=3), []],
         "sort_by": [f"{field}.{order}" for field in SORTABLE for order in ("asc", "desc")],
     }
     picked = rng.sample(list(choices), rng.choice([1, 1, 2, 2, 3, 4]))
@@ -502,8 +502,9 @@ def model(records, account, filters):
         if f"{field}_until" in filters:
             until = filters[f"{field}_until"]
             found = [record for record in found if record[f"{field}_at"] and record[f"{field}_at"] <= until]
-    if "filter" in filters:
-        field, test = filters["filter"].split(".")
+    tests = filters.get("filter", [])
+    for one in [tests] if isinstance(tests, str) else tests:
+        field, test = one.split(".")
         found = [record for record in found if (record.get(field, "") is None) == (test == "nil")]
     if "sort_by" in filters:
         field, order = filters["sort_by"].split(".")
@@ -514,6 +515,7 @@ def model(records, account, filters):
             if field == "id":
                 return place[record["id"]]
             comparable = json.dumps(shown) if isinstance(shown, dict) else shown
+            comparable = comparable.upper() if isinstance(comparable, str) else comparable
             return (shown is not None, "" if shown is None else comparable), place[record["id"]]
 
         found.sort(key=key, reverse=order == "desc")
@@ -559,6 +561,42 @@ def test_sorting_by_id_is_by_registration(generated):
     catalog = wmi.Catalog(storage, None, "12.03")
     assert ids(catalog.index(limit=1000, sort_by="id.asc")) == [record["id"] for record in records]
     assert ids(catalog.index(limit=1000, sort_by="uuid.asc")) == sorted(record["id"] for record in records)
+
+
+def test_text_is_sorted_without_regard_to_case():
+    """As MySQL's utf8_general_ci did: by capitals, so that what stands between Z and a comes last."""
+    names = ["p0", "Ubuntu", "centos", "Debian", "É", "é0", "_", "ubuntu", "z"]
+    images = [{"id": f"wmi-{n}", "account_id": ME, "display_name": name} for n, name in enumerate(names)]
+    catalog = wmi.Catalog(filled(images), ME, "12.03")
+    page = catalog.index(sort_by="display_name.asc")
+    expected = ["centos", "Debian", "p0", "Ubuntu", "ubuntu", "z", "_", "É", "é0"]
+    assert [image["display_name"] for image in page.images] == expected
+    page = catalog.index(sort_by="display_name.desc")
+    assert [image["display_name"] for image in page.images] == expected[::-1]
+
+
+def test_several_tests_for_null_must_all_hold():
+    """A list takes what one test takes; the same one again changes nothing, the opposite leaves nothing."""
+    images = [
+        {"id": f"wmi-{n}", "account_id": ME, "root_device": root, "instance_model_name": model}
+        for n, (root, model) in enumerate([(None, None), (None, "kvm"), ("x", None), ("x", "kvm")])
+    ]
+    catalog = wmi.Catalog(filled(images), ME, "12.03")
+    root, model = "root_device.nil", "instance_model_name.nil"
+    for tests, expected in [
+        ([root, model], ["wmi-0"]),
+        ([root, "instance_model_name.not_nil"], ["wmi-1"]),
+        ([model], ["wmi-2", "wmi-0"]),
+        ([model] * 5, ["wmi-2", "wmi-0"]),
+        ([root, "root_device.not_nil"], []),
+        ([], ["wmi-3", "wmi-2", "wmi-1", "wmi-0"]),
+    ]:
+        assert ids(catalog.index(filter=tests)) == expected, tests
+
+
+def test_a_test_for_null_that_is_repeated_is_asked_once():
+    """A query of many equal tests must not cost more than one."""
+    assert len(wmi.filter_conditions({"filter": ["root_device.nil"] * 500})) == 1
 
 
 @pytest.mark.parametrize("field", wmi.VERSIONS["12.03"].fields)
@@ -618,7 +656,8 @@ def test_the_older_versions_have_no_filters(storage, version, name):
         ("deleted_since", ["2012-01-01T25:00:00Z", "", None]),
         ("deleted_until", ["x", "", None]),
         ("sort_by", ["id", "id.up", "nope.asc", "md5sum.asc", "", None, "id.asc ", 1, ["id.asc"]]),
-        ("filter", ["id", "nope.nil", "source.nil", "id.null", "", None, 1, ["id.nil"]]),
+        ("filter", ["id", "nope.nil", "source.nil", "id.null", "", None, 1, ["id"], ["id.nil", "x"],
+                    [["id.nil"]], [None], [""], {"id.nil": 1}, ("id.nil",)]),
         ("account_id", [ME]),
         ("nope", ["x", None]),
     ],

@@ -216,6 +216,9 @@ def test_unknown_parameters_are_ignored(server, version):
         ("sort_by=deleted_at.desc&limit=1", ["wmi-gone1"]),
         ("filter=deleted_at.nil", ["wmi-mine2", "wmi-mine1"]),
         ("filter=deleted_at.not_nil", ["wmi-gone1"]),
+        ("filter[]=deleted_at.not_nil", ["wmi-gone1"]),
+        ("filter%5B%5D=deleted_at.nil&filter[]=root_device.nil", ["wmi-mine2", "wmi-mine1"]),
+        ("filter[]=deleted_at.nil&filter[]=deleted_at.not_nil", []),
     ],
 )
 def test_the_filters_of_12_03(server, query, ids):
@@ -239,8 +242,19 @@ def test_an_unknown_value_or_field_of_a_filter_is_refused(server, name, value):
     """400, code 143; the message is the parameter's name. In brackets too."""
     answer = call(server, "GET", f"{PATHS['12.03']}?{name}={value}")
     refused(answer, "12.03", "InvalidParameter", 400, "143", name)
-    answer = call(server, "GET", f"{PATHS['12.03']}?{name}[]={value}")
-    refused(answer, "12.03", "InvalidParameter", 400, "143", name)
+    for brackets in ("[]", "[x]", "[0]", "[", "[][]"):
+        answer = call(server, "GET", f"{PATHS['12.03']}?{name}{brackets}={value}")
+        refused(answer, "12.03", "InvalidParameter", 400, "143", name)
+
+
+@pytest.mark.parametrize("query", [
+    "filter[x]=id.nil", "filter[=id.nil", "filter[][]=id.nil", "filter[0]=id.nil", "filter=id.nil&filter[]=id.nil",
+    "filter[]=id.nil&filter=id.nil", "filter[]=id.nil&filter[]=x", "filter[]=id.nil&filter[x]=id.nil", "sort_by[]=id.asc", "state[]=alive",
+])  # fmt: skip
+def test_only_filter_takes_a_list(server, query):
+    """And only a list: one with keys, or one beside a single value, is unusable."""
+    answer = call(server, "GET", f"{PATHS['12.03']}?{query}")
+    refused(answer, "12.03", "InvalidParameter", 400, "143", re.match("[a-z_]+", query)[0])
 
 
 @pytest.mark.parametrize("field", ["created", "deleted"])
