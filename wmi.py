@@ -60,7 +60,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple, Protocol, Union
+from typing import Any, BinaryIO, NamedTuple, Protocol, TextIO, Union
 
 try:
     import ssl
@@ -334,6 +334,7 @@ def _yaml_unescaped(match: re.Match[str]) -> str:
 BOOT_DEV_SAN, BOOT_DEV_LOCAL = 1, 2  # the document's numbers: a volume on the storage network, a local file
 SYSTEM_ACCOUNT = "a-00000000"  # may show and delete any image (document and 11.12)
 STATES = ("init", "creating", "pending", "available", "deleted")
+MAX_TEXT = 150_000  # characters of an image in all: as JSON, six bytes each at worst, that is below 1 MiB
 
 Check = Callable[[str, Any], Any]  # (field, value) -> the value as kept, or InvalidParameter
 
@@ -493,7 +494,10 @@ def image_record(fields: Mapping[str, Any]) -> Record:
 
 
 def check_agreement(record: Record) -> Record:
-    """Return the record if its fields agree with one another. Raises InvalidParameter."""
+    """Return the record if its fields agree with one another and are not too long. Raises InvalidParameter."""
+    texts = (*record.values(), *record["source"].values())
+    if sum(len(text) for text in texts if isinstance(text, str)) > MAX_TEXT:
+        raise InvalidParameter(f"image: its texts have more than {MAX_TEXT:,} characters in all")
     key = "snapshot_id" if record["boot_dev_type"] == BOOT_DEV_SAN else "uri"
     if record["source"] and list(record["source"]) != [key]:
         raise refuse("source", record["source"], f"{key} alone, as boot_dev_type is {record['boot_dev_type']}")
@@ -955,6 +959,16 @@ class Catalog:
             if name not in FIELDS or name in ("id", "created_at", "updated_at", "deleted_at"):
                 raise refuse("field", name, "a field of an image, not its id nor a time")
         return self._change(id, functools.partial(_amended, fields))
+
+    def set_features(self, id: str, **given: bool) -> Record:
+        """Set or clear features, leave the others, and return the image; for the operator. Raises as show does."""
+        self._check_operator()
+
+        def change(record: Record) -> Record:
+            features = {**record["features"], **given}
+            return _amended({"features": {name: True for name, is_set in features.items() if is_set}}, record)
+
+        return self._change(id, change)
 
     def _check_operator(self) -> None:
         if self.account is not None:
@@ -2711,7 +2725,10 @@ class FileBody:
 ####################################################################################################
 # One function a subcommand, each a few calls of what stands above. A command works on a store (--store)
 # or, where the API can do it, on a server (--url). It prints what was asked for on stdout and nothing
-# else; one line on stderr and exit code 1 say what went wrong.
+# else; one line on stderr and exit code 1 say what went wrong, in words for people.
+
+MAX_LINE = 1 << 20  # bytes that `load` takes as one line, and holds; those of `dump` are shorter, see MAX_TEXT
+_STORE_FILES = ("", ".new", ".lock", "-journal", "-wal", "-shm")  # endings of the files that json and sqlite keep
 
 _SAMPLE = """
 wmi-lucid0   x86    ubuntu-10.04_local_kvm_i386.raw    Ubuntu 10.04 LTS, 32 bit
@@ -2720,40 +2737,61 @@ wmi-centos1d x86_64 centos-6.4_x86_64_kvm_md.raw       CentOS 6.4 with a metadat
 wmi-lbnode1d x86_64 lbnode-stud_x86_64_kvm_md.raw      load balancer node (haproxy, stud)
 """  # names as in Wakame-vdc's own demo data
 
-# Options of `add` and `modify` that set a field: vdc-manage's short form, and what it is.
-_FIELD_OPTIONS = {
-    "uuid": ("-u", "id of the image (default: made up)"),
-    "account_id": ("-a", "owner"),
-    "arch": ("-r", "x86 or x86_64"),
-    "md5sum": ("-m", "MD5 of the image file (default: computed where the file is here)"),
-    "description": ("-d", "any text"),
-    "state": ("-s", "one of " + ", ".join(STATES[:-1])),
-    "is_public": ("-p", "everybody may see and use it"),
-    "file_format": ("", "such as raw"),
-    "root_device": ("", "such as label:root"),
-    "is_cacheable": ("", "hosts may keep a copy"),
-    "instance_model_name": ("", "such as kvm"),
-    "parent_image_id": ("", "the image that this one was made from"),
-    "service_type": ("", "std or lb"),
-    "display_name": ("", "a short name"),
-    "backup_object_id": ("", "bo-…"),
-    "os_type": ("", "linux or windows"),
+# Options by name: short form (vdc-manage's), help, and what else argparse is told.
+_TOGGLE = {"action": "toggle"}  # --NAME and --no-NAME
+_FIELD_OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "uuid": ("-u", "id of the image (default: made up)", {}),
+    "account_id": ("-a", "owner (add: default WMI_ACCOUNT)", {}), "arch": ("-r", "x86 or x86_64", {}),
+    "md5sum": ("-m", "MD5 of the image file (add: computed if the file is here)", {}),
+    "description": ("-d", "any text", {}), "state": ("-s", "one of " + ", ".join(STATES[:-1]), {}),
+    "is_public": ("-p", "everybody may see and use it", _TOGGLE), "file_format": ("", "such as raw", {}),
+    "feature": ("", "virtio or acpi; may be repeated", {"action": "append", "metavar": "NAME"}),
+    "root_device": ("", "such as label:root", {}), "is_cacheable": ("", "hosts may keep a copy", _TOGGLE),
+    "instance_model_name": ("", "such as kvm", {}), "service_type": ("", "std or lb", {}),
+    "parent_image_id": ("", "the image that this one was made from", {}), "display_name": ("", "a short name", {}),
+    "backup_object_id": ("", "bo-…", {}), "os_type": ("", "linux or windows", {}),
+}  # fmt: skip
+_PLACES = ("store", "url", "cacert", "account")  # where the images are; WMI_STORE and so on are the defaults
+_OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    **_FIELD_OPTIONS,
+    "store": ("", "SCHEME:LOCATION (default: %(default)s)", {"metavar": "URL", "default": "sqlite:images.db"}),
+    "url": ("", "a server, http://HOST:PORT, instead of a store", {"metavar": "URL"}),
+    "cacert": ("", "certificates to trust for https", {"metavar": "FILE"}),
+    "account": ("", "who asks (on a store: anybody)", {"metavar": "A"}),
+    "output": ("-o", "table (the default), json, yaml or id",
+               {"choices": ("table", "json", "yaml", "id"), "default": "table"}),
+    "start": ("", "offset of the first (default: 0)", {"default": "0"}), "limit": ("", "at most so many", {}),
+    "keep_going": ("", "report bad lines and load the others", {"action": "store_true"}),
+    "repair": ("", "rebuild what can be derived from the images", {"action": "store_true"}),
+    "virtio": ("", "", _TOGGLE), "acpi": ("", "", _TOGGLE),
+}  # fmt: skip
+_EXPLAINED: dict[object, str] = {  # in words for people; over HTTP the same errors have the API's terser ones
+    UnknownUUIDResource: "no such image: {text} in {where}",
+    OperationNotPermitted: "not permitted: the image belongs to another account",
+    DatabaseError: "{text}{cause}",
+    NotFound: "no images there: {where}; give the base of an image server, such as http://HOST:PORT",
+    BadAnswer: "{where}: {text}; is this an image server?",
+    Unreachable: "cannot reach {where}{cause}; is the server running?",
 }
+
+
+# ---- from the words of a command to its end ----
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
     _prepare_streams()
+    options: Any = None
     try:
-        options = _parse_arguments(argv)
-        code: int = options.run(options)
-        sys.stdout.flush()
-        return code
+        try:
+            options = _parse_arguments(sys.argv[1:] if argv is None else argv)
+            return options.run(options) or 0
+        finally:
+            with _naming("standard output"):
+                sys.stdout.flush()
     except (Error, OSError) as error:
-        cause = error.__cause__ if isinstance(error, DatabaseError) else None
-        message = f"{str(error) or type(error).__name__}{f': {cause}' if cause else ''}"
         if not isinstance(error, BrokenPipeError):  # else the reader, such as head, has seen enough
-            print(f"wmi: {_visible(message)}", file=sys.stderr)
+            print(f"wmi: {_visible(_explain(error, options))}", file=sys.stderr)
         try:
             sys.stdout.flush()
         except OSError:  # what cannot be written is dropped, or the interpreter's end complains again
@@ -2764,57 +2802,85 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare_streams() -> None:
-    """Open closed standard descriptors, or a store's file would get their numbers; speak UTF-8 in any locale."""
-    if None in (sys.stdin, sys.stdout, sys.stderr):
-        while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
-            pass
-        for number, name in enumerate(("stdin", "stdout", "stderr")):
-            setattr(sys, name, getattr(sys, name) or os.fdopen(null, "w" if number else "r", closefd=False))
+    """Open closed standard descriptors, or a store's file would get their numbers; speak UTF-8 in any locale.
+
+    Input is opened for writing and output for reading, so that to use one is the error that it was before.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDONLY if name == "stdout" else os.O_WRONLY)
+            setattr(sys, name, os.fdopen(null, "w" if number else "r", closefd=False))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
-def _parse_arguments(argv: Sequence[str] | None) -> Any:
+def _explain(error: Exception, options: Any) -> str:
+    """Return what tells a person which thing is wrong and what to do."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError):
+        text = error.strerror or text
+        return f"{error.filename}: {text}" if isinstance(error.filename, str) else text
+    if text in ("start", "limit") and hasattr(options, text):
+        return f"--{text}: {getattr(options, text)!r} is not a whole number of at most 18 digits"
+    if text.startswith("Invalid UUID Syntax: "):
+        return f"{text[21:]!r} is not an id: an id is wmi- and letters a-z or digits"
+    where = getattr(options, "url", None) or getattr(options, "store", "")
+    cause: Any = getattr(error.__cause__, "reason", error.__cause__)  # urllib wraps what the system says
+    said = getattr(cause, "verify_message", "") or getattr(cause, "strerror", "") or cause
+    return _EXPLAINED.get(type(error), "{text}").format(text=text, where=where, cause=f": {said}" if said else "")
+
+
+@contextlib.contextmanager
+def _naming(file: str) -> Iterator[None]:
+    """Make errors of the system name a file: those of reading and writing do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = file
+        raise
+
+
+def _parse_arguments(argv: Sequence[str]) -> Any:
     import argparse  # here: whoever embeds the library does not pay for it
 
-    formatter = functools.partial(argparse.HelpFormatter, width=100)  # asking the terminal would import shutil
+    formatter = functools.partial(argparse.HelpFormatter, width=100, max_help_position=43)
     parser = argparse.ArgumentParser("wmi", description=(__doc__ or "").partition("\n")[0], formatter_class=formatter)
     parser.add_argument("--version", action="version", version=f"wmi {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, run: Callable[[Any], int], help: str, *arguments: Any, parents: Any = commands) -> Any:
-        added = parents.add_parser(name, help=help, description=help, formatter_class=formatter)
+    def command(name: str, run: Callable[[Any], object], help: str, *arguments: Any, parents: Any = commands) -> None:
+        """Add a subcommand; help may end in a colon and an example."""
+        text, _, example = help.partition(": ")
+        positional = [settings["metavar"] for flags, settings in arguments if flags[0][0] != "-"]
+        usage = " ".join(["%(prog)s [OPTION ...]", *positional])
+        added = parents.add_parser(name, help=text, description=text, usage=usage, formatter_class=formatter)
+        added.epilog = example and f"example: wmi {example}"
+        added.register("action", "toggle", argparse.BooleanOptionalAction)
         added.set_defaults(run=run)
+        places, fields = map(added.add_argument_group, ("where the images are", "fields"))
+        groups = {**dict.fromkeys(_PLACES, places), **dict.fromkeys(_FIELD_OPTIONS, fields)}
         for flags, settings in arguments:
-            added.add_argument(*flags, **settings)
-        return added
+            groups.get(settings.get("dest"), added).add_argument(*flags, **settings)
 
     def option(*flags: str, **settings: Any) -> Any:
         return flags, settings
 
-    def fields(registering: bool) -> Any:
-        """Offer each field as --a-b and --a_b, as the option parser of vdc-manage did."""
-        for name, (short, help) in _FIELD_OPTIONS.items():
-            flags = {f"--{name.replace('_', '-')}", f"--{name}", short if registering else ""} - {""}
-            settings: dict[str, Any] = {"dest": name, "help": help}
-            if FIELDS.get(name, (None, None))[1] is False:
-                settings["action"] = argparse.BooleanOptionalAction
-            if name == "account_id" and registering:
-                settings["default"] = os.environ.get("WMI_ACCOUNT")
-            if name != "uuid" or registering:
-                yield option(*sorted(flags), **settings)
-        yield option("--feature", action="append", metavar="NAME", help="virtio or acpi; may be repeated")
+    def named(words: str) -> Iterator[Any]:
+        """Yield the rows of _OPTIONS with these names; words in capitals are positional arguments, as in a usage."""
+        for word in words.split():
+            if word.isupper():
+                nargs = "?" if word[0] == "[" else "+" if word[-1] == "." else None
+                yield option(word.strip("[].").lower(), metavar=word, nargs=nargs)
+                continue
+            short, help, settings = _OPTIONS[word]
+            shown = {} if "action" in settings else {"metavar": word.split("_")[-1].upper()}
+            settings = {"dest": word, "help": help, **shown, **settings}
+            if word in _PLACES:
+                settings["default"] = os.environ.get(f"WMI_{word.upper()}") or settings.get("default")
+            yield option(f"--{word.replace('_', '-')}", *short.split(), **settings)
 
-    store = option("--store", metavar="URL", default=os.environ.get("WMI_STORE", "sqlite:images.db"),
-                   help="SCHEME:LOCATION (default: %(default)s)")  # fmt: skip
-    either = (
-        store,
-        option("--url", default=os.environ.get("WMI_URL"), help="a server, http://HOST:PORT, instead of a store"),
-        option("--account", metavar="A", default=os.environ.get("WMI_ACCOUNT"), help="who asks (on a store: anybody)"),
-        option("-o", "--output", choices=("table", "json", "yaml", "id"), default="table"),
-    )
-    id, file = option("id", metavar="ID"), option("file", metavar="FILE", nargs="?", default="-")
+    (store,) = named("store")
     command("serve", _serve, "serve a store over HTTP", store,
             option("--host", default="127.0.0.1", help="address to bind (default: %(default)s)"),
             option("--port", type=int, default=9001, help="0: any that is free (default: %(default)s)"),
@@ -2827,46 +2893,58 @@ def _parse_arguments(argv: Sequence[str] | None) -> Any:
             option("--sample", action="store_true", help="fill an empty store with a few images"),
             option("--unversioned", choices=VERSIONS, default=DOCUMENT, help="what /api/images speaks"),
             option("--log", metavar="FILE", help="append the log to FILE, not to stderr; - for no log"))  # fmt: skip
+    commands.choices["serve"].epilog = "example: wmi serve --sample --port 9001"
     add = commands.add_parser("add", help="register an image and print its id", formatter_class=formatter)
     kinds = add.add_subparsers(metavar="local|volume", required=True, dest="kind")
-    command("local", _add, "register an image file", store, *fields(registering=True), parents=kinds,
-            ).add_argument("location", metavar="PATH_OR_URI", help="or bo-…, a backup object")  # fmt: skip
-    command("volume", _add, "register a volume snapshot", store, *fields(registering=True), parents=kinds,
-            ).add_argument("location", metavar="SNAPSHOT_ID", help="or bo-…, a backup object")  # fmt: skip
-    command("list", _list, "list images, newest first", *either,
-            option("--start", default="0", help="offset of the first"),
-            option("--limit", help="at most so many"))  # fmt: skip
-    command("show", _show, "show one image", *either, id)
+    fields, either = " ".join(_FIELD_OPTIONS), "store url account cacert output"
+    command("local", _add, "register an image file: add local lucid.raw -a a-shpoolxx -d 'Ubuntu 10.04' --is-public",
+            option("location", metavar="PATH_OR_URI"), *named(f"store {fields}"), parents=kinds)  # fmt: skip
+    command("volume", _add, "register a volume snapshot: add volume snap-lucid1 -a a-shpoolxx",
+            option("location", metavar="SNAPSHOT_ID"), *named(f"store {fields}"), parents=kinds)  # fmt: skip
+    command("list", _list, "list images, newest first: list --limit 20 -o json", *named(f"{either} start limit"))
+    command("show", _show, "show one image: show wmi-lucid0 -o yaml", *named(f"ID {either}"))
     for name in ("delete", "del"):  # del is vdc-manage's name
-        command(name, _delete, "delete images and print their ids", *either, option("id", metavar="ID", nargs="+"))
-    command("modify", _modify, "change fields of an image; on a server display name and description", *either, id,
-            *fields(registering=False))  # fmt: skip
-    features = [option(f"--{name}", action=argparse.BooleanOptionalAction) for name in ("virtio", "acpi")]
-    command("features", _set_features, "set or clear features of an image", store, id, *features)
-    command("load", _load, "load images from JSON lines, all or none", store, file,
-            option("--keep-going", action="store_true", help="report bad lines and load the others"))  # fmt: skip
-    command("dump", _dump, "write all images as JSON lines, oldest first", store, file)
-    command("copy", _copy, "copy a store into an empty one",
-            option("source", metavar="URL"), option("target", metavar="URL"))  # fmt: skip
-    command("check", _check, "read a whole store and say what is wrong", option("store", metavar="URL"),
-            option("--repair", action="store_true", help="rebuild what can be derived from the images"))  # fmt: skip
-    return parser.parse_args(argv)
+        command(name, _delete, f"delete images and print their ids: {name} wmi-lucid0", *named(f"ID... {either}"))
+    command("modify", _modify, "change fields of an image; on a server display name and description: modify wmi-lucid0"
+            " --state available --no-is-public", *named(f"ID {either} {fields.partition(' ')[2]}"))  # fmt: skip
+    command("features", _set_features, "set or clear features of an image and leave the others: features wmi-lucid0"
+            " --virtio --no-acpi", *named("ID store virtio acpi"))  # fmt: skip
+    command("load", _load, "load images from JSON lines, all or none: load images.jsonl --store sqlite:new.db",
+            *named("[FILE] store keep_going"))  # fmt: skip
+    command("dump", _dump, "write all images as JSON lines, oldest first; FILE is replaced when all is written:"
+            " dump images.jsonl", *named("[FILE] store"))  # fmt: skip
+    command("copy", _copy, "copy a store into an empty one, to which nobody else may write meanwhile:"
+            " copy json:images.json sqlite:images.db", *named("SOURCE TARGET"))  # fmt: skip
+    command("check", _check, "read a whole store and say what is wrong: check sqlite:images.db --repair",
+            *named("[URL] repair"), option("--store", metavar="URL", help="the same as URL"))  # fmt: skip
+    end = [*argv, "--"].index("--")  # vdc-manage's option parser took --account_id as well as --account-id
+    dashed = [re.sub("^--[^=]*", lambda match: match[0].replace("_", "-"), word) for word in argv[:end]]
+    options = parser.parse_args([*dashed, *argv[end:]])
+    if options.run is _check:
+        if options.url and options.store not in (None, options.url):
+            raise InvalidParameter(f"one store at a time: {options.url} or --store {options.store}")
+        options.store = options.url or options.store or store[1]["default"]
+    return options
 
 
 def _given_fields(options: Any) -> dict[str, Any]:
     fields = {name: getattr(options, name, None) for name in _FIELD_OPTIONS}
-    if options.feature:
-        fields["features"] = dict.fromkeys(options.feature, True)
+    if names := fields.pop("feature"):
+        fields["features"] = dict.fromkeys(names, True)
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _catalog(options: Any, stack: contextlib.ExitStack, version: str = DOCUMENT) -> Any:
-    """Return a Client for --url, else a Catalog on --store: the same verbs."""
-    if options.url and not options.account:
+@contextlib.contextmanager
+def _catalog(options: Any, version: str = DOCUMENT) -> Iterator[Any]:
+    """Yield a Client for --url, else a Catalog on --store: the same verbs."""
+    if not options.url:
+        with open_storage(options.store) as storage:
+            yield Catalog(storage, options.account, version)
+    elif options.account:
+        trusted = {"cafile": options.cacert} if options.cacert else {}
+        yield Client(options.url, options.account, version=version, **trusted)
+    else:
         raise InvalidParameter("a server asks who calls: give --account A or set WMI_ACCOUNT")
-    if options.url:
-        return Client(options.url, options.account, version=version)
-    return Catalog(stack.enter_context(open_storage(options.store)), options.account, version)
 
 
 def _progressing(what: str, items: Iterable[Any]) -> Iterator[Any]:
@@ -2940,8 +3018,10 @@ def _log_writer(path: str | None) -> Callable[[str], object]:
     return lambda text: os.write(file, text.encode("ascii", "backslashreplace"))
 
 
-def _add(options: Any) -> int:
+def _add(options: Any) -> None:
     fields, location = _given_fields(options), options.location
+    if "WMI_ACCOUNT" in os.environ:
+        fields.setdefault("account_id", os.environ["WMI_ACCOUNT"])
     fields["boot_dev_type"] = BOOT_DEV_LOCAL if options.kind == "local" else BOOT_DEV_SAN
     if location.startswith("bo-"):  # what vdc-manage of 12.03 registered
         fields["backup_object_id"] = location
@@ -2952,12 +3032,12 @@ def _add(options: Any) -> int:
     elif not os.path.isfile(location):
         raise InvalidParameter(f"{location}: no such file; give one that is here, or a URI such as file:///…")
     else:
+        _refuse_store_file(location, options.store)
         fields["source"] = {"uri": "file://" + urllib.parse.quote(os.path.abspath(location))}
         image_record(fields)  # before the long work, so that a wrong field is told at once
         fields.setdefault("md5sum", _md5_of(location) if "md5sum" not in fields else None)
     with open_storage(options.store) as storage:
-        print(Catalog(storage).register(fields))
-    return 0
+        _write(Catalog(storage).register(fields) + "\n")
 
 
 def _md5_of(path: str) -> str:
@@ -2968,97 +3048,115 @@ def _md5_of(path: str) -> str:
     return digest.hexdigest()
 
 
+# ---- what is printed ----
+
+
 def _visible(value: Any) -> str:
-    """Return text that cannot move the cursor of a terminal."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    """Return text that cannot move the cursor of a terminal nor begin a line."""
+    return re.sub("[^ -~]", _escape, value if isinstance(value, str) else json.dumps(value))
+
+
+def _escape(char: re.Match[str]) -> str:
+    """Return a character, or as JSON spells it if it is none that is printed."""
+    units = char[0].encode("utf-16-be", "surrogatepass").hex()
+    return char[0] if char[0].isprintable() else re.sub("(....)", r"\\u\1", units)
+
+
+def _write(text: str, out: TextIO | None = None) -> None:
+    """Write to standard output or another file; a terminal gets escapes for what could move its cursor."""
+    out = out or sys.stdout
+    with _naming("standard output") if out is sys.stdout else contextlib.nullcontext():
+        out.write(re.sub(r"[^\n -~]", _escape, text) if out.isatty() else text)
+
+
+def _table(image: Record) -> str:
+    return "".join(f"{_visible(name) + ':':<21}{_visible(value)}\n" for name, value in image.items())
 
 
 def _table_row(image: Record) -> str:
     boot = "volume" if image.get("boot_dev_type") == BOOT_DEV_SAN else "local"
     name = image.get("display_name") or image.get("description") or ""
     cells = *map(image.get, ("id", "account_id", "arch")), boot, *map(image.get, ("is_public", "state")), name
-    return "{:<16} {:<12} {:<7} {:<7} {:<7} {:<10} {:.60}".format(*map(_visible, cells)).rstrip()
+    return "{:<16} {:<12} {:<7} {:<7} {:<7} {:<10} {:.60}".format(*map(_visible, cells)).rstrip() + "\n"
 
 
-def _list(options: Any) -> int:
-    with contextlib.ExitStack() as stack:
-        images = _catalog(options, stack).index(options.start, options.limit).images
-        if options.output == "json":
-            print(end="[")
-            for number, image in enumerate(images):
-                print(end=(",\n" if number else "") + to_json(image))
-            print("]")
-            return 0
-        if options.output == "table":
-            print("ID               ACCOUNT      ARCH    BOOT    PUBLIC  STATE      NAME")
-        lines: dict[str, Callable[[Record], str]] = {
-            "table": _table_row,
-            "yaml": lambda image: "".join(yaml_lines([image], "")).rstrip("\n"),
-            "id": lambda image: _visible(image["id"]),
-        }
-        for image in images:
-            print(lines[options.output](image))
-    return 0
+def _id_line(image: Record) -> str:
+    return _visible(image["id"]) + "\n"
 
 
-def _print_image(image: Record, output: str) -> int:
-    texts: dict[str, Callable[[], str]] = {
-        "table": lambda: "\n".join(f"{_visible(name) + ':':<21}{_visible(value)}" for name, value in image.items()),
-        "json": lambda: json.dumps(image, ensure_ascii=False, indent=2),
-        "yaml": lambda: to_yaml(image).rstrip("\n"),
-        "id": lambda: _visible(image["id"]),
-    }
-    print(texts[output]())
-    return 0
+# For each form of the output: what an image is, what comes before a list, what an image is there, and
+# what stands between two of them and after the last.
+_FORMS: dict[str, tuple[Callable[[Record], str], str, Callable[[Record], str], str, str]] = {
+    "table": (_table, "ID               ACCOUNT      ARCH    BOOT    PUBLIC  STATE      NAME\n", _table_row, "", ""),
+    "json": (lambda image: json.dumps(image, ensure_ascii=False, indent=2) + "\n", "[", to_json, ",\n", "]\n"),
+    "yaml": (to_yaml, "", lambda image: "".join(yaml_lines([image], "")), "", ""),
+    "id": (_id_line, "", _id_line, "", ""),
+}
 
 
-def _show(options: Any) -> int:
-    with contextlib.ExitStack() as stack:
-        return _print_image(_catalog(options, stack).show(options.id), options.output)
+def _list(options: Any) -> None:
+    _, before, form, between, after = _FORMS[options.output]
+    with _catalog(options) as catalog:
+        images = catalog.index(options.start, options.limit).images
+        _write(before)
+        for number, image in enumerate(images):
+            _write((between if number else "") + form(image))
+        _write(after)
 
 
-def _delete(options: Any) -> int:
-    with contextlib.ExitStack() as stack:
-        catalog = _catalog(options, stack)
+def _show(options: Any) -> None:
+    with _catalog(options) as catalog:
+        _write(_FORMS[options.output][0](catalog.show(options.id)))
+
+
+def _delete(options: Any) -> None:
+    with _catalog(options) as catalog:
         for id in options.id:
-            print(catalog.destroy(id))
-    return 0
+            _write(catalog.destroy(id) + "\n")
 
 
-def _modify(options: Any) -> int:
+def _modify(options: Any) -> None:
     fields = _given_fields(options)
     if not fields:
         raise InvalidParameter("nothing to change: give a field, such as --description TEXT")
-    with contextlib.ExitStack() as stack:
-        catalog = _catalog(options, stack, "12.03")
+    with _catalog(options, "12.03") as catalog:
         change = catalog.update if options.url or options.account else catalog.modify
-        return _print_image(change(options.id, **fields), options.output)
+        _write(_FORMS[options.output][0](change(options.id, **fields)))
 
 
-def _set_features(options: Any) -> int:
+def _set_features(options: Any) -> None:
     given = {name: getattr(options, name) for name in ("virtio", "acpi") if getattr(options, name) is not None}
+    if not given:
+        raise InvalidParameter("nothing to change: give --virtio, --no-virtio, --acpi or --no-acpi")
     with open_storage(options.store) as storage:
-        catalog = Catalog(storage)
-        features = {**catalog.show(options.id)["features"], **given}
-        catalog.modify(options.id, features={name: True for name, value in features.items() if value})
-    return 0
+        Catalog(storage).set_features(options.id, **given)
+
+
+# ---- whole stores, and files beside them ----
 
 
 class _Lines:
-    """Yield the records in lines of JSON; a bad line ends it, or is told where going on was asked for."""
+    """The records in lines of JSON; a bad line ends them, or is reported and left out."""
 
-    def __init__(self, lines: Iterable[bytes], keep_going: bool) -> None:
-        self._lines, self._keep_going = lines, keep_going
+    def __init__(self, file: BinaryIO, keep_going: bool) -> None:
+        self._file, self._keep_going = file, keep_going
         self.number = self.refused = 0
 
     def __iter__(self) -> Iterator[Record]:
-        for self.number, line in enumerate(self._lines, 1):
+        for self.number, line in enumerate(iter(self._read, b""), 1):
             try:
                 if line.strip():
                     yield self._parse(line)
             except InvalidParameter as error:
                 self.refuse(error)
+                while len(line) > MAX_LINE and line[-1:] != b"\n":  # the rest of the line, in pieces
+                    line = self._read()
+
+    def _read(self) -> bytes:
+        try:
+            return self._file.readline(MAX_LINE + 1)
+        except OSError as error:  # of the input; a store that was reading from here would take it for its own
+            raise Error(f"cannot read line {self.number + 1}: {error.strerror}") from error
 
     def refuse(self, error: Error) -> None:
         if not self._keep_going:
@@ -3067,6 +3165,8 @@ class _Lines:
         self.refused += 1
 
     def _parse(self, line: bytes) -> Record:
+        if len(line) > MAX_LINE and line[-1:] != b"\n":
+            raise InvalidParameter(f"longer than {MAX_LINE:,} bytes")
         try:
             fields = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
@@ -3076,9 +3176,52 @@ class _Lines:
         return image_record(fields)
 
 
-def _load(options: Any) -> int:
+def _refuse_store_file(path: str | int, url: str) -> None:
+    """Raise InvalidParameter if a path or a descriptor leads to a file of the store, however it is spelled."""
+    location = url.partition(":")[2]
+    for file in [os.path.realpath(location) + ending for ending in _STORE_FILES if location]:
+        same = os.path.exists(path) and os.path.exists(file) and os.path.samefile(path, file)
+        if same or (isinstance(path, str) and os.path.realpath(path) == file):
+            name = path if isinstance(path, str) else ("standard input", "standard output")[path]
+            raise InvalidParameter(f"{name} is a file of the store itself, {url}; give another one")
+
+
+@contextlib.contextmanager
+def _replacing(path: str) -> Iterator[TextIO]:
+    """Open a file that takes the place of path when all of it is on the disk; if the body raises, nothing happens.
+
+    Standard output (-), pipes and devices are written to as they are. Raises OSError that names path.
+    """
+    temporary, there = "", path != "-" and os.path.exists(path)
+    try:
+        if path == "-" or (there and not os.path.isfile(path)):
+            with contextlib.nullcontext(sys.stdout) if path == "-" else open(path, "w", encoding="utf-8") as out:
+                yield out
+            return
+        target = os.path.realpath(path)  # a symbolic link stays one
+        temporary = os.path.join(os.path.dirname(target), f".wmi-{os.urandom(8).hex()}")
+        mode = stat.S_IMODE(os.stat(target).st_mode) if there else 0o666
+        opener = functools.partial(os.open, mode=mode)
+        with open(temporary, "x", encoding="utf-8", newline="\n", opener=opener) as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        if there:  # past the umask, which is for new files
+            os.chmod(temporary, mode)
+        os.replace(temporary, target if os.path.islink(path) else path)
+    except OSError as error:
+        error.filename = "standard output" if path == "-" else path
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def _load(options: Any) -> None:
+    path = options.file or "-"
+    _refuse_store_file(0 if path == "-" else path, options.store)
     with contextlib.ExitStack() as stack:
-        file = sys.stdin.buffer if options.file == "-" else stack.enter_context(open(options.file, "rb"))
+        file = sys.stdin.buffer if path == "-" else stack.enter_context(open(path, "rb"))
         storage = stack.enter_context(open_storage(options.store))
         lines, loaded = _Lines(file, options.keep_going), 0
         batches = ([record] for record in lines) if options.keep_going else [_progressing("loaded", lines)]
@@ -3088,36 +3231,57 @@ def _load(options: Any) -> int:
                     loaded += storage.add_all(batch)
             except DuplicateUUID as error:
                 lines.refuse(error)
-    print(f"wmi: loaded {loaded}, refused {lines.refused}", file=sys.stderr)
-    return 1 if lines.refused else 0
+    if lines.refused:
+        raise Error(f"loaded {loaded}, refused {lines.refused}")
+    print(f"wmi: loaded {loaded}, refused 0", file=sys.stderr)
 
 
-def _dump(options: Any) -> int:
-    with contextlib.ExitStack() as stack:
-        storage = stack.enter_context(open_storage(options.store))
-        out = sys.stdout if options.file == "-" else stack.enter_context(open(options.file, "w", encoding="utf-8"))
-        for record in _progressing("dumped", _guarded(storage.walk(oldest_first=True, frozen=True))):
-            out.write(json.dumps(record, ensure_ascii=False) + "\n")
-    return 0
+def _oldest_first(storage: Storage) -> Iterator[Record]:
+    with storage_errors():
+        yield from storage.walk(oldest_first=True, frozen=True)
 
 
-def _copy(options: Any) -> int:
+def _dump(options: Any) -> None:
+    path = options.file or "-"
+    _refuse_store_file(1 if path == "-" else path, options.store)
+    before, count = b"", 0
+    if path != "-" and os.path.isfile(path):
+        with open(path, "r+b") as file:  # raises where the file is protected
+            before = file.read(5)
+    if before not in (b"", b'{"id"'):
+        raise InvalidParameter(f"{path} is there and is no dump; remove it if you mean to replace it")
+    with open_storage(options.store) as storage, _replacing(path) as out:
+        for count, record in enumerate(_progressing("dumped", _oldest_first(storage)), 1):
+            _write(json.dumps(record, ensure_ascii=False) + "\n", out)
+        if before and not count:
+            raise InvalidParameter(f"{options.store} has no images, so {path} is left as it is")
+
+
+def _copy(options: Any) -> None:
     with open_storage(options.source) as source, open_storage(options.target) as target, storage_errors():
-        if target.page(None, 0, 0, deleted=None)[0]:
-            raise InvalidParameter(f"{options.target} is not empty; nothing was copied")
-        copied = target.add_all(_progressing("copied", source.walk(oldest_first=True, frozen=True)))
+
+        def empty() -> Iterator[Record]:
+            if target.page(None, 0, 0, deleted=None)[0]:
+                raise InvalidParameter(f"{options.target} is not empty; nothing was copied")
+            yield from ()
+
+        # Asked again after the last record: only then does a store let others see what it was given.
+        copied = target.add_all(_progressing("copied", itertools.chain(empty(), _oldest_first(source), empty())))
+        total = target.page(None, 0, 0, deleted=None)[0]
+    if total != copied:
+        raise Error(f"copied {copied}, but {options.target} has {total}: somebody else wrote to it meanwhile")
     print(f"wmi: copied {copied}", file=sys.stderr)
-    return 0
 
 
-def _check(options: Any) -> int:
+def _check(options: Any) -> None:
     faults = 0
     with open_storage(options.store) as storage, storage_errors():
         for fault in itertools.chain(storage.check(options.repair), _wrong_records(storage)):
-            print(_visible(fault))
+            _write(_visible(fault) + "\n")
             faults += 1
-    print(f"wmi: {options.store}: {faults or 'no'} faults", file=sys.stderr)
-    return 1 if faults else 0
+    if faults:
+        raise Error(f"{options.store}: {faults} faults")
+    print(f"wmi: {options.store}: no faults", file=sys.stderr)
 
 
 def _wrong_records(storage: Storage) -> Iterator[str]:

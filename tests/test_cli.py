@@ -8,12 +8,15 @@ import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 
 import pytest
 from serving import serving
@@ -35,7 +38,7 @@ HOSTILE = [
     "null",
     "a: b #c",
     "\r\n",
-    "x" * 70_000,
+    "x" * 40_000,
     "<script>",
     "%s{}",
 ]
@@ -404,6 +407,59 @@ def test_modify_and_features_on_a_store(done, refused):
     assert kept() == [record]
 
 
+class Contended(wmi.MemoryStorage):
+    """A store in which somebody else sets a feature just after each read of an image, the first time."""
+
+    def get(self, id):
+        """Return the image as it was before the other change."""
+        record = super().get(id)
+        self.meanwhile(id)
+        return record
+
+    def replace(self, id, change):
+        """Change it as stores do that find out only then that they came too late: once more."""
+        change(super().get(id))
+        self.meanwhile(id)
+        return super().replace(id, change)
+
+    def meanwhile(self, id):
+        """Set the feature."""
+        super().replace(id, lambda record: {**record, "features": {"acpi": True, **record["features"]}})
+
+    def close(self):
+        """Stay open for the test."""
+
+
+def test_features_that_others_set_meanwhile_are_kept(done, monkeypatch):
+    """The features are read and set in one change of the store."""
+    store = Contended()
+    monkeypatch.setitem(wmi._openers, "contended", lambda location: store)
+    fill("contended:", 1)
+    done("features", "wmi-0", "--virtio", "--store", "contended:")
+    assert store.get("wmi-0")["features"] == {"virtio": True, "acpi": True}
+    done("features", "wmi-0", "--no-virtio", "--store", "contended:")
+    assert store.get("wmi-0")["features"] == {"acpi": True}
+
+
+@pytest.mark.parametrize("url", STORES)
+def test_features_set_by_two_commands_at_once(url):
+    """Neither change is lost."""
+    fill(url, 4)
+    for id in ("wmi-0", "wmi-1", "wmi-2", "wmi-3"):
+        children = [
+            subprocess.Popen([sys.executable, SCRIPT, "features", id, f"--{name}", "--store", url])
+            for name in ("virtio", "acpi")
+        ]
+        assert [child.wait(SECONDS) for child in children] == [0, 0]
+    assert [row["features"] for row in kept(url)] == [{"virtio": True, "acpi": True}] * 4
+
+
+def test_features_must_be_named(refused):
+    """A command that would change nothing says so."""
+    fill("sqlite:images.db", 1)
+    assert "--no-virtio" in refused("features", "wmi-0")
+
+
 def test_modify_of_other_fields_on_a_server(run, where):
     """A server sets name and description; anything else is refused, not silently left out."""
     code, _, err = run("modify", *where, "wmi-1", "--arch", "x86")
@@ -415,10 +471,10 @@ def test_modify_of_other_fields_on_a_server(run, where):
     "argv, said",
     [
         (["show", "wmi-9"], "wmi-9"),
-        (["show", "nope"], "Invalid UUID Syntax: nope"),
-        (["show", "wmi-\x1b[2J\n"], "Invalid UUID Syntax: "),
+        (["show", "nope"], "'nope' is not an id"),
+        (["show", "wmi-\x1b[2J\n"], "is not an id"),
         (["delete", "wmi-9"], "wmi-9"),
-        (["delete", ""], "Invalid UUID Syntax"),
+        (["delete", ""], "'' is not an id"),
         (["show", "wmi-é"], "wmi-é"),
         (["list", "--start", "x"], "start"),
         (["list", "--limit", "-1"], "limit"),
@@ -463,6 +519,27 @@ def test_environment(done, monkeypatch):
         monkeypatch.setenv("WMI_ACCOUNT", ACCOUNT)
         assert done("list", "-o", "id") == "wmi-1\nwmi-0\n"
         assert done("list", "-o", "id", "--account", "a-other") == ""
+
+
+@pytest.mark.parametrize("argv", [["list"], ["show", "wmi-0"], ["delete", "wmi-0"], ["modify", "wmi-0", "-d", "x"]])
+def test_certificates_are_passed_on(run, monkeypatch, argv):
+    """--cacert or WMI_CACERT says which ones the client trusts; without them it is not told any."""
+    given = []
+
+    class Told(wmi.Client):
+        def __init__(self, url, account, **options):
+            given.append(options.pop("cafile", None))
+            super().__init__(url, account, **options)
+
+    monkeypatch.setattr(wmi, "Client", Told)
+    monkeypatch.setattr(wmi.time, "sleep", lambda seconds: None)
+    where = ["--url", "http://127.0.0.1:1", "--account", ACCOUNT]
+    run(*argv, *where)
+    run(*argv, *where, "--cacert", "ca.pem")
+    monkeypatch.setenv("WMI_CACERT", "env.pem")
+    run(*argv, *where)
+    run(*argv, *where, "--cacert", "ca.pem")
+    assert given == [None, "ca.pem", "env.pem", "ca.pem"]
 
 
 # ---- what went wrong: one line, exit code 1 or 2, files untouched ----
@@ -659,6 +736,104 @@ def test_servers_that_cannot_be_asked(refused, monkeypatch, url, argv):
     refused(*argv, "--url", url, "--account", ACCOUNT)
 
 
+EXPECTED_STORE = "expected SCHEME:LOCATION, such as sqlite:images.db, with one of {schemes}"
+MISTAKES = [  # what was typed, and the whole line that answers it
+    ("show wmi-nope", "no such image: wmi-nope in sqlite:images.db"),
+    ("delete wmi-nope", "no such image: wmi-nope in sqlite:images.db"),
+    ("modify wmi-nope --arch x86", "no such image: wmi-nope in sqlite:images.db"),
+    ("features wmi-nope --acpi", "no such image: wmi-nope in sqlite:images.db"),
+    ("show lucid0", "'lucid0' is not an id: an id is wmi- and letters a-z or digits"),
+    ("show WMI-0", "'WMI-0' is not an id: an id is wmi- and letters a-z or digits"),
+    ("show wmi-0 --account a-other", "not permitted: the image belongs to another account"),
+    ("delete wmi-0 --account a-other", "not permitted: the image belongs to another account"),
+    ("modify wmi-0 --account a-other -d x", "no such image: wmi-0 in sqlite:images.db"),
+    ("list --limit x", "--limit: 'x' is not a whole number of at most 18 digits"),
+    ("list --limit=-1", "--limit: '-1' is not a whole number of at most 18 digits"),
+    ("list --limit 1.5", "--limit: '1.5' is not a whole number of at most 18 digits"),
+    ("list --start x", "--start: 'x' is not a whole number of at most 18 digits"),
+    ("list --start 99999999999999999999",
+     "--start: '99999999999999999999' is not a whole number of at most 18 digits"),
+    ("list --account shpoolxx",
+     "account: 'shpoolxx' is not allowed; expected a- and 1 to 253 letters a-z or digits"),
+    ("list --store images.db", "store: 'images.db' is not allowed; " + EXPECTED_STORE),
+    ("list --store sqlit:images.db", "store: 'sqlit:images.db' is not allowed; " + EXPECTED_STORE),
+    ("list --store json:.", "the store cannot answer: {cwd}: Is a directory"),
+    ("modify wmi-0", "nothing to change: give a field, such as --description TEXT"),
+    ("modify wmi-0 --arch arm", 'arch: \'arm\' is not allowed; expected "x86" or "x86_64"'),
+    ("features wmi-0", "nothing to change: give --virtio, --no-virtio, --acpi or --no-acpi"),
+    ("add local lucid.raw -a a-x",
+     "lucid.raw: no such file; give one that is here, or a URI such as file:///…"),
+    ("add volume snap-1", "account_id: is missing; say whose image it is, such as a-shpoolxx"),
+    ("add volume lucid -a a-x", "source.snapshot_id: 'lucid' is not allowed; expected snap- and letters a-z or digits"),
+    ("add volume snap-1 -a a-x -u wmi-0", "wmi-0 is registered already"),
+    ("add volume snap-1 -a a-x -m 123", "md5sum: '123' is not allowed; expected 32 hex digits"),
+    ("load absent", "absent: No such file or directory"),
+    ("load .", ".: Is a directory"),
+    ("load images.db", "images.db is a file of the store itself, sqlite:images.db; give another one"),
+    ("dump .", ".: Is a directory"),
+    ("dump absent/lines", "absent/lines: No such file or directory"),
+    ("dump images.db", "images.db is a file of the store itself, sqlite:images.db; give another one"),
+    ("copy sqlite:images.db sqlite:images.db", "sqlite:images.db is not empty; nothing was copied"),
+    ("check a:b --store c:d", "one store at a time: a:b or --store c:d"),
+    ("list --url http://127.0.0.1:1", "a server asks who calls: give --account A or set WMI_ACCOUNT"),
+    ("list --url 127.0.0.1:9001 --account a-x",
+     "url: '127.0.0.1:9001' is not allowed; expected http://HOST:PORT or https://HOST:PORT"),
+    ("list --url http://127.0.0.1:1 --account a-x",
+     "cannot reach http://127.0.0.1:1: Connection refused; is the server running?"),
+    ("show wmi-nope --url {url} --account a-x", "no such image: wmi-nope in {url}"),
+    ("show wmi-0 --url {url} --account a-x", "not permitted: the image belongs to another account"),
+    ("show lucid0 --url {url} --account a-x", "'lucid0' is not an id: an id is wmi- and letters a-z or digits"),
+    ("list --limit x --url {url} --account a-x", "--limit: 'x' is not a whole number of at most 18 digits"),
+    ("list --url {url}/api/images --account a-x",
+     "no images there: {url}/api/images; give the base of an image server, such as http://HOST:PORT"),
+    ("modify wmi-0 --arch x86 --url {url} --account a-shpoolxx",
+     "field: 'arch' is not allowed; expected display_name or description"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def images(monkeypatch):
+    """A store of one image, images.db, which a server serves; waiting between tries costs no time."""
+    monkeypatch.setattr(wmi.time, "sleep", lambda seconds: None)
+    fill("sqlite:images.db", 1)
+    with wmi.open_storage("sqlite:images.db") as storage, serving(storage) as served:
+        yield served.url
+
+
+@pytest.mark.parametrize("words, line", MISTAKES, ids=[words for words, _ in MISTAKES])
+def test_mistakes_are_explained(refused, images, words, line):
+    """In one line that says which thing is wrong and what would be right."""
+    texts = {"url": images, "cwd": os.getcwd(), "schemes": wmi._known_schemes()}
+    assert refused(*words.format(**texts).split()) == f"wmi: {line.format(**texts)}\n"
+
+
+def test_what_a_server_says_is_no_instruction(run, monkeypatch):
+    """A message that looks like one of ours is only printed."""
+    for message in ("limit", "start", "{text.__class__}", "Invalid UUID Syntax: \x1b[2J", ""):
+
+        def show(self, id, message=message):
+            raise wmi.InvalidParameter(message)
+
+        monkeypatch.setattr(wmi.Client, "show", show)
+        code, out, err = run("show", "wmi-0", "--url", "http://127.0.0.1:1", "--account", ACCOUNT)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert all(char.isprintable() for char in err[:-1])
+
+
+@pytest.mark.parametrize("name", ["", "serve", "add local", "add volume", "list", "show", "delete", "del", "modify",
+                                  "features", "load", "dump", "copy", "check"])  # fmt: skip
+def test_help_fits_a_screen(run, name):
+    """100 columns and 24 lines; those that set fields have a line for each. Each ends in an example that parses."""
+    code, out, _ = run(*name.split(), "--help")
+    lines = out.rstrip("\n").split("\n")
+    assert code == 0 and max(map(len, lines)) <= 100
+    assert len(lines) <= (37 if name.startswith(("add", "modify")) else 24)
+    if name:
+        example = shlex.split(lines[-1])
+        assert example[:2] == ["example:", "wmi"] and " ".join(example[2:]).startswith(name)
+        assert wmi._parse_arguments(example[2:]).run
+
+
 def test_a_server_asks_who_calls(refused):
     """--url without an account is refused with the way to give one."""
     assert "--account" in refused("list", "--url", "http://127.0.0.1:1")
@@ -778,6 +953,54 @@ def terminal(*argv):
     return child.wait(SECONDS), shown
 
 
+def screen(*argv):
+    """Run the command with stdout on a terminal; return its exit code and the text that the terminal got."""
+    pty = pytest.importorskip("pty", reason="terminals are POSIX's")
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen([sys.executable, SCRIPT, *argv], stdout=theirs, stdin=subprocess.DEVNULL)
+    os.close(theirs)
+    pieces = []
+    try:
+        while piece := os.read(ours, 65536):
+            pieces.append(piece)
+    except OSError:  # Linux's way to say that nobody writes any more
+        pass
+    finally:
+        os.close(ours)
+    return child.wait(SECONDS), b"".join(pieces).decode().replace("\r\n", "\n")
+
+
+NASTY = "\x9b31m \u202e \x7f \x1b[2J \u2028 \U000e0001 é 日 \U0001f4a9 \\ \" '"
+
+
+@pytest.mark.parametrize("argv", [
+    ["list", "-o", "json"], ["show", "wmi-0", "-o", "json"], ["dump"], ["dump", "/dev/stdout"],
+    ["list", "-o", "yaml"], ["show", "wmi-0", "-o", "yaml"], ["list"], ["show", "wmi-0"],
+], ids=" ".join)  # fmt: skip
+def test_no_form_moves_the_cursor_of_a_terminal(argv):
+    """On a terminal what is not printed is escaped, and JSON stays the same data; in a pipe it is not touched."""
+    fill("sqlite:images.db", 1, description=NASTY)
+    code, shown = screen(*argv)
+    assert code == 0
+    assert all(char.isprintable() for char in shown.replace("\n", "")), ascii(shown)
+    assert "é 日 \U0001f4a9" in shown
+    piped = process(*argv).stdout.decode()
+    if "json" in argv or "dump" in argv:
+        assert json.loads(shown) == json.loads(piped)
+        assert "\x9b31m \u202e \x7f" in piped and "\\u009b31m \\u202e \\u007f" in shown
+
+
+@pytest.mark.parametrize("output", ["yaml", "json", "table"])
+def test_keys_of_a_hostile_server_on_a_terminal(run, monkeypatch, capsys, output):
+    """The names of fields are escaped as well as what they hold."""
+    body = json.dumps({**GOOD, NASTY: NASTY}).encode()
+    monkeypatch.setattr(wmi.Client, "_send", lambda self, request, until: body)
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True)
+    code, out, _ = run("show", "wmi-one", "--url", "http://127.0.0.1:1", "--account", ACCOUNT, "-o", output)
+    assert code == 0 and "\\u202e" in out
+    assert all(char.isprintable() for char in out.replace("\n", "")), ascii(out)
+
+
 def test_progress_is_for_terminals(tmp_path):
     """Long work counts on a terminal and cleans the line up; in a pipe it is quiet."""
     with open("big", "wb") as file:
@@ -849,6 +1072,27 @@ def test_closed_descriptors(closed, argv):
     )
     assert done.returncode in (0, 1, 2)
     assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a POSIX shell's way")
+@pytest.mark.parametrize("argv", ["list", "list -o json", "list -o id", "show wmi-0", "dump", "delete wmi-0", "--help",
+                                  "--version"])  # fmt: skip
+def test_output_that_goes_nowhere_is_an_error(argv):
+    """With standard output closed or full, one line and exit code 1; with nothing to say all is well."""
+    fill("sqlite:images.db", 3)
+    full = ["> /dev/full"] if os.path.exists("/dev/full") else []
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # argparse needs it
+    for where in [">&-", *full]:
+        done = subprocess.run(["sh", "-c", f'exec "$0" "$1" {argv} {where}', sys.executable, SCRIPT],
+                              capture_output=True, text=True, timeout=SECONDS, env=buffered)  # fmt: skip
+        assert done.returncode == 1, done
+        assert re.fullmatch("wmi: standard output: (Bad file descriptor|No space left on device)\n", done.stderr)
+        if argv == "delete wmi-0":
+            fill("sqlite:images.db", 1)
+    for argv in ("list -o id --start 9", "features wmi-1 --acpi"):
+        done = subprocess.run(["sh", "-c", f'exec "$0" "$1" {argv} >&-', sys.executable, SCRIPT],
+                              capture_output=True, text=True, timeout=SECONDS)  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
@@ -1004,10 +1248,63 @@ def test_load_of_a_byte_order_mark(run):
     assert code == 0 or "BOM" in err
 
 
-def test_load_of_a_huge_line(done):
-    """A line of 20 MB is a line."""
-    done("load", stdin=b'{"account_id": "a-x", "description": "' + b"x" * 20_000_000 + b'"}')
-    assert len(kept()[0]["description"]) == 20_000_000
+@pytest.mark.parametrize("end", [b"", b"\n", b"\n\n"])
+@pytest.mark.parametrize("more", [-1, 0, 1, 2, wmi.MAX_LINE, 3 * wmi.MAX_LINE + 5])
+def test_load_of_a_long_line(run, more, end):
+    """A line of MAX_LINE bytes is a line; a longer one is refused with its number, the others are not."""
+    long = b'{"account_id": "a-x", "id": "wmi-long"' + b" " * (wmi.MAX_LINE + more - 39) + b"}"
+    assert len(long) == wmi.MAX_LINE + more
+    text = b"\n".join([LINE % 1, long, LINE % 2]) + end
+    code, _, err = run("load", stdin=text)
+    if more <= 0:
+        assert code == 0 and [row["id"] for row in kept()] == ["wmi-good1", "wmi-long", "wmi-good2"]
+        return
+    assert (code, err) == (1, "wmi: line 2: longer than 1,048,576 bytes\n")
+    assert kept() == []
+    code, _, err = run("load", "--keep-going", stdin=text)
+    assert code == 1 and err.startswith("wmi: line 2: longer than 1,048,576 bytes\n")
+    assert [row["id"] for row in kept()] == ["wmi-good1", "wmi-good2"]
+
+
+@pytest.mark.skipif(sys.implementation.name != "cpython", reason="memory is traced by CPython alone")
+@pytest.mark.parametrize("options", [[], ["--keep-going"]], ids=str)
+def test_a_long_line_is_not_held_in_memory(run, options):
+    """One of 50 MB costs a few times the limit, whether the others are loaded or not."""
+    with open("lines", "wb") as file:
+        file.write(LINE % 1 + b"\n" + b"x" * 50_000_000 + b"\nno\n" + LINE % 2)
+    tracemalloc.start()
+    try:
+        code, _, err = run("load", "lines", *options)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert code == 1 and "line 2: " in err and ("line 3: " in err) == bool(options)
+    assert peak < 10 * wmi.MAX_LINE
+    assert len(kept()) == (2 if options else 0)
+
+
+def test_the_longest_image_can_be_dumped_and_loaded(done, refused):
+    """What image_record takes has a line that load takes, also when each character needs six bytes."""
+    rest = len("wmi-0" + ACCOUNT + 2 * "2011-11-23T07:36:00Z" + "x86_64initrawstdlinux")
+    text = "\x01" * (wmi.MAX_TEXT - rest)
+    fill("json:images", 1, description=text, created_at="2011-11-23T07:36:00Z")
+    done("dump", "lines", "--store", "json:images")
+    done("load", "lines")
+    assert kept() == kept("json:images")
+    assert "150,000 characters" in refused("modify", "wmi-0", "--display-name", "x")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a POSIX shell's way")
+@pytest.mark.parametrize("source", ["<&-", "< images.db", "< link"])
+def test_load_of_an_input_that_cannot_be_read(source):
+    """No input at all, or the store itself: an error that does not put it down to the store."""
+    fill("sqlite:images.db", 1)
+    os.link("images.db", "link")
+    done = subprocess.run(["sh", "-c", f'exec "$0" "$1" load {source}', sys.executable, SCRIPT],
+                          capture_output=True, text=True, timeout=SECONDS)  # fmt: skip
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    expected = "standard input is a file of the store" if "db" in source or "link" in source else "cannot read line 1"
+    assert expected in done.stderr
 
 
 def test_load_over_images_that_are_there(refused, run, done):
@@ -1027,6 +1324,230 @@ def test_load_and_dump_of_files_that_are_not_there(refused):
     assert "no/such" in refused("dump", "no/such/file")
     refused("load", ".")
     refused("dump", ".")
+
+
+# ---- slips of the hand: no store and no good dump is lost ----
+
+
+def content(path):
+    """Return the bytes of a file, or None."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+SPELLINGS = ["images", "./images", "folder/../images", "symlink", "hardlink", "{cwd}/images", "folder/up/images"]
+ENDINGS = {"json": ["", ".new", ".lock"], "sqlite": ["", "-journal", "-wal", "-shm"]}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links of POSIX")
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("argv", [["dump"], ["load"], ["load", "--keep-going"], ["add", "local", "-a", ACCOUNT]],
+                         ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize("url", STORES)
+def test_a_store_is_no_file_for_itself(refused, url, argv, spelling, tmp_path):
+    """Neither to be written nor to be read, however its path is spelled; it stays as it is."""
+    fill(url, 2)
+    os.mkdir("folder")
+    os.symlink("..", "folder/up")
+    os.symlink("images", "symlink")
+    os.link("images", "hardlink")
+    before = content("images")
+    line = refused(*argv, spelling.format(cwd=tmp_path), "--store", url)
+    assert "is a file of the store" in line
+    assert content("images") == before and content("hardlink") == before
+    assert sorted(os.listdir(".")) == ["folder", "hardlink", "images", "symlink"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links of POSIX")
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("ending", ["", ".new", ".lock", "-journal", "-wal", "-shm"])
+@pytest.mark.parametrize("url", STORES)
+def test_what_stands_beside_a_store_is_not_dumped_to(refused, url, ending, there):
+    """Nor are the files that a store makes when it needs them; a link to the store has them beside its target."""
+    fill(url, 2)
+    os.mkdir("folder")
+    os.symlink("../images", "folder/link")
+    path = f"images{ending}"
+    if there and ending:
+        open(path, "w").close()
+    before = content("images")
+    for store in (url, url.replace("images", "folder/link")):
+        assert "is a file of the store" in refused("dump", path, "--store", store)
+    assert content("images") == before and os.path.exists(path) == (there or not ending)
+
+
+def test_standard_output_is_not_appended_to_the_store():
+    """The shell has opened the file; at least nothing is written to it, and the exit code says so."""
+    fill("json:images", 2)
+    before = content("images")
+    with open("images", "ab") as file:
+        done = process("dump", "--store", "json:images", capture_output=False, stdout=file, stderr=subprocess.PIPE)
+    assert done.returncode == 1 and b"standard output is a file of the store" in done.stderr
+    assert content("images") == before
+
+
+OTHER_FILES = {"text": b"precious\n", "image": bytes(range(256)), "json": b"{}", "list": b"[1]", "store": None}
+
+
+@pytest.mark.parametrize("bytes", OTHER_FILES.values(), ids=OTHER_FILES)
+def test_dump_replaces_dumps_only(refused, done, bytes):
+    """An image, another store or any other file that is there is left alone; an empty file is filled."""
+    fill("sqlite:images.db", 2)
+    if bytes is None:
+        fill("sqlite:other", 5)
+    else:
+        with open("other", "wb") as file:
+            file.write(bytes)
+    before = content("other")
+    assert "other is there and is no dump" in refused("dump", "other")
+    assert content("other") == before
+    open("other", "wb").close()
+    for _ in range(2):
+        done("dump", "other")
+        assert content("other").count(b"\n") == 2
+
+
+def test_dump_of_a_mistyped_store_keeps_the_last_dump(refused, done):
+    """A store that is not there looks like an empty one, and a dump of it would be empty."""
+    fill("sqlite:images.db", 2)
+    done("dump", "lines")
+    before = content("lines")
+    assert "has no images" in refused("dump", "lines", "--store", "sqlite:imagse.db")
+    assert content("lines") == before
+    done("dump", "new", "--store", "sqlite:imagse.db")
+    assert content("new") == b""
+
+
+class Breaking(wmi.MemoryStorage):
+    """A store that cannot be read to its end."""
+
+    def walk(self, *args, **options):
+        """Yield some, then fail."""
+        yield wmi.image_record({"id": "wmi-new", "account_id": ACCOUNT})
+        raise self.error
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("error", [OSError(5, "broken"), ValueError("broken"), KeyboardInterrupt(), BrokenPipeError()],
+                         ids=repr)  # fmt: skip
+def test_a_dump_that_fails_changes_nothing(run, done, monkeypatch, error, there):
+    """The last dump is there, whole, and nothing else."""
+    fill("json:images", 2)
+    if there:
+        done("dump", "lines", "--store", "json:images")
+    before = content("lines")
+    monkeypatch.setattr(Breaking, "error", error, raising=False)
+    monkeypatch.setitem(wmi._openers, "breaking", lambda location: Breaking())
+    assert run("dump", "lines", "--store", "breaking:")[0] == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    assert content("lines") == before
+    assert sorted(os.listdir(".")) == ["images", "lines"][: 1 + there]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "chmod", "open"])
+def test_a_dump_that_cannot_be_finished_changes_nothing(refused, done, monkeypatch, call):
+    """A full disk and the like name the file; the last dump is there, and nothing else."""
+    fill("json:images", 2)
+    done("dump", "lines", "--store", "json:images")
+    before, real = content("lines"), getattr(os, call)
+
+    def fail(path, *args, **options):
+        if call == "open" and not args[0] & os.O_EXCL:
+            return real(path, *args, **options)
+        raise OSError(28, "No space left on device", path if isinstance(path, str) else None)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(wmi.os, call, fail)
+        assert refused("dump", "lines", "--store", "json:images") == "wmi: lines: No space left on device\n"
+    assert content("lines") == before and sorted(os.listdir()) == ["images", "lines"]
+
+
+def test_a_dump_is_on_the_disk_before_it_replaces_another(done, monkeypatch):
+    """Else a power cut may leave an empty file under the name of the good one."""
+    fill("json:images", 2)
+    done("dump", "lines", "--store", "json:images")
+    seen = []
+
+    def fsync(descriptor):
+        seen.append(("fsync", os.fstat(descriptor).st_size))
+
+    def replace(source, target, real=os.replace):
+        seen.append(("replace", os.path.getsize(source)))
+        real(source, target)
+
+    monkeypatch.setattr(wmi.os, "fsync", fsync)
+    monkeypatch.setattr(wmi.os, "replace", replace)
+    done("dump", "lines", "--store", "json:images")
+    assert seen == [("fsync", len(content("lines"))), ("replace", len(content("lines")))]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o666, 0o777])
+def test_a_dump_keeps_the_mode_of_the_file(done, mode):
+    """A new file gets what the umask leaves; one that is there keeps its own, and a link stays a link."""
+    fill("sqlite:images.db", 1)
+    before = os.umask(0o027)
+    try:
+        done("dump", "new")
+        os.chmod("new", mode)
+        os.symlink("new", "link")
+        os.symlink("absent", "dangling")
+        done("dump", "link")
+        done("dump", "dangling")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(os.stat("new").st_mode) == mode
+    assert stat.S_IMODE(os.stat("absent").st_mode) == 0o640
+    assert os.readlink("link") == "new" and os.readlink("dangling") == "absent"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everything")
+def test_a_protected_dump_is_not_replaced(refused, done):
+    """Although a rename would get round its mode."""
+    fill("sqlite:images.db", 1)
+    done("dump", "lines")
+    os.chmod("lines", 0o444)
+    assert "lines: Permission denied" in refused("dump", "lines")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_dump_to_what_is_no_file_streams(done):
+    """A named pipe and /dev/stdout are written to as they are, and stay what they are."""
+    fill("sqlite:images.db", 2)
+    expected = done("dump").encode()
+    os.mkfifo("pipe")
+    child = subprocess.Popen([sys.executable, SCRIPT, "dump", "pipe"])
+    assert content("pipe") == expected
+    assert child.wait(SECONDS) == 0 and stat.S_ISFIFO(os.stat("pipe").st_mode)
+    for path in ("/dev/stdout", "-"):
+        assert process("dump", path).stdout == expected
+        with open("out", "wb") as out:
+            assert process("dump", path, capture_output=False, stdout=out).returncode == 0
+        assert content("out") == expected
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["dump", "folder"], "folder: Is a directory"),
+    (["load", "folder"], "folder: Is a directory"),
+    (["dump", "no/such"], "no/such: No such file or directory"),
+    (["dump", "other/"], "other/: "),
+    (["copy", "sqlite:images.db", "sqlite:images.db"], "not empty; nothing was copied"),
+    (["copy", "sqlite:images.db", "sqlite:./images.db"], "not empty; nothing was copied"),
+    (["copy", "sqlite:images.db", "json:images.db"], "images.db"),
+    (["copy", "json:other", "sqlite:images.db"], "not empty; nothing was copied"),
+    (["load", "lines", "--store", "json:lines"], "lines is a file of the store itself"),
+    (["load", "images.db", "--store", "json:other"], "line 1: not JSON"),
+])  # fmt: skip
+def test_other_slips(refused, done, argv, said):
+    """Each is refused, and all that was there is as it was."""
+    fill("sqlite:images.db", 2)
+    done("dump", "lines")
+    os.mkdir("folder")
+    before = content("images.db"), content("lines")
+    assert said in refused(*argv)
+    assert (content("images.db"), content("lines")) == before
 
 
 # ---- copy and check ----
@@ -1050,6 +1571,47 @@ def test_copy_onto_itself(refused):
     assert len(kept("json:images")) == 2
 
 
+class Filling(wmi.MemoryStorage):
+    """A store to which somebody else adds an image, while or just after it is filled."""
+
+    other = wmi.image_record({"id": "wmi-other", "account_id": ACCOUNT})
+
+    def __init__(self, late):
+        super().__init__()
+        self.late = late
+
+    def add_all(self, records):
+        """Add them, with the other one after the first or after the last."""
+
+        def meanwhile():
+            for number, record in enumerate(records):
+                yield record
+                if not number and not self.late:
+                    self._rows = {"wmi-other": wmi._encoded(self.other)}
+
+        added = super().add_all(meanwhile())
+        if self.late:
+            super().add_all([self.other])
+        return added
+
+    def close(self):
+        """Stay open for the test."""
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_copy_into_a_store_that_is_written_meanwhile(refused, monkeypatch, late):
+    """What is added before the copy can be seen leaves nothing copied; what is added later is told."""
+    fill("json:source", 3)
+    target = Filling(late)
+    monkeypatch.setitem(wmi._openers, "filling", lambda location: target)
+    line = refused("copy", "json:source", "filling:")
+    ids = [record["id"] for record in target.walk(oldest_first=True)]
+    if late:
+        assert "copied 3, but filling: has 4" in line and ids == ["wmi-0", "wmi-1", "wmi-2", "wmi-other"]
+    else:
+        assert "not empty; nothing was copied" in line and ids == ["wmi-other"]
+
+
 def test_copy_of_a_tombstone_alone_counts_as_not_empty(refused):
     """A target that holds only deleted images is not empty."""
     fill("json:target", 1, state="deleted", deleted_at="2012-01-01T00:00:00Z")
@@ -1063,6 +1625,24 @@ def test_check_of_a_good_store(run, url):
         fill(url, 3, description="é")
     code, out, err = run("check", url)
     assert (code, out) == (0, "") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [
+    ["json:images"], ["--store", "json:images"], ["json:images", "--store", "json:images"],
+], ids=" ".join)  # fmt: skip
+def test_check_takes_its_store_like_the_others(run, refused, monkeypatch, argv):
+    """As a word, by --store, or from the environment; two different ones are refused."""
+    fill("json:images", 2)
+    assert run("check", *argv)[::2] == (0, "wmi: json:images: no faults\n")
+    assert "one store at a time: json:other" in refused("check", "json:other", "--store", "json:images")
+    monkeypatch.setenv("WMI_STORE", "json:other")
+    assert run("check", *argv)[::2] == (0, "wmi: json:images: no faults\n")
+    assert run("check")[::2] == (0, "wmi: json:other: no faults\n")
+
+
+def test_check_looks_at_the_default_store(run):
+    """As every command does."""
+    assert run("check")[::2] == (0, "wmi: sqlite:images.db: no faults\n")
 
 
 def test_check_of_bad_records(run):

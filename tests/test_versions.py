@@ -249,7 +249,8 @@ def test_an_unknown_value_or_field_of_a_filter_is_refused(server, name, value):
 
 @pytest.mark.parametrize("query", [
     "filter[x]=id.nil", "filter[=id.nil", "filter[][]=id.nil", "filter[0]=id.nil", "filter=id.nil&filter[]=id.nil",
-    "filter[]=id.nil&filter=id.nil", "filter[]=id.nil&filter[]=x", "filter[]=id.nil&filter[x]=id.nil", "sort_by[]=id.asc", "state[]=alive",
+    "filter[]=id.nil&filter=id.nil",
+    "filter[]=id.nil&filter[]=x", "filter[]=id.nil&filter[x]=id.nil", "sort_by[]=id.asc", "state[]=alive",
 ])  # fmt: skip
 def test_only_filter_takes_a_list(server, query):
     """And only a list: one with keys, or one beside a single value, is unusable."""
