@@ -965,8 +965,7 @@ class Catalog:
         self._check_operator()
 
         def change(record: Record) -> Record:
-            features = {**record["features"], **given}
-            return _amended({"features": {name: True for name, is_set in features.items() if is_set}}, record)
+            return _amended({"features": {name: True for name, on in {**record["features"], **given}.items() if on}}, record)
 
         return self._change(id, change)
 
@@ -1092,14 +1091,12 @@ def filter_conditions(filters: Mapping[str, Any]) -> list[Condition]:
         if since or until:
             conditions.append(functools.partial(_is_between, f"{field}_at", since or "", until or "~"))
     tests = filters.get("filter", [])
-    for test in {tests} if isinstance(tests, str) else set(tests):  # a test that is repeated costs nothing more
-        field, _, expected = test.partition(".")
-        conditions.append(functools.partial(_is_null, field, expected == "nil"))
-    return conditions
+    distinct = {tests} if isinstance(tests, str) else set(tests)  # a test that is repeated costs nothing more
+    return conditions + [functools.partial(_is_null, *test.split(".")) for test in distinct]
 
 
-def _is_null(field: str, expected: bool, record: Record) -> bool:
-    return (record.get(field, "") is None) == expected
+def _is_null(field: str, expected: str, record: Record) -> bool:
+    return (record.get(field, "") is None) == (expected == "nil")
 
 
 def _is_between(field: str, since: str, until: str, record: Record) -> bool:
@@ -1124,10 +1121,8 @@ def _sort_key(version: Version, field: str, record: Record) -> tuple[bool, Any]:
     if field == "id":  # the originals' id was the number of the row, not the uuid
         return False, ""
     value = version.fields[field](record)
-    if value is None:
-        return False, ""
     text = json.dumps(value) if isinstance(value, (dict, list)) else value
-    return True, text.upper() if isinstance(text, str) else text  # MySQL's utf8_general_ci compares capitals
+    return value is not None, text.upper() if isinstance(text, str) else text  # utf8_general_ci compares capitals
 
 
 ####################################################################################################
@@ -2897,26 +2892,27 @@ def _parse_arguments(argv: Sequence[str]) -> Any:
     add = commands.add_parser("add", help="register an image and print its id", formatter_class=formatter)
     kinds = add.add_subparsers(metavar="local|volume", required=True, dest="kind")
     fields, either = " ".join(_FIELD_OPTIONS), "store url account cacert output"
+    rows: list[tuple[str, Callable[[Any], None], str, str]] = [  # its name and what it takes; del is vdc-manage's name
+        ("list", _list, f"{either} start limit", "list images, newest first: list --limit 20 -o json"),
+        ("show", _show, f"ID {either}", "show one image: show wmi-lucid0 -o yaml"),
+        ("delete", _delete, f"ID... {either}", "delete images and print their ids: delete wmi-lucid0 wmi-lucid1"),
+        ("del", _delete, f"ID... {either}", "the same as delete: del wmi-lucid0"),
+        ("modify", _modify, f"ID {either} {fields.partition(' ')[2]}",
+         "change fields (on a server display name and description): modify wmi-lucid0 --arch x86 --no-is-public"),
+        ("features", _set_features, "ID store virtio acpi",
+         "set or clear features and leave the others: features wmi-lucid0 --virtio --no-acpi"),
+        ("load", _load, "[FILE] store keep_going", "load images from JSON lines, all or none: load images.jsonl"),
+        ("dump", _dump, "[FILE] store", "write images as JSON lines; FILE is replaced at the end: dump images.jsonl"),
+        ("copy", _copy, "SOURCE TARGET", "copy a store into an empty one that is not in use: copy json:a sqlite:b"),
+        ("check", _check, "[URL] repair", "read a whole store and say what is wrong: check sqlite:images.db --repair"),
+    ]  # fmt: skip
+    for name, run, words, help in rows:
+        command(name, run, help, *named(words))
+    commands.choices["check"].add_argument("--store", metavar="URL", help="the same as URL")
     command("local", _add, "register an image file: add local lucid.raw -a a-shpoolxx -d 'Ubuntu 10.04' --is-public",
             option("location", metavar="PATH_OR_URI"), *named(f"store {fields}"), parents=kinds)  # fmt: skip
     command("volume", _add, "register a volume snapshot: add volume snap-lucid1 -a a-shpoolxx",
             option("location", metavar="SNAPSHOT_ID"), *named(f"store {fields}"), parents=kinds)  # fmt: skip
-    command("list", _list, "list images, newest first: list --limit 20 -o json", *named(f"{either} start limit"))
-    command("show", _show, "show one image: show wmi-lucid0 -o yaml", *named(f"ID {either}"))
-    for name in ("delete", "del"):  # del is vdc-manage's name
-        command(name, _delete, f"delete images and print their ids: {name} wmi-lucid0", *named(f"ID... {either}"))
-    command("modify", _modify, "change fields of an image; on a server display name and description: modify wmi-lucid0"
-            " --state available --no-is-public", *named(f"ID {either} {fields.partition(' ')[2]}"))  # fmt: skip
-    command("features", _set_features, "set or clear features of an image and leave the others: features wmi-lucid0"
-            " --virtio --no-acpi", *named("ID store virtio acpi"))  # fmt: skip
-    command("load", _load, "load images from JSON lines, all or none: load images.jsonl --store sqlite:new.db",
-            *named("[FILE] store keep_going"))  # fmt: skip
-    command("dump", _dump, "write all images as JSON lines, oldest first; FILE is replaced when all is written:"
-            " dump images.jsonl", *named("[FILE] store"))  # fmt: skip
-    command("copy", _copy, "copy a store into an empty one, to which nobody else may write meanwhile:"
-            " copy json:images.json sqlite:images.db", *named("SOURCE TARGET"))  # fmt: skip
-    command("check", _check, "read a whole store and say what is wrong: check sqlite:images.db --repair",
-            *named("[URL] repair"), option("--store", metavar="URL", help="the same as URL"))  # fmt: skip
     end = [*argv, "--"].index("--")  # vdc-manage's option parser took --account_id as well as --account-id
     dashed = [re.sub("^--[^=]*", lambda match: match[0].replace("_", "-"), word) for word in argv[:end]]
     options = parser.parse_args([*dashed, *argv[end:]])
