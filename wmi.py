@@ -515,7 +515,7 @@ def _fields(names: str, **shown: Callable[[Record], Any]) -> Mapping[str, Callab
 
 
 class Version:
-    """Be a row of the table of API versions: how it is spelled, who may see what. This one is the document's."""
+    """One version of the API: its path, envelope and visibility rules. This one is the document's."""
 
     name: str = "document"
     path: str = "/api/images"  # of the collection
@@ -855,7 +855,7 @@ SORTED_AT_MOST = 100_000  # start + limit with sort_by: so many keys are held in
 
 
 class Page(NamedTuple):
-    """Be one answer of an index: how many images there are, and those asked for, newest first."""
+    """One answer of an index: how many images there are, and those asked for, newest first."""
 
     total: int
     start: int
@@ -864,9 +864,9 @@ class Page(NamedTuple):
 
 
 class Catalog:
-    """Answer for one account by the rules of one API version.
+    """The images of a store as one account sees them, by the rules of one version of the API.
 
-    account None is the operator at the machine itself, who sees and may change everything; a server
+    The account None is the operator at the machine itself, who may see and change everything; a server
     always names an account. Every method raises errors of this module only, DatabaseError included.
     """
 
@@ -965,7 +965,7 @@ class Catalog:
         self._check_operator()
 
         def change(record: Record) -> Record:
-            return _amended({"features": {name: True for name, on in {**record["features"], **given}.items() if on}}, record)
+            return _amended({"features": {n: True for n, on in {**record["features"], **given}.items() if on}}, record)
 
         return self._change(id, change)
 
@@ -2799,7 +2799,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _prepare_streams() -> None:
     """Open closed standard descriptors, or a store's file would get their numbers; speak UTF-8 in any locale.
 
-    Input is opened for writing and output for reading, so that to use one is the error that it was before.
+    Input is opened for writing and output for reading, so that using one fails as it would have before.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
@@ -2892,7 +2892,8 @@ def _parse_arguments(argv: Sequence[str]) -> Any:
     add = commands.add_parser("add", help="register an image and print its id", formatter_class=formatter)
     kinds = add.add_subparsers(metavar="local|volume", required=True, dest="kind")
     fields, either = " ".join(_FIELD_OPTIONS), "store url account cacert output"
-    rows: list[tuple[str, Callable[[Any], None], str, str]] = [  # its name and what it takes; del is vdc-manage's name
+    # A row per subcommand: name, function, arguments, help with an example. vdc-manage called delete del.
+    rows: list[tuple[str, Callable[[Any], None], str, str]] = [
         ("list", _list, f"{either} start limit", "list images, newest first: list --limit 20 -o json"),
         ("show", _show, f"ID {either}", "show one image: show wmi-lucid0 -o yaml"),
         ("delete", _delete, f"ID... {either}", "delete images and print their ids: delete wmi-lucid0 wmi-lucid1"),
