@@ -60,7 +60,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple, Protocol, TextIO, Union
+from typing import Any, BinaryIO, NamedTuple, Protocol, TextIO, Union, cast
 
 try:
     import ssl
@@ -2403,37 +2403,51 @@ def _run_here(
 # Client
 ####################################################################################################
 # The catalog's verbs and errors over HTTP, so that a script works alike on a store and on a server.
-# Reads the documented answers and those of the deployed servers. Everything is bounded: each wait, the
-# whole call, the size of an answer; a redirect never carries the account to another host.
+# Reads the documented answers and those of the deployed servers, and trusts neither:
+#
+#   _call        tries until an answer counts; the deadline bounds all tries together
+#   _send        one try with its redirects, none of which carries the account to another host
+#   _Connection  every wait ends at the deadline, and every byte that arrives is counted
+#   _body_sizes  a body is framed strictly or refused
+#
+# urllib knows about proxies, and http.client reads heads. Bodies are read here, since http.client takes
+# a chunk of size -1 for one without end, and a Content-Length that is not a number for none.
 
 _ERRORS = {error.__name__: error for error in Error.__subclasses__()}
-_RETRIED = (502, 503, 504)  # beside connections that failed
 _PAUSE_AT_MOST = 5.0  # seconds between two tries, whatever Retry-After asks for
+_REDIRECTS_AT_MOST = 5
+_HEAD_AT_MOST = 65536  # bytes, interim answers included; common servers send at most 8 KiB
+_AT_ONCE = 16384  # bytes sent or read in one piece: a record of TLS, so that one piece is one wait
+_YAML_AT_MOST = 65536  # characters of `source` or `features`: a server takes no more, and parsing takes memory
+_UNTIL_CLOSE = float("inf")  # the size of a body that ends with its connection
+_WHOLE = functools.partial(whole_number, "a number is negative, a fraction or too long")  # 10**6 digits take minutes
+_JSON = json.JSONDecoder(parse_int=_WHOLE, parse_float=_WHOLE, parse_constant=_WHOLE)
+# The type of each field of an image, beside null. Not the values: another server may know more of them.
+_TYPES = {name: str if default is None else type(default) for name, (_, default) in FIELDS.items()}
+_TYPES.update({"uuid": str, **dict.fromkeys(_ALWAYS_EMPTY, list)})
+_check_url = _matching(r"https?://[^/?#@\s]+(/[^?#\s]*)?", "http://HOST:PORT or https://HOST:PORT")
 
 
 class Client:
-    """Call a server of this API as one account, with the verbs and errors of Catalog.
+    """A server of this API, called as one account, with the verbs and errors of Catalog.
 
     `url` is the server's base, such as http://127.0.0.1:9001. Each wait is at most `timeout` seconds, a
-    whole call with its retries at most `deadline`; an answer over `max_answer` bytes is refused. The
-    proxies of the environment are used only if `proxies` is true.
+    whole call with its retries at most `deadline` (but looking up a host name takes as long as the system
+    lets it). An answer over `max_answer` bytes is refused. The proxies of the environment are used only if
+    `proxies` is true. Over https, `cafile` is a file of PEM certificates to trust instead of the system's.
     """
 
     def __init__(
         self, url: str, account: str, *, version: str = DOCUMENT, timeout: float = 10.0, deadline: float = 60.0,
-        retries: int = 3, proxies: bool = False, max_answer: int = 64 << 20,
+        retries: int = 3, proxies: bool = False, max_answer: int = 64 << 20, cafile: str | None = None,
     ) -> None:  # fmt: skip
-        try:
-            if not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#\s]*)?", url) or urllib.parse.urlsplit(url).port == 0:
-                raise ValueError("not such a URL")
-        except ValueError as error:
-            raise refuse("url", url, "http://HOST:PORT or https://HOST:PORT") from error
         self.account = check_account("account", account)
         self.version = find_version(version)
-        self._url = url.rstrip("/") + self.version.path
-        self._timeout, self._deadline, self._retries = timeout, deadline, retries
-        self._proxies: dict[str, str] | None = None if proxies else {}
-        self._max_answer = max_answer
+        self._url = _check_url("url", url).rstrip("/") + self.version.path
+        self._timeout, self._deadline, self._retries, self._max_answer = timeout, deadline, retries, max_answer
+        self._opener = urllib.request.OpenerDirector()  # build_opener would add file: and ftp:
+        self._opener.add_handler(urllib.request.ProxyHandler(None if proxies else {}))
+        self._opener.add_handler(_BoundedHTTP(_secure_connection(cafile) if url.startswith("https:") else _Connection))
 
     def index(self, start: int | str = 0, limit: int | str | None = None, **filters: Any) -> Page:
         """Return the page of images from offset start; see Catalog.index."""
@@ -2444,10 +2458,11 @@ class Client:
             body = answer[0] if isinstance(answer, list) else answer  # deployed servers wrap it
             total = body["owner_total"] if "owner_total" in body else body["total"]
             images = body["result"] if "result" in body else body["results"]
-            limit = None if body["limit"] is None else whole_number("limit", body["limit"])
-            counts = whole_number("total", total), whole_number("start", body["start"])
-            return Page(*counts, limit, list(map(_shown_record, images)))
-        except (TypeError, KeyError, ValueError, IndexError, InvalidParameter) as error:
+            page = Page(total, body["start"], body["limit"], images)
+            if [*map(type, page)] != [int, int, int if page.limit is not None else type(None), list]:
+                raise TypeError("a count or the list is something else")
+            return page._replace(images=list(map(_shown_record, images)))
+        except (TypeError, KeyError, IndexError) as error:
             raise BadAnswer(f"the answer is not an index of images: {error!r}") from error
 
     def images(self, **filters: Any) -> Iterator[Record]:
@@ -2473,150 +2488,192 @@ class Client:
 
     def _call(self, method: str, path: str, form: bytes | None = None) -> Any:
         """Send a request, again where that is safe, and return what its answer holds."""
-        fields = {"X-VDC-ACCOUNT-UUID": self.account}
-        request = urllib.request.Request(self._url + path, form, fields, method=method)
         until = time.monotonic() + self._deadline
+        lost = False  # an earlier try may have been done, though its answer never came
         for attempt in itertools.count():
             try:
-                return _parse_answer(self._send(request, until))
+                return self._send(method, self._url + path, form, until)
             except Error as error:
-                if method == "DELETE" and attempt and isinstance(error, UnknownUUIDResource):
-                    return None  # an earlier try was done, only its answer was lost
+                if method == "DELETE" and lost and isinstance(error, UnknownUUIDResource):
+                    return None
+                # A 503 says that nothing was done. Nor was it where urllib raised URLError: the request was not sent.
+                lost |= error.status in (502, 504) and not isinstance(error.__cause__, urllib.error.URLError)
                 growing = random.uniform(0.05, 0.1) * 2**attempt  # random, so that clients do not march in step
                 pause = min(_PAUSE_AT_MOST, max(growing, error.retry_after))
-                lasting = error.status not in _RETRIED or isinstance(error, BadAnswer)
+                lasting = error.status not in (502, 503, 504) or isinstance(error, BadAnswer)
                 if lasting or attempt >= self._retries or time.monotonic() + pause > until:
                     raise
                 time.sleep(pause)
 
-    def _send(self, request: urllib.request.Request, until: float) -> bytes:
-        """Return the body of the answer to one try; every failure is one of our errors."""
-        opener = urllib.request.OpenerDirector()  # build_opener would add file: and ftp:
-        bounded = _BoundedConnections(until)
-        opener.add_handler(urllib.request.ProxyHandler(self._proxies))
-        for handler in (bounded, _SameHostRedirects(), urllib.request.HTTPDefaultErrorHandler()):
-            opener.add_handler(handler)
-        opener.add_handler(urllib.request.HTTPErrorProcessor())
+    def _send(self, method: str, url: str, form: bytes | None, until: float) -> Any:
+        """Return what the answer to one try holds; every failure is one of our errors."""
+
+        def wait() -> float:
+            left = min(self._timeout, until - time.monotonic())
+            if left <= 0:
+                raise TimeoutError("the deadline has passed")
+            return left
+
         try:
-            with opener.open(request, timeout=max(0.001, min(self._timeout, until - time.monotonic()))) as answer:
-                body = self._read(answer)
-            if bounded.expired:  # without a length, what we cut ourselves would look whole
-                raise ConnectionError("the deadline has passed")
-            return body
-        except urllib.error.HTTPError as error:
-            with error:
-                raise self._error_of(error) from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
+            for _ in range(1 + _REDIRECTS_AT_MOST):
+                # A new request each time, since ProxyHandler changes it. urllib hands `wait` on to the connection.
+                request = urllib.request.Request(url, form, {"X-VDC-ACCOUNT-UUID": self.account}, method=method)
+                with self._opener.open(request, timeout=wait) as answer:  # type: ignore[arg-type]
+                    if answer.status not in (301, 302, 303, 307, 308):
+                        return self._read(answer)
+                    target = urllib.parse.urljoin(url, answer.headers.get("Location", ""))
+                if method != "GET" or target.split("/")[:3] != url.split("/")[:3]:  # scheme, host and port
+                    raise BadAnswer(f"the server redirects {method} to {brief(target)}, which is not followed")
+                url = target
+            raise BadAnswer(f"the server redirects more than {_REDIRECTS_AT_MOST} times")
+        except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
             reason = getattr(error, "reason", error)
-            raise Unreachable(f"{request.full_url}: {str(reason) or repr(reason)}") from error
-        finally:
-            bounded.cancel()
+            message = f"{url}: {str(reason) or repr(reason)}"
+            if hasattr(reason, "verify_message"):  # ssl.SSLCertVerificationError
+                raise BadAnswer(f"{message}; name a CA to trust by --cacert, in Python by cafile=") from error
+            raise Unreachable(message) from error
 
-    def _read(self, answer: Any) -> bytes:
-        """Return the whole body; one that is cut or too large is an error."""
-        body = b""
-        while len(body) <= self._max_answer:
-            piece = answer.read(PIECE)
-            if not piece and answer.length:  # missing bytes: read(n) of a cut answer ends without an error
-                raise ConnectionError("the answer is cut")
-            if not piece:
-                return body
-            body += piece
-        raise BadAnswer(f"the answer has more than {self._max_answer} bytes")
-
-    def _error_of(self, error: urllib.error.HTTPError) -> Error:
-        """Return the error that an answer holds, in the class that the catalog raises."""
+    def _read(self, answer: Any) -> Any:
+        """Return the JSON of an answer, or raise the error that it holds, in the class that the catalog raises."""
+        succeeded, body = 200 <= answer.status < 300, self._read_body(answer)
         try:
-            shown = json.loads(self._read(error.fp))
+            shown = _JSON.decode(body.decode("utf-8-sig"))
+            if succeeded:
+                return shown
             name, message, code = (str(shown[key]) for key in ("error", "message", "code"))
-        except (ValueError, TypeError, KeyError, RecursionError, OSError, http.client.HTTPException):
-            name, message, code = "", f"{error.code} {error.reason} from {error.url}", str(error.code)
+        except (ValueError, TypeError, KeyError, RecursionError, InvalidParameter) as error:
+            if succeeded:
+                coding = brief(answer.headers.get("Content-Encoding", "none"))  # none is what was asked for
+                raise BadAnswer(f"the answer is not JSON: {error} (compression: {coding})") from error
+            reason = http.client.responses.get(answer.status, "")
+            name, message, code = "", f"{answer.status} {reason} from {answer.url}", str(answer.status)
         found = _ERRORS.get(name.rpartition("::")[2], Error)(message)
-        found.status, found.code = error.code, code
-        seconds = re.fullmatch("[0-9]{1,9}", error.headers.get("Retry-After", ""))
-        found.retry_after = float(seconds[0]) if seconds else 0.0
-        return found
+        seconds = re.fullmatch("[0-9]{1,9}", answer.headers.get("Retry-After", ""))
+        found.status, found.code, found.retry_after = answer.status, code, float(seconds[0] if seconds else 0)
+        raise found
+
+    def _read_body(self, answer: Any) -> bytearray:
+        """Return the whole body. Raises ConnectionError for one that is cut, BadAnswer for one that is too large."""
+        body = bytearray()
+        answer.budget[0] = 2 * self._max_answer + _HEAD_AT_MOST  # framing may take as much as what it frames
+        for size in _body_sizes(answer):
+            while size:
+                piece = answer.fp.read(min(size, _AT_ONCE))  # allocates what it is asked for
+                if not piece and size != _UNTIL_CLOSE:
+                    raise ConnectionError("the answer is cut")
+                if len(body) + len(piece) > self._max_answer:
+                    raise BadAnswer(f"the answer has more than {self._max_answer} bytes")
+                body += piece
+                size = size - len(piece) if piece else 0
+        return body
 
 
-class _SameHostRedirects(urllib.request.HTTPRedirectHandler):
-    """Follow redirects of GET and HEAD to the same scheme, host and port only."""
+def _body_sizes(answer: Any) -> Iterator[float]:
+    """Yield how many bytes of the body to read, then how many more (RFC 9112, 6.3 and 7.1).
 
-    max_redirections = 5
-
-    def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
-        try:
-            return super().http_error_302(req, fp, code, msg, headers)
-        except (Error, ValueError):
-            fp.close()  # nobody else would
-            raise
-
-    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
-
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        ours, theirs = urllib.parse.urlsplit(req.full_url), urllib.parse.urlsplit(newurl)
-        if req.get_method() not in ("GET", "HEAD") or ours[:2] != theirs[:2]:
-            raise BadAnswer(f"the server redirects {req.get_method()} to {newurl!r:.200}, which is not followed")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-class _BoundedConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
-    """Hang up on a connection that is still open at the deadline.
-
-    A socket's timeout bounds one wait only: a server that sends a byte now and then would outlast it.
+    Raises ConnectionError if the answer is cut or a chunk has no size, BadAnswer if its framing is not clear.
     """
+    framed = ("content-length", "transfer-encoding")
+    framing = [f"{name}: {value}".lower() for name, value in answer.headers.items() if name.lower() in framed]
+    length = re.fullmatch("content-length: ([0-9]{1,18})", "".join(framing))
+    if framing == ["transfer-encoding: chunked"]:
+        # int() alone would read -1, +1, 0x1 and 1_0 as well. What comes after the last chunk means nothing here.
+        form = rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?\r\n"
+        while (line := re.fullmatch(form, answer.fp.readline(_AT_ONCE))) and int(line[1], 16):
+            yield int(line[1], 16)
+            answer.fp.read(2)  # CRLF; where it is something else, a size is missing
+        if not line:
+            raise ConnectionError("the answer is cut, or a chunk has no size")
+    elif length:
+        yield int(length[1])
+    elif framing:
+        raise BadAnswer(f"the answer does not say clearly how long it is: {brief(framing)}")
+    elif answer.length != 0:  # 0: http.client knows the statuses that have no body
+        yield _UNTIL_CLOSE
 
-    def __init__(self, until: float) -> None:
+
+class _BoundedHTTP(urllib.request.HTTPHandler):
+    """Handler of http and https that opens one kind of connection: a client never changes its scheme."""
+
+    https_request = urllib.request.HTTPHandler.http_request
+
+    def __init__(self, connection: Any) -> None:
         super().__init__()
-        self.expired = False
-        self._until = until
-        self._timers: list[threading.Timer] = []
+        self._connection = connection
 
     def http_open(self, req: Any) -> Any:
-        return self.do_open(functools.partial(self._connection, http.client.HTTPConnection), req)
+        return self.do_open(self._connection, req)
 
-    def https_open(self, req: Any) -> Any:
-        return self.do_open(functools.partial(self._connection, http.client.HTTPSConnection), req)
-
-    def _connection(self, kind: Callable[..., Any], host: str, **options: Any) -> Any:
-        connection = kind(host, **options)
-        connect = connection.connect
-
-        def connect_and_watch() -> None:
-            connect()
-            timer = threading.Timer(self._until - time.monotonic(), self._hang_up, [connection.sock])
-            timer.daemon = True
-            timer.start()
-            self._timers.append(timer)
-
-        connection.connect = connect_and_watch
-        return connection
-
-    def _hang_up(self, stream: socket.socket) -> None:
-        self.expired = True
-        with contextlib.suppress(OSError):
-            stream.shutdown(socket.SHUT_RDWR)
-
-    def cancel(self) -> None:
-        for timer in self._timers:
-            timer.cancel()
+    https_open = http_open
 
 
-def _parse_answer(body: bytes) -> Any:
+class _Connection(http.client.HTTPConnection):
+    """A connection whose timeout is not a number but a function, asked before each wait how long that may be.
+
+    A socket's own timeout bounds one wait only: a server that sends a byte now and then would outlast it.
+    """
+
+    def connect(self) -> None:
+        self._wait = cast("Callable[[], float]", self.timeout)
+        self.timeout = self._wait() / len(socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM))
+        super().connect()  # to each address in turn until one answers
+        self.sock.settimeout(self._wait())  # for the handshake
+
+    def send(self, data: Any) -> None:
+        for start in range(0, len(data), _AT_ONCE):
+            if self.sock:
+                self.sock.settimeout(self._wait())
+            super().send(data[start : start + _AT_ONCE])
+
+    def response_class(self, sock: Any, **options: Any) -> Any:  # type: ignore[override]
+        """Return the answer, read from a file that asks how long to wait and counts what it receives."""
+        answer: Any = http.client.HTTPResponse(sock, **options)
+        answer.budget = budget = [_HEAD_AT_MOST]  # shared, without a cycle that would keep the socket open
+        wait = self._wait
+
+        def readinto(buffer: Any) -> int:
+            sock.settimeout(wait())
+            count: int = sock.recv_into(buffer)
+            budget[0] -= count
+            if budget[0] < 0:
+                raise BadAnswer("the head or the chunks of the answer are too long")
+            return count
+
+        answer.fp.raw.readinto = readinto  # of the socket's file, below its buffer
+        return answer
+
+
+def _secure_connection(cafile: str | None) -> Any:
+    """Return a maker of connections over TLS. Raises InvalidParameter if the file holds no certificates."""
+    import ssl
+
+    class SecureConnection(http.client.HTTPSConnection, _Connection):  # a Python without ssl has no HTTPSConnection
+        """A connection that shakes hands on the socket that _Connection.connect() left behind."""
+
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise BadAnswer(f"the answer is not JSON: {error}") from error
+        return functools.partial(SecureConnection, context=ssl.create_default_context(cafile=cafile))
+    except (OSError, ValueError) as error:
+        raise refuse("cafile", cafile, f"a file of PEM certificates ({error})") from error
 
 
 def _shown_record(shown: Any) -> Record:
-    """Return an image that a server showed, source and features as dicts."""
-    if not isinstance(shown, dict) or "id" not in shown:
-        raise BadAnswer(f"the answer is not an image: {brief(shown)}")
+    """Return an image that a server showed, source and features as dicts. Raises BadAnswer."""
     try:
-        texts = {name: shown[name] for name in ("source", "features") if isinstance(shown.get(name), str)}
-        return {**shown, **{name: parse_yaml_mapping(text) for name, text in texts.items()}}
-    except ValueError as error:
-        raise BadAnswer(f"{shown['id']}: {error}") from error
+        check_id("id", shown["id"])
+        image = dict(shown)
+        for name, kind in (("source", str), ("features", bool)):
+            text = shown.get(name)
+            if isinstance(text, str) and len(text) <= _YAML_AT_MOST:
+                image[name] = parse_yaml_mapping(text)
+            if {*map(type, (image.get(name) or {}).values())} - {kind}:
+                raise ValueError(f"{name} holds something else")
+        for name, value in image.items():
+            if value is not None and type(value) is not _TYPES.get(name, type(value)):
+                raise refuse(name, value, f"null or {_TYPES[name].__name__}")
+        json.dumps(image, ensure_ascii=False).encode()  # no half of a surrogate pair, no bottomless nesting
+    except (TypeError, AttributeError, KeyError, ValueError, RecursionError, InvalidParameter) as error:
+        raise BadAnswer(f"the answer is not an image: {error!r}") from error
+    return image
 
 
 ####################################################################################################
