@@ -20,7 +20,8 @@ The same verbs on a server elsewhere: ``Client("http://127.0.0.1:9001", "a-visit
 The server: ``python3 wmi.py serve --sample``, or ``Server(storage).serve_forever()``.
 
 The parts, each using only what stands above it (``grep -A1 '^####' wmi.py``):
-Errors, YAML, Image, Storage, Catalog, HTTP, Client, Command line.
+Errors, YAML, Image, Storage, Catalog, Requests, Service, Connections, Processes, Client, Optional,
+Command line.
 
 Left out on purpose: everything of DCMGR that is not an image; the rest of YAML; async; scanning
 for plug-ins. A store is one file in backends/ with one function, open_storage(location).
@@ -59,7 +60,7 @@ import types
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, Protocol, TextIO, Union, cast
 
 try:
@@ -180,6 +181,12 @@ class ExpectationFailed(Error):
     """Refuse an Expect other than 100-continue."""
 
     status, code = 417, "417"
+
+
+class MisdirectedRequest(Error):
+    """Raised for a Host that this server does not serve (RFC 9110, 15.5.20)."""
+
+    status, code = 421, "421"
 
 
 class RequestHeaderFieldsTooLarge(Error):
@@ -850,8 +857,11 @@ class storage_errors:  # noqa: N801  # used as a function; a generator would cos
 # The rules: who sees what, who may delete, how a list is paged, filtered and sorted. On a store; no
 # HTTP, no files. Every difference between the versions is a column of VERSIONS.
 
-PAGE_AT_ONCE = 1000  # images read in one piece; longer lists are walked, in bounded memory
-SORTED_AT_MOST = 100_000  # start + limit with sort_by: so many keys are held in memory
+PAGE_AT_ONCE = 50  # images read in one piece, each up to 150 KB; longer lists are walked, in bounded memory
+IMAGES_A_CALL = 1000  # asked of an index by images()
+SORTED_AT_MOST = 10_000  # start + limit with sort_by: so many keys are held in memory
+SORTED_BY = 255  # characters of a text that it is sorted by; MySQL took its first 1024 bytes
+PULSE = 1000  # records walked between two calls of a catalog's pulse
 
 
 class Page(NamedTuple):
@@ -868,10 +878,14 @@ class Catalog:
 
     The account None is the operator at the machine itself, who may see and change everything; a server
     always names an account. Every method raises errors of this module only, DatabaseError included.
+    While all images are walked, pulse is called now and then; what it raises ends the walk.
     """
 
-    def __init__(self, storage: Storage, account: str | None = None, version: str = DOCUMENT) -> None:
-        self.storage = storage
+    def __init__(
+        self, storage: Storage, account: str | None = None, version: str = DOCUMENT,
+        pulse: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self.storage, self._pulse = storage, pulse
         self.account = account if account is None else check_account("account", account)
         self.version = find_version(version)
 
@@ -902,7 +916,10 @@ class Catalog:
     def _matching(
         self, public: bool, deleted: bool | None, conditions: Sequence[Condition], oldest_first: bool = False
     ) -> Iterator[Record]:
-        for record in self.storage.walk(self.account, public=public, deleted=deleted, oldest_first=oldest_first):
+        walk = self.storage.walk(self.account, public=public, deleted=deleted, oldest_first=oldest_first)
+        for number, record in enumerate(walk, 1):
+            if number % PULSE == 0:
+                self._pulse()
             if all(condition(record) for condition in conditions):
                 yield record
 
@@ -1004,7 +1021,7 @@ def every_image(index: Callable[..., Page], filters: Mapping[str, Any]) -> Itera
     """Yield every image of an index, a catalog's or a client's, page by page."""
     start, total = 0, 1
     while start < total:
-        total, _, _, images = index(start, PAGE_AT_ONCE, **filters)
+        total, _, _, images = index(start, IMAGES_A_CALL, **filters)
         before = start
         for start, image in enumerate(images, start + 1):
             yield image
@@ -1122,7 +1139,7 @@ def _sort_key(version: Version, field: str, record: Record) -> tuple[bool, Any]:
         return False, ""
     value = version.fields[field](record)
     text = json.dumps(value) if isinstance(value, (dict, list)) else value
-    return value is not None, text.upper() if isinstance(text, str) else text  # utf8_general_ci compares capitals
+    return value is not None, text[:SORTED_BY].upper() if isinstance(text, str) else text  # as utf8_general_ci does
 
 
 ####################################################################################################
@@ -1142,7 +1159,7 @@ MAX_EMPTY_LINES = 4  # before a request line; old clients sent one after a body
 MAX_CHUNK_LINE = 256  # bytes; a size and extensions that nobody uses
 SMALL_HEAD = 1024  # bytes; a head up to this size is remembered, times 256
 
-CacheKey = tuple[str, str, str]  # target, account, If-None-Match
+CacheKey = tuple[str, str, str, str]  # target, account, If-None-Match, host
 IDLE, HEAD, BODY = range(3)  # what a reader waits for: a request, the rest of its head, the rest of its body
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, 5.6.2
@@ -1150,7 +1167,7 @@ _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([
 _FIELD_LINE = re.compile(rb"(" + _TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 _NEVER_IN_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?=[^\n])|(?<!\r)\n")
-_HOST = r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
+_HOST = r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
 _ABSOLUTE = r"(?i:http)://([^/?]*)(.*)"
 
 
@@ -1168,6 +1185,7 @@ class Request(NamedTuple):
     chunked: bool
     keep_alive: bool
     expects_continue: bool
+    host: str  # without its port, in lower case
     account: str  # for the log: visible ASCII without blanks, as the target is, so that neither can forge a line
     body: bytes = b""
 
@@ -1181,19 +1199,21 @@ def parse_head(head: bytes) -> Request:
     method, target, minor = parse_request_line(line)
     check_characters(head, len(head))
     meaning = (_parse_small_fields if len(rest) <= SMALL_HEAD else _parse_field_lines)(rest, minor)
+    fields, *_, host, _ = meaning
     path, query = parse_target(method, target)
-    cache_key = target, meaning[0].get("x-vdc-account-uuid", ""), meaning[0].get("if-none-match", "")
+    cache_key = target, fields.get("x-vdc-account-uuid", ""), fields.get("if-none-match", ""), host
     return Request(method, target, path, query, minor, cache_key, *meaning)
 
 
-def _parse_field_lines(text: bytes, minor: int) -> tuple[dict[str, str], int, bool, bool, bool, str]:
+def _parse_field_lines(text: bytes, minor: int) -> tuple[dict[str, str], int, bool, bool, bool, str, str]:
     """Return the fields in lines that each end with CRLF, and what they say, in the order of Request."""
     fields = parse_fields(text.split(b"\r\n")[:-1])
-    check_host(fields, minor)
+    host = parse_host(fields, minor)
     account = fields.get("x-vdc-account-uuid") or "-"
     if not re.fullmatch("[!-~]{1,255}", account):
         account = ascii(account[:255]).replace(" ", "_")
-    return fields, *parse_framing(fields, minor), parse_keep_alive(fields, minor), parse_expect(fields, minor), account
+    keep_alive, expects = parse_keep_alive(fields, minor), parse_expect(fields, minor)
+    return fields, *parse_framing(fields, minor), keep_alive, expects, host, account
 
 
 # Clients repeat themselves: the same fields with each request, often the same head. Without the first, an answer
@@ -1237,10 +1257,12 @@ def parse_fields(lines: Sequence[bytes]) -> dict[str, str]:
     return fields
 
 
-def check_host(fields: Mapping[str, str], minor: int) -> None:
-    """Check Host, which HTTP/1.1 must send (RFC 9112, 3.2)."""
-    if not re.fullmatch(_HOST, fields.get("host", "" if minor else "-")):
+def parse_host(fields: Mapping[str, str], minor: int) -> str:
+    """Return Host without its port, in lower case. HTTP/1.1 must send it (RFC 9112, 3.2)."""
+    match = re.fullmatch(_HOST, fields.get("host", "" if minor else "-"))
+    if not match:
         raise BadRequest("Host is missing or is not a host")
+    return match[1].lower() if "host" in fields else ""
 
 
 def parse_target(method: str, target: str) -> tuple[str, str]:
@@ -1320,7 +1342,8 @@ class Reader:
 
     def feed(self, piece: bytes) -> None:
         """Take what has arrived; an empty piece is the end of the stream."""
-        self._drop_read()
+        if self._at:
+            self._drop_read()
         self._data += piece
         self.ended = not piece
 
@@ -1329,6 +1352,8 @@ class Reader:
 
         Raises the subclass of Error for the first rule that is broken: nothing can be read after that.
         """
+        if self.waits_for == IDLE and self._at == len(self._data):  # as after nearly every request
+            return None
         request = next(self._requests)
         if request is None and self.ended and self.waits_for != IDLE:
             raise BadRequest("the request is cut")
@@ -1373,6 +1398,7 @@ class Reader:
                 self.waits_for, self.owes_continue = BODY, request.expects_continue and self.is_empty
                 read = self._read_chunks() if request.chunked else self._read_length(request.length)
                 request = request._replace(body=(yield from read))
+            self.waits_for = IDLE
             yield request
 
     def _read_length(self, length: int) -> Generator[None, None, bytes]:
@@ -1427,7 +1453,10 @@ class Reader:
 # no answer is older than what anybody was told is done.
 
 MAX_WAITING = 8  # requests that the store keeps waiting, each in a thread; those beyond are refused at once
-KEPT_AT_MOST = 1 << 17  # bytes of an answer that is put together and may be kept; a longer one is streamed
+MAX_WALKS = 4  # indexes with filters at once: each looks at all images
+MAX_STREAMS = 64  # long indexes that are sent at once: each holds some pieces of the store
+KEPT_AT_MOST = 1 << 16  # bytes of an answer that is put together and may be kept; a longer one is streamed
+ASKED_AT_MOST = 2048  # different requests that are remembered, so that the next one's answer is kept
 FRESH_AT_MOST = 32  # answers of one round that may be kept
 CACHE_BYTES = 4 << 20  # of kept answers a process; about 400 pages of 20
 PIECE = 16384  # bytes sent or received at once: recv allocates what it is asked for, and a TLS record is not longer
@@ -1527,10 +1556,10 @@ def gather(texts: Iterator[str], size: int) -> bytes:
 class TextBody:
     """Texts as a body, gathered into pieces that are worth a system call."""
 
-    length = None
+    length: int | None = None
 
-    def __init__(self, first: bytes, texts: Generator[str, None, None]) -> None:
-        self._first, self._texts = first, texts
+    def __init__(self, first: bytes, texts: Generator[str, None, None], closed: Callable[[], object]) -> None:
+        self._first, self._texts, self._closed = first, texts, closed
 
     def more(self, stream: socket.socket) -> bytes:
         """Return the next piece; see Body."""
@@ -1541,6 +1570,7 @@ class TextBody:
         """End the walk through the store."""
         with contextlib.suppress(ValueError):  # a thread that the store holds up is still in it
             self._texts.close()
+        self._closed()
 
 
 class Service:
@@ -1549,39 +1579,62 @@ class Service:
     Threads may share it. `waiting` says how many requests the store keeps waiting: who serves it sets that.
     """
 
-    def __init__(self, storage: Storage, unversioned: str = DOCUMENT, report: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, storage: Storage, unversioned: str = DOCUMENT, report: Callable[[str], None] = print,
+        hosts: Container[str] | None = None,
+    ) -> None:  # fmt: skip
         self.unversioned, self.waiting = find_version(unversioned), 0
+        self._hosts = hosts  # that are served; None: any
         self._storage, self._report = storage, report
         self._catalogs = functools.lru_cache(maxsize=64)(functools.partial(Catalog, storage))
         self._known = 0.0, ""  # when a look at the store's revision began, and what it showed
         self._kept: collections.OrderedDict[Any, Kept] = collections.OrderedDict()  # the one used last stands last
         self._kept_bytes = 0
-        self._fresh: list[tuple[CacheKey, Kept]] = []  # answers that keep() is to look at
+        self._asked: set[CacheKey] = set()
+        self.fresh: list[tuple[CacheKey, Kept]] = []  # answers that keep() is to look at
         self._lock = threading.Lock()  # of what is kept
+        self._walks, self._streams = threading.Semaphore(MAX_WALKS), threading.Semaphore(MAX_STREAMS)
 
-    def answer(self, request: Request, arrived: float | None = None) -> Answer:
+    def answer(
+        self, request: Request, arrived: float | None = None, pulse: Callable[[], None] = lambda: None
+    ) -> Answer:
         """Return the answer; every failure becomes one in the form of the API.
 
-        `arrived` is a time.monotonic() when all of the request had arrived, by default now.
+        `arrived` is a time.monotonic() when all of the request had arrived, by default now. pulse is called now and
+        then while all images are walked, and may raise an Error.
         """
         arrived = time.monotonic() if arrived is None else arrived
         try:
+            if self._hosts is not None and request.host not in self._hosts:
+                raise MisdirectedRequest(f"{request.host} is not served here; --host-name allows it")
             if request.method not in ("GET", "HEAD"):
                 return self._change(request)
-            revision, answer, _ = self._kept.get(request.cache_key, _NOT_KEPT)
-            if answer and revision == self._revision(arrived):
-                if self._kept_bytes > CACHE_BYTES // 2:  # before that, nothing is dropped soon
-                    with contextlib.suppress(KeyError):  # another thread has just dropped it
-                        self._kept.move_to_end(request.cache_key)
-                return answer
-            return self._read(request, arrived)
+            if request.cache_key in self._kept:
+                self._revision(arrived)
+                if answer := self.kept_answer(request, arrived):
+                    return answer
+            return self._read(request, arrived, pulse)
         except Error as error:
             if error.status >= 500 and error.__cause__:
                 self._report(f"{request.method} {request.target}: {error}: {error.__cause__}")
             return self.refuse(error, request)
+        except MemoryError:
+            return self.refuse(DatabaseError("out of memory; try again"), request)
         except Exception as error:  # a fault of ours: told in the log, not to the client
             self._report(f"{request.method} {request.target}: {error!r}")
             return self.refuse(Error("internal error"), request)
+
+    def kept_answer(self, request: Request, arrived: float) -> Answer | None:
+        """Return the answer if it is kept, and known to be right without another look at the store."""
+        if request.cache_key not in self._kept or request.method not in ("GET", "HEAD"):
+            return None
+        (moment, known), (revision, answer, _) = self._known, self._kept.get(request.cache_key, _NOT_KEPT)
+        if revision != known or moment <= arrived:
+            return None
+        if self._kept_bytes > CACHE_BYTES // 2:  # before that, nothing is dropped soon
+            with contextlib.suppress(KeyError):  # another thread has just dropped it
+                self._kept.move_to_end(request.cache_key)
+        return answer
 
     def refuse(self, error: Error, request: Request | None = None) -> Answer:
         """Return the answer to a request that could not be read, or not be answered."""
@@ -1642,38 +1695,61 @@ class Service:
             self._known = moment, revision
         return revision
 
-    def _read(self, request: Request, arrived: float) -> Answer:
+    def _read(self, request: Request, arrived: float, pulse: Callable[[], None]) -> Answer:
         """Answer GET and HEAD.
 
         The ETag of a whole body is made of the body, so it is right whatever the store went through. That of a
         streamed one is another each time: content that is still to come can have no name.
         """
+        body: bytes | Body
         version, id, format = self._route(request.path)
         catalog, revision = self._catalog(request, version), self._revision(arrived)
         if id is not None:
-            body: bytes | Body = encode(render(version, catalog.show(id)), format)
+            body = encode(render(version, catalog.show(id)), format)
         else:
-            page = catalog.index(**parse_query(request.query, ("start", "limit", *version.filters)))
-            texts = render_page(version, page, format)
-            body = gather(texts, KEPT_AT_MOST)
-            body = body if len(body) < KEPT_AT_MOST else TextBody(body, texts)
+            query = parse_query(request.query, ("start", "limit", *version.filters))
+            if {"start", "limit"}.issuperset(query):
+                body = self._gather_page(catalog, query, format)
+            else:  # all images have to be looked at
+                catalog = Catalog(self._storage, catalog.account, version.name, pulse)
+                with _place(self._walks):
+                    body = self._gather_page(catalog, query, format)
         tag = hashlib.blake2b(body, digest_size=12).hexdigest() if isinstance(body, bytes) else os.urandom(12).hex()
         tagged = f'ETag: "{tag}"\r\nCache-Control: {_CACHE_CONTROL}\r\n'
         if "if-none-match" in request.fields and matches_etag(request.fields["if-none-match"], f'"{tag}"'):
             answer = make_answer(304, tagged)
+            if not isinstance(body, bytes):
+                body.close()
         else:
             lines = f"Content-Type: {_CONTENT_TYPES[format]}\r\n{tagged}X-Content-Type-Options: nosniff\r\n"
             answer = make_answer(200, lines, body)
-        if isinstance(answer.body, bytes) and len(self._fresh) < FRESH_AT_MOST:
+        if isinstance(answer.body, bytes) and len(self.fresh) < FRESH_AT_MOST and self._was_asked(request.cache_key):
             size = len(answer.head) + len(answer.body) + sum(map(len, request.cache_key)) + 1024  # objects around them
-            self._fresh.append((request.cache_key, (revision, answer, size)))
+            self.fresh.append((request.cache_key, (revision, answer, size)))
         return answer
+
+    def _gather_page(self, catalog: Catalog, query: Mapping[str, Any], format: str) -> bytes | Body:
+        """Return an index in one piece, or streamed if it is long."""
+        texts = render_page(catalog.version, catalog.index(**query), format)
+        first = gather(texts, KEPT_AT_MOST)
+        if len(first) < KEPT_AT_MOST:
+            return first
+        if not self._streams.acquire(blocking=False):
+            raise DatabaseError("too many long indexes are being sent; try again")
+        return TextBody(first, texts, self._streams.release)
+
+    def _was_asked(self, key: CacheKey) -> bool:
+        """Say whether the same was asked before: to keep what is never asked again would cost a tenth of its answer."""
+        if key in self._asked:
+            return True
+        if len(self._asked) >= ASKED_AT_MOST:
+            self._asked.clear()
+        self._asked.add(key)
+        return False
 
     def keep(self) -> None:
         """Keep the answers made since the last call, unless the store has changed since before they were read."""
-        fresh, self._fresh = self._fresh, []
-        if not fresh:
-            return
+        fresh, self.fresh = self.fresh, []
         with storage_errors():
             revision = self._storage.revision()
         with self._lock:
@@ -1683,6 +1759,17 @@ class Service:
                     self._kept[key] = entry
             while self._kept_bytes > CACHE_BYTES:
                 self._kept_bytes -= self._kept.popitem(last=False)[1][2]
+
+
+@contextlib.contextmanager
+def _place(places: threading.Semaphore) -> Iterator[None]:
+    """Hold one of a few places. Raises DatabaseError if all are taken."""
+    if not places.acquire(blocking=False):
+        raise DatabaseError("too many requests look at all images; try again")
+    try:
+        yield
+    finally:
+        places.release()
 
 
 def matches_etag(field: str, etag: str) -> bool:
@@ -1767,9 +1854,11 @@ LINGER_SECONDS = 1  # for a client to read the last answer
 GRACE_SECONDS = 10  # to finish what runs when told to stop
 TURN_SECONDS = 0.05  # that work may hold up the leader
 LOOK_SECONDS = 0.1  # between two looks for deadlines that have passed
+YIELD_SECONDS = 0.0002  # of work, then other processes may run: the slowest of 100 answers comes 3 times as soon
 SHARE_SECONDS = 0.002  # in which a worker with fewer connections may take a new one
 HELD_SECONDS = 0.005  # between two looks for the results of threads that are held up
 AT_ONCE = 16  # requests or pieces in one turn
+UNSENT_AT_MOST = 8 << 20  # bytes of answers that clients have not taken yet
 LOGGED = 2048  # characters of a request, or of a failure
 LOG_LINES = 4096  # that wait to be written; those beyond are counted and dropped
 PIPE_BUF = 4096  # bytes: on Linux so much is one write, also to a pipe, and the lines of processes never mix
@@ -1778,6 +1867,7 @@ READ, WRITE, WORK, CLOSE = selectors.EVENT_READ, selectors.EVENT_WRITE, 4, 8  # 
 
 _REASONS = {code: reason for code, (reason, _) in http.server.BaseHTTPRequestHandler.responses.items()}
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_yield_processor: Callable[[], object] = getattr(os, "sched_yield", lambda: None)  # not every system has it
 Result = Union[Answer, bytes, int, Exception]  # of work: an answer, or what Body.more() returned, or a failure
 
 
@@ -1822,7 +1912,9 @@ class Connection:
         """
         try:
             # 1. Take what work has made.
-            if result is not None:
+            if isinstance(result, Answer):
+                self._begin(result)
+            elif result is not None:
                 self._take(result)
             while True:
                 # 2. Send what there is, as far as the client takes it.
@@ -1846,7 +1938,11 @@ class Connection:
                     continue
                 if self.request is not None:
                     self.phase, self.receiving = IDLE, False
-                    return WORK
+                    answer = self.server.service.kept_answer(self.request, self.server.moment)
+                    if answer is None:
+                        return WORK
+                    self._begin(answer)
+                    continue
                 if not self.reader.owes_continue:
                     return self._await_input()
                 self.unsent, self.reader.owes_continue = b"HTTP/1.1 100 Continue\r\n\r\n", False
@@ -1861,9 +1957,20 @@ class Connection:
             if self.body is not None:
                 return self.body.more(self.socket)
             assert self.request is not None
-            return self.server.service.answer(self.request, self.server.moment)
+            return self.server.service.answer(self.request, self.server.moment, self._check_alive)
         except Exception as error:
             return error
+
+    def _check_alive(self) -> None:
+        """Raise Unreachable if the client has hung up, or said that it sends no more, as nginx takes it."""
+        try:
+            if socket.socket.recv(self.socket, 1, socket.MSG_PEEK):
+                return
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        raise Unreachable("the client has hung up")
 
     def expire(self) -> int:
         """Do what is due at the deadline; return as advance() does."""
@@ -1871,17 +1978,15 @@ class Connection:
             return CLOSE
         return self.advance(RequestTimeout("the request, or its reader, took too long"))
 
-    def _take(self, result: Result) -> None:
-        """Take a result of work. Raises it if it is a failure that the client cannot be told of."""
-        if isinstance(result, Exception) and (self.status or not isinstance(result, Error)):
-            raise result
-        if isinstance(result, Error):
-            result = self.server.service.refuse(result, self.request)
-        if isinstance(result, Answer):
-            self._begin(result)
+    def _take(self, result: bytes | int | Exception) -> None:
+        """Take a piece of a body, or a failure, which is raised if the client cannot be told of it any more."""
+        if isinstance(result, Exception):
+            if self.status or not isinstance(result, Error):
+                raise result
+            self._begin(self.server.service.refuse(result, self.request))
         elif isinstance(result, int):
             self.sent, self.deadline = self.sent + result, self.server.moment + SEND_SECONDS
-        elif isinstance(result, bytes):
+        else:
             self.unsent = b"%x\r\n%s\r\n" % (len(result), result) if self.chunked else result
         if not result:
             self._close_body()
@@ -1976,19 +2081,20 @@ class Server(http.server.HTTPServer):
     Use it as any HTTPServer: serve_forever() and, in another thread, shutdown(), then stop(). Or as a context
     manager, which serves in a thread of its own until the block ends. `log` takes text, one or more lines with
     their ends, as sys.stderr.write does; without it nothing is logged. `tls` is the context of an HTTPS server.
+    On a loopback address only loopback hosts are served, and `host_names`; with None every Host is.
     """
 
     def __init__(
         self, storage: Storage, host: str = "127.0.0.1", port: int = 9001, *, listener: socket.socket | None = None,
         unversioned: str = DOCUMENT, max_connections: int = MAX_CONNECTIONS, tls: ssl.SSLContext | None = None,
-        log: Callable[[str], object] = lambda text: None,
+        host_names: Sequence[str] | None = (), log: Callable[[str], object] = lambda text: None,
     ) -> None:  # fmt: skip
-        self.service = Service(storage, unversioned, self.report)
+        listener = listener or listen(host, port)
+        self.service = Service(storage, unversioned, self.report, served_hosts(listener, host_names))
         self.tls = tls  # of the connections to come: another may be put in its place
         self.stopping = False
         self.parent = 0  # process that supervises this one
         self.moment = time.monotonic()  # when this round's input was taken, or a change made: see Service
-        listener = listener or listen(host, port)
         super().__init__(listener.getsockname(), http.server.BaseHTTPRequestHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener  # bound already: server_bind would ask the DNS for our own name
@@ -1999,7 +2105,7 @@ class Server(http.server.HTTPServer):
         self._connections: set[Connection] = set()
         self._selector = selectors.DefaultSelector()
         self._ready: collections.deque[tuple[Connection, Result | None]] = collections.deque()  # to have their turn
-        self._looked = 0.0  # for deadlines
+        self._looked = self._yielded = 0.0  # when deadlines were looked at, and the processor was offered to others
         self._lock = threading.Lock()
         self._leader: threading.Thread | None = None
         self._working: tuple[Connection | None, float] | None = None  # for whom the leader works, since when
@@ -2007,7 +2113,7 @@ class Server(http.server.HTTPServer):
         self._ended = threading.Event()  # the last connection is closed
         self._log, self._log_lock = log, threading.Lock()
         self._lines: collections.deque[str] = collections.deque()  # that are not written yet
-        self._lost_lines = 0
+        self._clock, self._lost_lines = now(), 0
         ascii("é")  # PyPy imports a codec for it, which report() could not do without descriptors
 
     @property
@@ -2066,7 +2172,7 @@ class Server(http.server.HTTPServer):
     def _start_leader(self) -> None:
         """Start a thread that leads, in place of the one that is held up. The caller holds the lock."""
         before, working = self._leader, self._working
-        self._leader = threading.Thread(target=self._lead, args=[working and working[0]], daemon=True, name="wmi-leader")
+        self._leader = threading.Thread(None, self._lead, "wmi-leader", [working and working[0]], daemon=True)
         try:
             self._leader.start()
         except RuntimeError:  # no thread to be had: all wait for this work
@@ -2096,6 +2202,9 @@ class Server(http.server.HTTPServer):
 
     def _receive(self) -> None:
         """Wait for clients, and take what each has sent before any of them is answered."""
+        if time.monotonic() - self._yielded > YIELD_SECONDS:
+            _yield_processor()
+            self._yielded = time.monotonic()
         seconds = 0 if self._ready else HELD_SECONDS if self._held else LOOK_SECONDS
         for key, _ in self._selector.select(seconds):
             connection = key.data
@@ -2114,6 +2223,7 @@ class Server(http.server.HTTPServer):
             else:
                 self._settle(connection, wants)
         self.moment = time.monotonic()
+        self._clock = now()
 
     def _take_turn(self, me: threading.Thread, connection: Connection, result: Result | None) -> bool:
         """Let a connection do what it can, and return whether this thread still leads."""
@@ -2129,7 +2239,8 @@ class Server(http.server.HTTPServer):
             if connection.request and connection.request.method not in ("GET", "HEAD"):
                 self.moment = time.monotonic()  # what is answered from now on shows this change
             wants = connection.advance(result)
-        self._settle(connection, WRITE if wants == WORK else wants)  # others have waited long enough
+        if wants != connection.watched:
+            self._settle(connection, WRITE if wants == WORK else wants)  # WORK: others have waited long enough
         return True
 
     def _work(self, me: threading.Thread, connection: Connection | None, work: Callable[[], Any]) -> tuple[bool, Any]:
@@ -2142,14 +2253,17 @@ class Server(http.server.HTTPServer):
                 return True, result
             owner, _ = self._held.pop(me)
             self.service.waiting = len(self._held)
-        if owner:  # else it was told meanwhile that this takes too long
+        if owner:
             self._ready.append((owner, result))
+        elif isinstance(result, Answer) and not isinstance(result.body, bytes):
+            result.body.close()  # the client was told meanwhile that this takes too long
         return False, None
 
     def _end_round(self) -> None:
         """Keep the answers of this round, and write the log."""
-        with contextlib.suppress(Error):
-            self.service.keep()
+        if self.service.fresh:
+            with contextlib.suppress(Error):
+                self.service.keep()
         self._write_log()
 
     def _accept(self) -> None:
@@ -2211,6 +2325,11 @@ class Server(http.server.HTTPServer):
         for each in list(self._connections):
             if each.watched and (each.deadline <= self.moment or (self.stopping and each.is_idle)):
                 self._settle(each, each.expire())
+        unsent = 0
+        for each in sorted((each for each in self._connections if each.unsent), key=lambda each: -each.deadline):
+            unsent += len(each.unsent)
+            if unsent > UNSENT_AT_MOST and each.watched:  # who took something last may go on
+                self._settle(each, each.advance(RequestTimeout("too much waits to be read")))
         with self._lock:
             for thread, (connection, since) in self._held.items():
                 if connection and self.moment - since > STORE_SECONDS:
@@ -2230,7 +2349,7 @@ class Server(http.server.HTTPServer):
     def log(self, text: str) -> None:
         """Log a line, with the time before it. Lines are written together, at the end of a round."""
         if len(self._lines) < LOG_LINES:
-            self._lines.append(f"{now()} {text}\n")
+            self._lines.append(f"{self._clock} {text}\n")
         else:
             self._lost_lines += 1
 
@@ -2279,6 +2398,18 @@ def listen(host: str = "127.0.0.1", port: int = 9001, unix_socket: str | None = 
         raise OSError(f"{unix_socket}: {error.strerror or error}") from error
     listener.listen(128)
     return listener
+
+
+def served_hosts(listener: socket.socket, names: Sequence[str] | None) -> Container[str] | None:
+    """Return the hosts that a server on this socket serves; None is any.
+
+    A page in a browser may reach a server on loopback under a name that its author lets point there (DNS
+    rebinding), so there the Host has to be ours.
+    """
+    address: Any = listener.getsockname()
+    if names is None or not isinstance(address, tuple) or not (address[0].startswith("127.") or address[0] == "::1"):
+        return None
+    return {"", "localhost", "127.0.0.1", "[::1]", address[0], *(name.lower() for name in names)}
 
 
 def address_of(listener: socket.socket, scheme: str = "http") -> str:
@@ -2395,7 +2526,7 @@ def _run_here(
     block_stops(False)
     announce()
     server.serve_forever()
-    server.stop()
+    server.stop(1 if place and os.getppid() != place[0] else GRACE_SECONDS)  # nobody supervises it any more
     return 0
 
 
@@ -2937,6 +3068,8 @@ def _parse_arguments(argv: Sequence[str]) -> Any:
             option("--host", default="127.0.0.1", help="address to bind (default: %(default)s)"),
             option("--port", type=int, default=9001, help="0: any that is free (default: %(default)s)"),
             option("--unix-socket", metavar="PATH", help="listen there instead"),
+            option("--host-name", action="append", metavar="NAME", default=[],
+                   help="a Host to serve on a loopback address beside its own; may be repeated"),
             option("--tls-cert", metavar="FILE", help="serve HTTPS with this certificate chain (PEM)"),
             option("--tls-key", metavar="FILE", help="its key (default: in the same file)"),
             option("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)"),
@@ -3036,7 +3169,7 @@ def _serve(options: Any) -> int:
 
     def make_server() -> Server:
         ours = storage if options.workers == 1 else open_storage(options.store)
-        return Server(ours, listener=listener, unversioned=options.unversioned,
+        return Server(ours, listener=listener, unversioned=options.unversioned, host_names=options.host_name,
                       max_connections=options.max_connections, tls=context, log=log)  # fmt: skip
 
     def announce() -> None:

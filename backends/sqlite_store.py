@@ -41,7 +41,7 @@ from urllib.parse import quote
 
 BUSY_S = 8.0  # a call waits for locks no longer than this in total; a server gives up at 10 s
 CACHE_KIB, LOAD_CACHE_KIB = 1000, 64_000  # small in a server; an index of a million fits the other
-CHUNK, CHUNK_TEXT = 256, 128 * 1024  # rows read at once, and their text: no lock is held between
+CHUNK, CHUNK_TEXT = 256, 64 * 1024  # rows read at once, and their text: no lock is held between
 LARGE, SMALL = 14, 7  # a block of counts covers 2**14 or 2**7 serials
 LAST = 2**63 - 1  # the highest serial SQLite can give
 EVERYBODY = b""  # stands where an account would: a blob equals no text, not even an empty one

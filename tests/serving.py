@@ -41,6 +41,7 @@ def serving(
     storage: wmi.Storage, log: Callable[[str], object] = lambda line: None, **options: Any
 ) -> Iterator[Serving]:
     """Serve a store on a port of the system's choice for as long as the block runs; log takes one line at a time."""
+    options.setdefault("host_names", None)
     with wmi.Server(storage, port=0, log=lambda text: [log(line) for line in text.splitlines()], **options) as server:
         parts = urlsplit(server.url)
         yield Serving(server, server.url, str(parts.hostname), int(parts.port or 0))

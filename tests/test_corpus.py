@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import threading
 import time
 from collections.abc import Iterable, Iterator
 
@@ -30,7 +29,7 @@ from corpus import (
     sized,
 )
 from fuzz import REFUSED, SERVED, compare, mutations, of_head, verdicts
-from serving import read_requests
+from serving import read_requests, serving
 
 import wmi
 
@@ -54,14 +53,8 @@ def server(log: list[str]) -> Iterator[Server]:
     """Run our server with one image and say where it is."""
     storage = wmi.open_storage("memory:")
     wmi.Catalog(storage).register({"id": "wmi-corpus", "account_id": "a-shpoolxx"})
-    running = wmi.Server(storage, port=0, log=lambda text: log.extend(text.splitlines()))
-    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    host, port = running.server_address[:2]
-    yield Server(str(host), int(port), seconds=SECONDS)
-    running.shutdown()
-    thread.join()
-    assert running.stop()
+    with serving(storage, log=log.append) as served:
+        yield Server(served.host, served.port, seconds=SECONDS)
     storage.close()
 
 

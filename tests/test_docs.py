@@ -218,7 +218,10 @@ def test_limits_of_the_readme_are_those_of_the_code():
 def test_parts_stand_in_the_order_of_the_design():
     """The banners are the table of contents, from errors to the command line."""
     banners = re.findall(r"^#{100}\n# (.*)\n#{100}$", SOURCE, re.MULTILINE)
-    assert banners == ["Errors", "YAML", "Image", "Storage", "Catalog", "HTTP", "Client", "Command line"]
+    assert banners == [
+        "Errors", "YAML", "Image", "Storage", "Catalog", "Requests", "Service", "Connections", "Processes", "Client",
+        "Optional", "Command line",
+    ]  # fmt: skip
     assert ", ".join(banners) in " ".join((wmi.__doc__ or "").split())
 
 

@@ -838,7 +838,7 @@ def test_no_two_answers_share_an_etag(server):
     targets = [path + rest for path in PATHS.values() for rest in rests]
     targets += [f"{PATHS['12.03']}?{query}" for query in ("state=alive", "is_public=true", "sort_by=id.asc")]
     answers = [call(server, "GET", target, account) for target in targets for account in (ME, OTHER)]
-    tags = {(headers["etag"], json.dumps(body)) for _, headers, body in answers}
+    tags = {(headers["etag"], repr(body)) for _, headers, body in answers}
     assert len({tag for tag, _ in tags}) == len({body for _, body in tags}) == len(tags) > len(answers) / 2
 
 

@@ -1,0 +1,307 @@
+"""A store that is slow, locked or stuck: what is known goes on, the rest is told so in time, and threads are few."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import select
+import socket
+import sqlite3
+import threading
+import time
+
+import pytest
+from serving import parse_answer, serving
+
+import wmi
+
+ACCOUNT = "a-shpoolxx"
+SECONDS = 20.0
+
+
+def head(target, *fields):
+    """Return a raw head."""
+    lines = [f"GET {target} HTTP/1.1", "Host: a", f"X-VDC-ACCOUNT-UUID: {ACCOUNT}", *fields, "", ""]
+    return "\r\n".join(lines).encode()
+
+
+def connect(served):
+    """Return a connection to the server."""
+    return socket.create_connection((served.host, served.port), SECONDS)
+
+
+def read_answer(peer):
+    """Read exactly one answer that has a length."""
+    text = b""
+    while b"\r\n\r\n" not in text:
+        text += peer.recv(1) or pytest.fail(f"the connection ended after {text!r}")
+    status, fields, _ = parse_answer(text)
+    body = b""
+    while len(body) < int(fields["content-length"]):
+        body += peer.recv(int(fields["content-length"]) - len(body)) or pytest.fail("the body is cut")
+    return status, fields, body
+
+
+def leaders():
+    """Return how many threads serve, or are held up."""
+    return sum(thread.name == "wmi-leader" for thread in threading.enumerate())
+
+
+def until(condition):
+    """Wait until a condition holds."""
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        threading.Event().wait(0.01)
+
+
+class Stuck(wmi.MemoryStorage):
+    """A store whose `get` waits for as long as it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.told = threading.Event()
+        self.add_all(wmi.image_record({"id": f"wmi-{n}", "account_id": ACCOUNT}) for n in range(3))
+
+    def get(self, id):
+        """Wait for the word, then return the record."""
+        assert self.told.wait(SECONDS)
+        return super().get(id)
+
+
+def test_what_the_store_does_not_answer_is_503_in_time(monkeypatch):
+    """A call that does not return is answered for it, in the form of its version; its result is dropped, not sent."""
+    monkeypatch.setattr(wmi, "STORE_SECONDS", 0.3)
+    log = []
+    with Stuck() as storage, serving(storage, log=log.append) as served, connect(served) as peer:
+        began = time.monotonic()
+        peer.sendall(head("/api/12.03/images/wmi-1.yml"))
+        status, fields, body = read_answer(peer)
+        assert status == 503 and 0.2 < time.monotonic() - began < 5
+        assert fields["retry-after"] == "1" and fields["content-type"].startswith("text/yaml")
+        assert b"Endpoints::Errors::DatabaseError" in body
+        peer.sendall(head("/api/images"))  # needs no get: the connection goes on meanwhile
+        assert read_answer(peer)[0] == 200
+        storage.told.set()
+        until(lambda: leaders() == 1)
+        peer.sendall(head("/api/images/wmi-2"))
+        assert json.loads(read_answer(peer)[2])["id"] == "wmi-2"
+    assert [line.split()[5] for line in log if "/wmi-1.yml " in line] == ["503"]
+
+
+def test_threads_are_bounded():
+    """However many requests wait for the store: those beyond the bound are refused at once, and the rest goes on."""
+    with Stuck() as storage, serving(storage) as served, contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(connect(served)) for _ in range(60)]
+        peers[0].sendall(head("/api/images"))
+        assert read_answer(peers[0])[0] == 200
+        for peer in peers[1:]:
+            peer.sendall(head("/api/images/wmi-1"))
+        until(lambda: len(select.select(peers, [], [], 0)[0]) >= len(peers) - 1 - wmi.MAX_WAITING)
+        refused = select.select(peers, [], [], 0)[0]
+        for peer in refused:
+            status, fields, body = read_answer(peer)
+            assert (status, fields["retry-after"]) == (503, "1") and b'"110"' in body
+        assert leaders() <= wmi.MAX_WAITING + 1
+        storage.told.set()
+        for peer in peers[1:]:
+            if peer not in refused:
+                assert read_answer(peer)[0] == 200
+        until(lambda: leaders() == 1)
+        peers[5].sendall(head("/api/images/wmi-1"))
+        assert read_answer(peers[5])[0] == 200
+
+
+def test_clients_that_hung_up_keep_no_thread(monkeypatch):
+    """When the store goes on, the threads of clients that went away end, and their places are free."""
+    with Stuck() as storage, serving(storage) as served:
+        for _ in range(20):
+            with connect(served) as peer:
+                peer.sendall(head("/api/images/wmi-1"))
+        until(lambda: served.server.service.waiting == wmi.MAX_WAITING)
+        storage.told.set()
+        until(lambda: leaders() == 1 and not served.server._connections and served.server.service.waiting == 0)
+
+
+@pytest.fixture
+def locked(tmp_path, monkeypatch):
+    """A store in sqlite with 30 images, and another program's connection that can lock it."""
+    url = f"sqlite:{tmp_path / 'images.db'}"
+    monkeypatch.setattr(importlib.import_module("wmi.sqlite_store"), "BUSY_S", 1.0)
+    with wmi.open_storage(url) as storage:
+        storage.add_all(wmi.image_record({"id": f"wmi-{n}", "account_id": ACCOUNT}) for n in range(30))
+        os.utime(tmp_path / "images.db", (1e9, 1e9))  # as if nobody had written for a while
+        with contextlib.closing(sqlite3.connect(tmp_path / "images.db", isolation_level=None)) as other:
+            yield storage, other
+
+
+def test_a_locked_file(locked):
+    """While another program locks the file, kept answers go on, and others are 503 in time; then all is well."""
+    storage, other = locked
+    log = []
+    with serving(storage, log=log.append) as served, connect(served) as quick, contextlib.ExitStack() as stack:
+        for _ in range(3):
+            quick.sendall(head("/api/images/wmi-0"))
+            assert read_answer(quick)[0] == 200
+        other.execute("BEGIN EXCLUSIVE")
+        peers = [stack.enter_context(connect(served)) for _ in range(40)]
+        began = time.monotonic()
+        for number, peer in enumerate(peers):
+            peer.sendall(head(f"/api/images?limit=2&unknown={number}"))
+        most = 0
+        for _ in range(50):
+            quick.sendall(head("/api/images/wmi-0"))
+            assert read_answer(quick)[0] == 200
+            most = max(most, leaders())
+        for peer in peers:
+            status, fields, _ = read_answer(peer)
+            assert status == 503 and "retry-after" in fields
+        assert time.monotonic() - began < wmi.STORE_SECONDS
+        assert most <= 2 * wmi.MAX_WAITING + 2
+        other.execute("ROLLBACK")
+        began = time.monotonic()
+        for peer in peers:
+            peer.sendall(head("/api/images?limit=2"))
+            assert read_answer(peer)[0] == 200
+        assert time.monotonic() - began < 5
+
+
+def test_the_bounds_of_stores_and_server_fit():
+    """A store gives up before the server does, so that the client is told why."""
+    for scheme in ("json", "sqlite"):
+        assert importlib.import_module(f"wmi.{scheme}_store").BUSY_S < wmi.STORE_SECONDS
+
+
+# ---- what looks at all images ----
+
+
+class Long(wmi.MemoryStorage):
+    """A store of very many images, made up when they are walked; a walk may be stopped on its way."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count, self.walked, self._template = count, 0, wmi.image_record({"account_id": ACCOUNT})
+        self.going = threading.Event()
+        self.going.set()
+
+    def page(self, account, start, limit, **scope):
+        """Return the first images."""
+        records = [self._record(n) for n in range(start, min(self.count, start + limit))]
+        return self.count, records
+
+    def walk(self, account=None, *, start=0, **scope):
+        """Yield them."""
+        for number in range(start, self.count):
+            self.walked += 1
+            if number == self.count // 2:
+                assert self.going.wait(SECONDS)
+            yield self._record(number)
+
+    def get(self, id):
+        """Return any of them."""
+        return self._record(int(id[4:]))
+
+    def _record(self, number):
+        return {**self._template, "id": f"wmi-{number}"}
+
+
+FILTERED = head("/api/12.03/images?sort_by=description.asc&service_type=std")
+
+
+def test_a_walk_whose_client_is_gone_ends():
+    """A client that hangs up while all images are looked at for it does not keep the server at it."""
+    with Long(20_000) as storage, serving(storage) as served:
+        storage.going.clear()
+        with connect(served) as peer:
+            peer.sendall(FILTERED)
+            until(lambda: storage.walked > storage.count // 2)
+        storage.going.set()
+        until(lambda: leaders() == 1 and not served.server._connections)
+        assert storage.walked < storage.count * 0.6
+
+
+def test_walks_are_bounded():
+    """Requests that look at all images beyond the bound are 503 at once; others are answered."""
+    with Long(4_000) as storage, serving(storage) as served, contextlib.ExitStack() as stack:
+        storage.going.clear()
+        peers = [stack.enter_context(connect(served)) for _ in range(wmi.MAX_WALKS + 3)]
+        for peer in peers:
+            peer.sendall(FILTERED)
+        until(lambda: len(select.select(peers, [], [], 0)[0]) >= 3)
+        for peer in select.select(peers, [], [], 0)[0]:
+            status, fields, _ = read_answer(peer)
+            assert (status, fields["retry-after"]) == (503, "1")
+            peer.sendall(head("/api/images?limit=1"))
+            assert read_answer(peer)[0] == 200
+            peers.remove(peer)
+        storage.going.set()
+        for peer in peers:
+            peer.settimeout(60)
+            assert peer.recv(15) == b"HTTP/1.1 200 OK"
+
+
+def test_streams_are_bounded():
+    """So many long indexes are sent at once; one more is 503, until one of them ends or is given up."""
+    with Long(20_000) as storage, serving(storage) as served, contextlib.ExitStack() as stack:
+        peers = []
+        for _ in range(wmi.MAX_STREAMS):
+            peers.append(stack.enter_context(socket.socket()))
+            peers[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            peers[-1].settimeout(SECONDS)
+            peers[-1].connect((served.host, served.port))
+            peers[-1].sendall(head("/api/images"))
+            assert peers[-1].recv(15) == b"HTTP/1.1 200 OK"
+        late = stack.enter_context(connect(served))
+        for _ in range(3):
+            late.sendall(head("/api/images"))
+            assert read_answer(late)[0] == 503
+        late.sendall(head("/api/images", "If-None-Match: *"))
+        peers[0].close()
+        until(lambda: served.server.service._streams._value)
+        assert late.recv(12) in (b"HTTP/1.1 503", b"HTTP/1.1 304")
+        with connect(served) as peer:
+            peer.sendall(head("/api/images"))
+            assert peer.recv(15) == b"HTTP/1.1 200 OK"
+
+
+def test_a_head_or_a_304_of_a_long_index_leaves_nothing():
+    """Where the body is not sent, the walk behind it ends, and its place is free."""
+    with Long(20_000) as storage, serving(storage) as served, connect(served) as peer:
+        for _ in range(2 * wmi.MAX_STREAMS):
+            peer.sendall(head("/api/images", "If-None-Match: *"))
+            assert peer.recv(65536).startswith(b"HTTP/1.1 304 ")
+            peer.sendall(head("/api/images").replace(b"GET", b"HEAD"))
+            assert peer.recv(65536).startswith(b"HTTP/1.1 200 ")
+        until(lambda: served.server.service._streams._value == wmi.MAX_STREAMS)
+
+
+def test_what_clients_do_not_take_is_bounded(monkeypatch):
+    """Answers that wait to be read take so much memory in all; beyond it, who took nothing for longest is cut."""
+    monkeypatch.setattr(wmi, "UNSENT_AT_MOST", 300_000)
+    with wmi.MemoryStorage() as storage, contextlib.ExitStack() as stack:
+        storage.add_all(wmi.image_record({"account_id": ACCOUNT, "description": "x" * 10_000}) for _ in range(5))
+        with serving(storage) as served:
+            peers = [stack.enter_context(connect(served)) for _ in range(20)]
+            for peer in peers:
+                peer.sendall(head("/api/images") * 150)
+            until(lambda: len(served.server._connections) < 10)
+            assert served.raw(head("/nowhere", "Connection: close")).startswith(b"HTTP/1.1 404 ")
+            held = sum(len(each.unsent) for each in list(served.server._connections))
+            assert held <= 2 * wmi.UNSENT_AT_MOST
+
+
+def test_no_memory_is_503(monkeypatch):
+    """A request for which there is no memory is told to come again; the next one is served."""
+
+    class Full(wmi.MemoryStorage):
+        def page(self, *args, **options):
+            raise MemoryError
+
+    with Full() as storage, serving(storage) as served, connect(served) as peer:
+        peer.sendall(head("/api/images"))
+        status, fields, _ = read_answer(peer)
+        assert (status, fields["retry-after"]) == (503, "1")
+        peer.sendall(head("/nowhere"))
+        assert read_answer(peer)[0] == 404
