@@ -2903,15 +2903,200 @@ class FileBody:
         self._file.close()
 
 
+# ---- what is printed ----
+
+
+def _visible(value: Any) -> str:
+    """Return text that cannot move the cursor of a terminal nor begin a line."""
+    return re.sub("[^ -~]", _escape, value if isinstance(value, str) else json.dumps(value))
+
+
+def _escape(char: re.Match[str]) -> str:
+    """Return a character, or as JSON spells it if it is none that is printed."""
+    units = char[0].encode("utf-16-be", "surrogatepass").hex()
+    return char[0] if char[0].isprintable() else re.sub("(....)", r"\\u\1", units)
+
+
+def _write(text: str, out: TextIO | None = None) -> None:
+    """Write to standard output or another file; a terminal gets escapes for what could move its cursor."""
+    out = out or sys.stdout
+    with _naming("standard output") if out is sys.stdout else contextlib.nullcontext():
+        out.write(re.sub(r"[^\n -~]", _escape, text) if out.isatty() else text)
+
+
+@contextlib.contextmanager
+def _naming(file: str) -> Iterator[None]:
+    """Make errors of the system name a file: those of reading and writing do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = file
+        raise
+
+
+def _progressing(what: str, items: Iterable[Any]) -> Iterator[Any]:
+    """Yield items; on a terminal, show five times a second how many there were."""
+    shown = time.monotonic() + 0.2 if sys.stderr.isatty() else float("inf")
+    for count, item in enumerate(items):
+        if time.monotonic() > shown:
+            print(f"\r{what} {count:,}", end="\x1b[K", file=sys.stderr, flush=True)
+            shown = time.monotonic() + 0.2
+        yield item
+    if sys.stderr.isatty():
+        print(end="\r\x1b[K", file=sys.stderr, flush=True)
+
+
+# ---- whole stores, and files beside them ----
+
+MAX_LINE = 1 << 20  # bytes that `load` takes as one line, and holds; those of `dump` are shorter, see MAX_TEXT
+_STORE_FILES = ("", ".new", ".lock", "-journal", "-wal", "-shm")  # endings of the files that json and sqlite keep
+
+
+class _Lines:
+    """The images in lines of JSON; a bad line ends them, or is reported and left out."""
+
+    def __init__(self, file: BinaryIO, keep_going: bool) -> None:
+        self._file, self._keep_going = file, keep_going
+        self.number = self.refused = 0
+
+    def __iter__(self) -> Iterator[Record]:
+        for self.number, line in enumerate(iter(self._read, b""), 1):
+            try:
+                if line.strip():
+                    yield _parse_line(line)
+            except InvalidParameter as error:
+                self.refuse(error)
+
+    def _read(self) -> bytes:
+        """Return the next line; of one that is too long, only the first MAX_LINE + 1 bytes."""
+        try:
+            line = piece = self._file.readline(MAX_LINE + 1)
+            while len(piece) > MAX_LINE and piece[-1:] != b"\n":
+                piece = self._file.readline(MAX_LINE + 1)
+            return line
+        except OSError as error:  # of the input; a store that was reading from here would take it for its own
+            raise Error(f"cannot read line {self.number + 1}: {error.strerror}") from error
+
+    def refuse(self, error: Error) -> None:
+        if not self._keep_going:
+            raise type(error)(f"line {self.number}: {error}") from error
+        print(f"wmi: line {self.number}: {_visible(str(error))}", file=sys.stderr)
+        self.refused += 1
+
+
+def _parse_line(line: bytes) -> Record:
+    if len(line) > MAX_LINE and line[-1:] != b"\n":
+        raise InvalidParameter(f"longer than {MAX_LINE:,} bytes")
+    try:
+        fields = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InvalidParameter(f"not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise InvalidParameter("not a JSON object")
+    return image_record(fields)
+
+
+def _load(options: Any) -> None:
+    path = options.file or "-"
+    _refuse_store_file(0 if path == "-" else path, options.store)
+    with contextlib.ExitStack() as stack:
+        file = sys.stdin.buffer if path == "-" else stack.enter_context(open(path, "rb"))
+        storage = stack.enter_context(open_storage(options.store))
+        lines, loaded = _Lines(file, options.keep_going), 0
+        batches = ([record] for record in lines) if options.keep_going else [_progressing("loaded", lines)]
+        for batch in batches:
+            try:
+                with storage_errors():
+                    loaded += storage.add_all(batch)
+            except DuplicateUUID as error:
+                lines.refuse(error)
+    if lines.refused:
+        raise Error(f"loaded {loaded}, refused {lines.refused}")
+    print(f"wmi: loaded {loaded}, refused 0", file=sys.stderr)
+
+
+def _refuse_store_file(path: str | int, url: str) -> None:
+    """Raise InvalidParameter if a path or a descriptor leads to a file of the store, however it is spelled."""
+    location = url.partition(":")[2]
+    for file in [os.path.realpath(location) + ending for ending in _STORE_FILES if location]:
+        same = os.path.exists(path) and os.path.exists(file) and os.path.samefile(path, file)
+        if same or (isinstance(path, str) and os.path.realpath(path) == file):
+            name = path if isinstance(path, str) else ("standard input", "standard output")[path]
+            raise InvalidParameter(f"{name} is a file of the store itself, {url}; give another one")
+
+
+def _dump(options: Any) -> None:
+    path = options.file or "-"
+    _refuse_store_file(1 if path == "-" else path, options.store)
+    target = contextlib.nullcontext(sys.stdout) if path == "-" else _replacing(path)
+    with open_storage(options.store) as storage, target as out:
+        for record in _progressing("dumped", _oldest_first(storage)):
+            _write(json.dumps(record, ensure_ascii=False) + "\n", out)
+
+
+def _oldest_first(storage: Storage) -> Iterator[Record]:
+    with storage_errors():
+        yield from storage.walk(oldest_first=True, frozen=True)
+
+
+@contextlib.contextmanager
+def _replacing(path: str) -> Iterator[TextIO]:
+    """Open a file that takes the place of path when all of it is on the disk; if the body raises, nothing happens.
+
+    Pipes and devices are written to as they are. Raises OSError that names path.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        with _naming(path), open(path, "w", encoding="utf-8") as out:
+            yield out
+        return
+    target = os.path.realpath(path)  # a symbolic link stays one
+    temporary = f"{target}.{os.urandom(8).hex()}"
+    with _naming(path), contextlib.ExitStack() as cleanup:
+        with open(temporary, "x", encoding="utf-8", newline="\n") as out:
+            cleanup.callback(os.unlink, temporary)
+            if os.path.exists(target):
+                os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, target)
+        cleanup.pop_all()
+
+
+def _copy(options: Any) -> None:
+    with open_storage(options.source) as source, open_storage(options.target) as target, storage_errors():
+        if target.page(None, 0, 0, deleted=None)[0]:
+            raise InvalidParameter(f"{options.target} is not empty; nothing was copied")
+        copied = target.add_all(_progressing("copied", _oldest_first(source)))
+    print(f"wmi: copied {copied}", file=sys.stderr)
+
+
+def _check(options: Any) -> None:
+    store, faults = options.url or options.store, 0
+    with open_storage(store) as storage, storage_errors():
+        for fault in itertools.chain(storage.check(options.repair), _wrong_records(storage)):
+            _write(_visible(fault) + "\n")
+            faults += 1
+    if faults:
+        raise Error(f"{store}: {faults} faults")
+    print(f"wmi: {store}: no faults", file=sys.stderr)
+
+
+def _wrong_records(storage: Storage) -> Iterator[str]:
+    for record in _progressing("checked", storage.walk()):
+        try:
+            if image_record(record) != record:
+                yield f"{record['id']}: a field is not spelled as it is kept"
+        except InvalidParameter as error:
+            yield f"{record.get('id')}: {error}"
+
+
 ####################################################################################################
 # Command line
 ####################################################################################################
 # One function a subcommand, each a few calls of what stands above. A command works on a store (--store)
 # or, where the API can do it, on a server (--url). It prints what was asked for on stdout and nothing
 # else; one line on stderr and exit code 1 say what went wrong, in words for people.
-
-MAX_LINE = 1 << 20  # bytes that `load` takes as one line, and holds; those of `dump` are shorter, see MAX_TEXT
-_STORE_FILES = ("", ".new", ".lock", "-journal", "-wal", "-shm")  # endings of the files that json and sqlite keep
 
 _SAMPLE = """
 wmi-lucid0   x86    ubuntu-10.04_local_kvm_i386.raw    Ubuntu 10.04 LTS, 32 bit
@@ -2920,42 +3105,270 @@ wmi-centos1d x86_64 centos-6.4_x86_64_kvm_md.raw       CentOS 6.4 with a metadat
 wmi-lbnode1d x86_64 lbnode-stud_x86_64_kvm_md.raw      load balancer node (haproxy, stud)
 """  # names as in Wakame-vdc's own demo data
 
+
+# ---- what a command does ----
+
+
+def _serve(options: Any) -> int:
+    def make_context() -> Any:
+        return tls_context(options.tls_cert, options.tls_key) if options.tls_cert else None
+
+    def make_server() -> Server:
+        ours = storage if options.workers == 1 else open_storage(options.store)
+        return Server(ours, listener=listener, unversioned=options.unversioned,
+                      max_connections=options.max_connections, tls=context, log=log)  # fmt: skip
+
+    def renew(server: Server) -> None:
+        server.tls = make_context()
+
+    _check_processes(options)
+    block_stops(True)  # until they are handled: a socket must not stay behind
+    log, context = _log_writer(options.log), make_context()
+    with open_storage(options.store) as storage:  # before any fork, so that a bad one is refused here
+        if options.sample:
+            _add_sample(storage)
+        if options.workers > 1:
+            storage.close()
+        listener = listen(options.host, options.port, options.unix_socket)
+        address = address_of(listener, "https" if context else "http")
+        try:
+            announce = functools.partial(_announce, options.store, address)
+            return run_server(make_server, options.workers, listener, announce, renew if context else None)
+        finally:
+            if address == f"unix:{options.unix_socket}":
+                os.unlink(options.unix_socket)
+
+
+def _check_processes(options: Any) -> None:
+    if options.workers < 1 or options.max_connections < 1:
+        raise InvalidParameter("--workers and --max-connections: at least 1")
+    if options.workers > 1 and (options.store.startswith("memory:") or not hasattr(os, "fork")):
+        raise InvalidParameter("--workers: processes share neither memory: nor a system without fork; use 1")
+
+
+def _add_sample(storage: Storage) -> None:
+    """Put the images of _SAMPLE into an empty store."""
+    rows = [row.split(maxsplit=3) for row in _SAMPLE.strip().split("\n")]
+    with storage_errors():
+        if not storage.page(None, 0, 0, deleted=None)[0]:
+            storage.add_all(image_record({
+                "id": id, "account_id": "a-shpoolxx", "arch": arch, "is_public": True, "description": description,
+                "source": {"uri": f"file:///var/lib/wakame-vdc/images/{file}"}, "features": {"virtio": True},
+                "md5sum": hashlib.md5(file.encode(), usedforsecurity=False).hexdigest(),
+                "created_at": "2013-02-01T09:00:00Z",
+            }) for id, arch, file, description in rows)  # fmt: skip
+
+
+def _log_writer(path: str | None) -> Callable[[str], object]:
+    """Return what writes the log: each text is one write, so that those of processes never mix."""
+    if path == "-":
+        return lambda text: None
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) if path else 2
+    return lambda text: os.write(file, text.encode("ascii", "backslashreplace"))
+
+
+def _announce(store: str, address: str) -> None:
+    if not re.match(r"unix:|https?://(127\.|\[::1\])", address):
+        print(f"wmi: warning: {address} is open to others, and a caller may claim any account", file=sys.stderr)
+    print(f"wmi: serving {store} on {address}/api/images", file=sys.stderr, flush=True)
+
+
+def _add(options: Any, boot_dev_type: int, location: str) -> None:
+    fields = {**_given_fields(options), "boot_dev_type": boot_dev_type}
+    if "WMI_ACCOUNT" in os.environ:
+        fields.setdefault("account_id", os.environ["WMI_ACCOUNT"])
+    if location.startswith("bo-"):  # what vdc-manage of 12.03 registered
+        fields["backup_object_id"] = location
+    elif boot_dev_type == BOOT_DEV_SAN:
+        fields["source"] = {"snapshot_id": location}
+    elif re.match("[A-Za-z][A-Za-z0-9+.-]*://", location):
+        fields["source"] = {"uri": location}
+    else:
+        _refuse_store_file(location, options.store)
+        _describe_file(location, fields)
+    with open_storage(options.store) as storage:
+        _write(Catalog(storage).register(fields) + "\n")
+
+
+def _describe_file(path: str, fields: dict[str, Any]) -> None:
+    """Set the source and the checksum of an image whose file is here. Raises InvalidParameter."""
+    if not os.path.isfile(path):
+        raise InvalidParameter(f"{path}: no such file; give one that is here, or a URI such as file:///…")
+    fields["source"] = {"uri": "file://" + urllib.parse.quote(os.path.abspath(path))}
+    image_record(fields)  # before the long work, so that a wrong field is told at once
+    if "md5sum" not in fields:
+        digest = hashlib.md5(usedforsecurity=False)  # the API's checksum; no secret hangs on it
+        with open(path, "rb") as file:
+            for piece in _progressing(f"md5 of {path}, MiB:", iter(lambda: file.read(1 << 20), b"")):
+                digest.update(piece)
+        fields["md5sum"] = digest.hexdigest()
+
+
+def _given_fields(options: Any) -> dict[str, Any]:
+    fields = {name: getattr(options, name, None) for name in _FIELD_OPTIONS}
+    if names := fields.pop("feature"):
+        fields["features"] = dict.fromkeys(names, True)
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+@contextlib.contextmanager
+def _catalog(options: Any, version: str = DOCUMENT) -> Iterator[Any]:
+    """Yield a Client for --url, else a Catalog on --store: the same verbs."""
+    if not options.url:
+        with open_storage(options.store) as storage:
+            yield Catalog(storage, options.account, version)
+    elif options.account:
+        yield Client(options.url, options.account, version=version, cafile=options.cacert)
+    else:
+        raise InvalidParameter("a server asks who calls: give --account A or set WMI_ACCOUNT")
+
+
+def _list(options: Any) -> None:
+    before, form, between, after = _LISTS[options.output]
+    with _catalog(options) as catalog:
+        images = catalog.index(options.start, options.limit).images
+        _write(before)
+        for number, image in enumerate(images):
+            _write((between if number else "") + form(image))
+        _write(after)
+
+
+def _show(options: Any) -> None:
+    with _catalog(options) as catalog:
+        _write(_FORMS[options.output](catalog.show(options.id)))
+
+
+def _delete(options: Any) -> None:
+    with _catalog(options) as catalog:
+        for id in options.id:
+            _write(catalog.destroy(id) + "\n")
+
+
+def _modify(options: Any) -> None:
+    fields = _given_fields(options)
+    if not fields:
+        raise InvalidParameter("nothing to change: give a field, such as --description TEXT")
+    with _catalog(options, "12.03") as catalog:
+        change = catalog.update if options.url or options.account else catalog.modify
+        _write(_FORMS[options.output](change(options.id, **fields)))
+
+
+def _set_features(options: Any) -> None:
+    given = {name: getattr(options, name) for name in ("virtio", "acpi") if getattr(options, name) is not None}
+    if not given:
+        raise InvalidParameter("nothing to change: give --virtio, --no-virtio, --acpi or --no-acpi")
+    with open_storage(options.store) as storage:
+        Catalog(storage).set_features(options.id, **given)
+
+
+# ---- how an image is printed ----
+
+
+def _table(image: Record) -> str:
+    return "".join(f"{_visible(name) + ':':<21}{_visible(value)}\n" for name, value in image.items())
+
+
+def _table_row(image: Record) -> str:
+    boot = "volume" if image.get("boot_dev_type") == BOOT_DEV_SAN else "local"
+    name = image.get("display_name") or image.get("description") or ""
+    cells = *map(image.get, ("id", "account_id", "arch")), boot, *map(image.get, ("is_public", "state")), name
+    return "{:<16} {:<12} {:<7} {:<7} {:<7} {:<10} {:.60}".format(*map(_visible, cells)).rstrip() + "\n"
+
+
+def _id_line(image: Record) -> str:
+    return _visible(image["id"]) + "\n"
+
+
+_FORMS: dict[str, Callable[[Record], str]] = {  # of one image
+    "table": _table,
+    "json": lambda image: json.dumps(image, ensure_ascii=False, indent=2) + "\n",
+    "yaml": to_yaml,
+    "id": _id_line,
+}
+_LISTS: dict[str, tuple[str, Callable[[Record], str], str, str]] = {  # head, form of an image, separator, end
+    "table": ("ID               ACCOUNT      ARCH    BOOT    PUBLIC  STATE      NAME\n", _table_row, "", ""),
+    "json": ("[", to_json, ",\n", "]\n"),
+    "yaml": ("", lambda image: "".join(yaml_lines([image], "")), "", ""),
+    "id": ("", _id_line, "", ""),
+}
+
+
+# ---- options and commands ----
+
 # Options by name: short form (vdc-manage's), help, and what else argparse is told.
+_Option = tuple[str, str, dict[str, Any]]
 _TOGGLE = {"action": "toggle"}  # --NAME and --no-NAME
-_FIELD_OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
+_FLAG = {"action": "store_true"}
+_FIELD_OPTIONS: dict[str, _Option] = {
     "uuid": ("-u", "id of the image (default: made up)", {}),
-    "account_id": ("-a", "owner (add: default WMI_ACCOUNT)", {}), "arch": ("-r", "x86 or x86_64", {}),
+    "account_id": ("-a", "owner (add: default WMI_ACCOUNT)", {}),
+    "arch": ("-r", "x86 or x86_64", {}),
     "md5sum": ("-m", "MD5 of the image file (add: computed if the file is here)", {}),
-    "description": ("-d", "any text", {}), "state": ("-s", "one of " + ", ".join(STATES[:-1]), {}),
-    "is_public": ("-p", "everybody may see and use it", _TOGGLE), "file_format": ("", "such as raw", {}),
+    "description": ("-d", "any text", {}),
+    "state": ("-s", "one of " + ", ".join(STATES[:-1]), {}),
+    "is_public": ("-p", "everybody may see and use it", _TOGGLE),
+    "file_format": ("", "such as raw", {}),
     "feature": ("", "virtio or acpi; may be repeated", {"action": "append", "metavar": "NAME"}),
-    "root_device": ("", "such as label:root", {}), "is_cacheable": ("", "hosts may keep a copy", _TOGGLE),
-    "instance_model_name": ("", "such as kvm", {}), "service_type": ("", "std or lb", {}),
-    "parent_image_id": ("", "the image that this one was made from", {}), "display_name": ("", "a short name", {}),
-    "backup_object_id": ("", "bo-…", {}), "os_type": ("", "linux or windows", {}),
-}  # fmt: skip
-_PLACES = ("store", "url", "cacert", "account")  # where the images are; WMI_STORE and so on are the defaults
-_OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    **_FIELD_OPTIONS,
+    "root_device": ("", "such as label:root", {}),
+    "is_cacheable": ("", "hosts may keep a copy", _TOGGLE),
+    "instance_model_name": ("", "such as kvm", {}),
+    "service_type": ("", "std or lb", {}),
+    "parent_image_id": ("", "the image that this one was made from", {}),
+    "display_name": ("", "a short name", {}),
+    "backup_object_id": ("", "bo-…", {}),
+    "os_type": ("", "linux or windows", {}),
+}
+_PLACE_OPTIONS: dict[str, _Option] = {  # where the images are; WMI_STORE and so on are the defaults
     "store": ("", "SCHEME:LOCATION (default: %(default)s)", {"metavar": "URL", "default": "sqlite:images.db"}),
     "url": ("", "a server, http://HOST:PORT, instead of a store", {"metavar": "URL"}),
     "cacert": ("", "certificates to trust for https", {"metavar": "FILE"}),
     "account": ("", "who asks (on a store: anybody)", {"metavar": "A"}),
-    "output": ("-o", "table (the default), json, yaml or id",
-               {"choices": ("table", "json", "yaml", "id"), "default": "table"}),
-    "start": ("", "offset of the first (default: 0)", {"default": "0"}), "limit": ("", "at most so many", {}),
-    "keep_going": ("", "report bad lines and load the others", {"action": "store_true"}),
-    "repair": ("", "rebuild what can be derived from the images", {"action": "store_true"}),
-    "virtio": ("", "", _TOGGLE), "acpi": ("", "", _TOGGLE),
-}  # fmt: skip
-_EXPLAINED: dict[object, str] = {  # in words for people; over HTTP the same errors have the API's terser ones
-    UnknownUUIDResource: "no such image: {text} in {where}",
-    OperationNotPermitted: "not permitted: the image belongs to another account",
-    DatabaseError: "{text}{cause}",
-    NotFound: "no images there: {where}; give the base of an image server, such as http://HOST:PORT",
-    BadAnswer: "{where}: {text}; is this an image server?",
-    Unreachable: "cannot reach {where}{cause}; is the server running?",
 }
+_OPTIONS: dict[str, _Option] = {
+    **_FIELD_OPTIONS,
+    **_PLACE_OPTIONS,
+    "output": ("-o", "table (the default), json, yaml or id", {"choices": _FORMS, "default": "table"}),
+    "start": ("", "offset of the first (default: 0)", {"default": "0"}),
+    "limit": ("", "at most so many", {}),
+    "keep_going": ("", "report bad lines and load the others", _FLAG),
+    "repair": ("", "rebuild what can be derived from the images", _FLAG),
+    "virtio": ("", "", _TOGGLE),
+    "acpi": ("", "", _TOGGLE),
+    "host": ("", "address to bind (default: %(default)s)", {"default": "127.0.0.1"}),
+    "port": ("", "0: any that is free (default: %(default)s)", {"type": int, "default": 9001}),
+    "unix_socket": ("", "listen there instead", {"metavar": "PATH"}),
+    "tls_cert": ("", "serve HTTPS with this certificate chain (PEM)", {"metavar": "FILE"}),
+    "tls_key": ("", "its key (default: in the same file)", {"metavar": "FILE"}),
+    "workers": ("", "processes (default: %(default)s)", {"type": int, "default": 1, "metavar": "N"}),
+    "max_connections": ("", "connections a process serves at once (default: %(default)s)",
+                        {"type": int, "default": MAX_CONNECTIONS, "metavar": "N"}),
+    "sample": ("", "fill an empty store with a few images", _FLAG),
+    "unversioned": ("", "what /api/images speaks: " + ", ".join(VERSIONS), {"choices": VERSIONS, "default": DOCUMENT}),
+    "log": ("", "append the log to FILE, not to stderr; - for no log", {"metavar": "FILE"}),
+}  # fmt: skip
+
+_FIELDS, _PLACES = " ".join(_FIELD_OPTIONS), " ".join(_PLACE_OPTIONS)
+# A row per subcommand: name, function, arguments (positional ones in capitals, as in a usage), help, example.
+_COMMANDS: list[tuple[str, Callable[[Any], object], str, str, str]] = [
+    ("serve", _serve, "store host port unix_socket tls_cert tls_key workers max_connections sample unversioned log",
+     "serve a store over HTTP", "--sample --port 9001"),
+    ("add local", lambda options: _add(options, BOOT_DEV_LOCAL, options.path_or_uri), f"PATH_OR_URI store {_FIELDS}",
+     "register an image file", "lucid.raw -a a-shpoolxx -d 'Ubuntu 10.04' --is-public"),
+    ("add volume", lambda options: _add(options, BOOT_DEV_SAN, options.snapshot_id), f"SNAPSHOT_ID store {_FIELDS}",
+     "register a volume snapshot", "snap-lucid1 -a a-shpoolxx"),
+    ("list", _list, f"{_PLACES} output start limit", "list images, newest first", "--limit 20 -o json"),
+    ("show", _show, f"ID {_PLACES} output", "show one image", "wmi-lucid0 -o yaml"),
+    ("delete", _delete, f"ID... {_PLACES} output", "delete images and print their ids", "wmi-lucid0 wmi-lucid1"),
+    ("del", _delete, f"ID... {_PLACES} output", "the same as delete, in vdc-manage's word", "wmi-lucid0"),
+    ("modify", _modify, f"ID {_PLACES} output {_FIELDS.replace('uuid ', '')}",
+     "change fields (on a server display name and description)", "wmi-lucid0 --arch x86 --no-is-public"),
+    ("features", _set_features, "ID store virtio acpi",
+     "set or clear features and leave the others", "wmi-lucid0 --virtio --no-acpi"),
+    ("load", _load, "[FILE] store keep_going", "load images from JSON lines, all or none", "images.jsonl"),
+    ("dump", _dump, "[FILE] store", "write images as JSON lines; FILE is replaced at the end", "images.jsonl"),
+    ("copy", _copy, "SOURCE TARGET", "copy a store into an empty one that is not in use", "json:a sqlite:b"),
+    ("check", _check, "[URL] store repair", "read a whole store and say what is wrong", "sqlite:images.db --repair"),
+]  # fmt: skip
 
 
 # ---- from the words of a command to its end ----
@@ -2998,8 +3411,50 @@ def _prepare_streams() -> None:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
+def _parse_arguments(argv: Sequence[str]) -> Any:
+    import argparse  # here: whoever embeds the library does not pay for it
+
+    style: Any = {"formatter_class": functools.partial(argparse.HelpFormatter, width=100, max_help_position=43)}
+    parser = argparse.ArgumentParser("wmi", description=(__doc__ or "").partition("\n")[0], **style)
+    parser.add_argument("--version", action="version", version=f"wmi {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    parents = {"": commands}
+    for words, run, arguments, help, example in _COMMANDS:
+        parent, _, name = words.rpartition(" ")
+        if parent not in parents:
+            added = commands.add_parser(parent, help="register an image and print its id", **style)
+            parents[parent] = added.add_subparsers(metavar="local|volume", required=True)
+        command = parents[parent].add_parser(
+            name, help=help, description=help, epilog=f"example: wmi {words} {example}", **style,
+            usage=" ".join(["%(prog)s [OPTION ...]", *filter(str.isupper, arguments.split())]),
+        )  # fmt: skip
+        command.register("action", "toggle", argparse.BooleanOptionalAction)
+        command.set_defaults(run=run)
+        _add_arguments(command, arguments.split())
+    end = [*argv, "--"].index("--")  # vdc-manage's option parser took --account_id as well as --account-id
+    dashed = [re.sub("^--[^=]*", lambda match: match[0].replace("_", "-"), word) for word in argv[:end]]
+    return parser.parse_args([*dashed, *argv[end:]])
+
+
+def _add_arguments(command: Any, names: Iterable[str]) -> None:
+    """Add options by their names in _OPTIONS, and positional arguments, whose names are in capitals."""
+    places, fields = map(command.add_argument_group, ("where the images are", "fields"))
+    for name in names:
+        if name.isupper():
+            nargs = "?" if name[0] == "[" else "+" if name[-1] == "." else None
+            command.add_argument(name.strip("[].").lower(), metavar=name, nargs=nargs)
+            continue
+        short, help, settings = _OPTIONS[name]
+        if "action" not in settings:
+            settings = {"metavar": name.split("_")[-1].upper(), **settings}
+        if name in _PLACE_OPTIONS:
+            settings = {**settings, "default": os.environ.get(f"WMI_{name.upper()}") or settings.get("default")}
+        group = fields if name in _FIELD_OPTIONS else places if name in _PLACE_OPTIONS else command
+        group.add_argument(f"--{name.replace('_', '-')}", *short.split(), dest=name, help=help, **settings)
+
+
 def _explain(error: Exception, options: Any) -> str:
-    """Return what tells a person which thing is wrong and what to do."""
+    """Return what tells a person which thing is wrong and what to do; over HTTP the API's terser words are sent."""
     text = str(error) or type(error).__name__
     if isinstance(error, OSError):
         text = error.strerror or text
@@ -3008,476 +3463,20 @@ def _explain(error: Exception, options: Any) -> str:
         return f"--{text}: {getattr(options, text)!r} is not a whole number of at most 18 digits"
     if text.startswith("Invalid UUID Syntax: "):
         return f"{text[21:]!r} is not an id: an id is wmi- and letters a-z or digits"
-    where = getattr(options, "url", None) or getattr(options, "store", "")
     cause: Any = getattr(error.__cause__, "reason", error.__cause__)  # urllib wraps what the system says
-    said = getattr(cause, "verify_message", "") or getattr(cause, "strerror", "") or cause
+    said = getattr(cause, "strerror", "") or cause
+    where = getattr(options, "url", None) or getattr(options, "store", "")
     return _EXPLAINED.get(type(error), "{text}").format(text=text, where=where, cause=f": {said}" if said else "")
 
 
-@contextlib.contextmanager
-def _naming(file: str) -> Iterator[None]:
-    """Make errors of the system name a file: those of reading and writing do not."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = file
-        raise
-
-
-def _parse_arguments(argv: Sequence[str]) -> Any:
-    import argparse  # here: whoever embeds the library does not pay for it
-
-    formatter = functools.partial(argparse.HelpFormatter, width=100, max_help_position=43)
-    parser = argparse.ArgumentParser("wmi", description=(__doc__ or "").partition("\n")[0], formatter_class=formatter)
-    parser.add_argument("--version", action="version", version=f"wmi {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def command(name: str, run: Callable[[Any], object], help: str, *arguments: Any, parents: Any = commands) -> None:
-        """Add a subcommand; help may end in a colon and an example."""
-        text, _, example = help.partition(": ")
-        positional = [settings["metavar"] for flags, settings in arguments if flags[0][0] != "-"]
-        usage = " ".join(["%(prog)s [OPTION ...]", *positional])
-        added = parents.add_parser(name, help=text, description=text, usage=usage, formatter_class=formatter)
-        added.epilog = example and f"example: wmi {example}"
-        added.register("action", "toggle", argparse.BooleanOptionalAction)
-        added.set_defaults(run=run)
-        places, fields = map(added.add_argument_group, ("where the images are", "fields"))
-        groups = {**dict.fromkeys(_PLACES, places), **dict.fromkeys(_FIELD_OPTIONS, fields)}
-        for flags, settings in arguments:
-            groups.get(settings.get("dest"), added).add_argument(*flags, **settings)
-
-    def option(*flags: str, **settings: Any) -> Any:
-        return flags, settings
-
-    def named(words: str) -> Iterator[Any]:
-        """Yield the rows of _OPTIONS with these names; words in capitals are positional arguments, as in a usage."""
-        for word in words.split():
-            if word.isupper():
-                nargs = "?" if word[0] == "[" else "+" if word[-1] == "." else None
-                yield option(word.strip("[].").lower(), metavar=word, nargs=nargs)
-                continue
-            short, help, settings = _OPTIONS[word]
-            shown = {} if "action" in settings else {"metavar": word.split("_")[-1].upper()}
-            settings = {"dest": word, "help": help, **shown, **settings}
-            if word in _PLACES:
-                settings["default"] = os.environ.get(f"WMI_{word.upper()}") or settings.get("default")
-            yield option(f"--{word.replace('_', '-')}", *short.split(), **settings)
-
-    (store,) = named("store")
-    command("serve", _serve, "serve a store over HTTP", store,
-            option("--host", default="127.0.0.1", help="address to bind (default: %(default)s)"),
-            option("--port", type=int, default=9001, help="0: any that is free (default: %(default)s)"),
-            option("--unix-socket", metavar="PATH", help="listen there instead"),
-            option("--host-name", action="append", metavar="NAME", default=[],
-                   help="a Host to serve on a loopback address beside its own; may be repeated"),
-            option("--tls-cert", metavar="FILE", help="serve HTTPS with this certificate chain (PEM)"),
-            option("--tls-key", metavar="FILE", help="its key (default: in the same file)"),
-            option("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)"),
-            option("--max-connections", type=int, default=MAX_CONNECTIONS, metavar="N",
-                   help="connections a process serves at once (default: %(default)s)"),
-            option("--sample", action="store_true", help="fill an empty store with a few images"),
-            option("--unversioned", choices=VERSIONS, default=DOCUMENT, help="what /api/images speaks"),
-            option("--log", metavar="FILE", help="append the log to FILE, not to stderr; - for no log"))  # fmt: skip
-    commands.choices["serve"].epilog = "example: wmi serve --sample --port 9001"
-    add = commands.add_parser("add", help="register an image and print its id", formatter_class=formatter)
-    kinds = add.add_subparsers(metavar="local|volume", required=True, dest="kind")
-    fields, either = " ".join(_FIELD_OPTIONS), "store url account cacert output"
-    # A row per subcommand: name, function, arguments, help with an example. vdc-manage called delete del.
-    rows: list[tuple[str, Callable[[Any], None], str, str]] = [
-        ("list", _list, f"{either} start limit", "list images, newest first: list --limit 20 -o json"),
-        ("show", _show, f"ID {either}", "show one image: show wmi-lucid0 -o yaml"),
-        ("delete", _delete, f"ID... {either}", "delete images and print their ids: delete wmi-lucid0 wmi-lucid1"),
-        ("del", _delete, f"ID... {either}", "the same as delete: del wmi-lucid0"),
-        ("modify", _modify, f"ID {either} {fields.partition(' ')[2]}",
-         "change fields (on a server display name and description): modify wmi-lucid0 --arch x86 --no-is-public"),
-        ("features", _set_features, "ID store virtio acpi",
-         "set or clear features and leave the others: features wmi-lucid0 --virtio --no-acpi"),
-        ("load", _load, "[FILE] store keep_going", "load images from JSON lines, all or none: load images.jsonl"),
-        ("dump", _dump, "[FILE] store", "write images as JSON lines; FILE is replaced at the end: dump images.jsonl"),
-        ("copy", _copy, "SOURCE TARGET", "copy a store into an empty one that is not in use: copy json:a sqlite:b"),
-        ("check", _check, "[URL] repair", "read a whole store and say what is wrong: check sqlite:images.db --repair"),
-    ]  # fmt: skip
-    for name, run, words, help in rows:
-        command(name, run, help, *named(words))
-    commands.choices["check"].add_argument("--store", metavar="URL", help="the same as URL")
-    command("local", _add, "register an image file: add local lucid.raw -a a-shpoolxx -d 'Ubuntu 10.04' --is-public",
-            option("location", metavar="PATH_OR_URI"), *named(f"store {fields}"), parents=kinds)  # fmt: skip
-    command("volume", _add, "register a volume snapshot: add volume snap-lucid1 -a a-shpoolxx",
-            option("location", metavar="SNAPSHOT_ID"), *named(f"store {fields}"), parents=kinds)  # fmt: skip
-    end = [*argv, "--"].index("--")  # vdc-manage's option parser took --account_id as well as --account-id
-    dashed = [re.sub("^--[^=]*", lambda match: match[0].replace("_", "-"), word) for word in argv[:end]]
-    options = parser.parse_args([*dashed, *argv[end:]])
-    if options.run is _check:
-        if options.url and options.store not in (None, options.url):
-            raise InvalidParameter(f"one store at a time: {options.url} or --store {options.store}")
-        options.store = options.url or options.store or store[1]["default"]
-    return options
-
-
-def _given_fields(options: Any) -> dict[str, Any]:
-    fields = {name: getattr(options, name, None) for name in _FIELD_OPTIONS}
-    if names := fields.pop("feature"):
-        fields["features"] = dict.fromkeys(names, True)
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-@contextlib.contextmanager
-def _catalog(options: Any, version: str = DOCUMENT) -> Iterator[Any]:
-    """Yield a Client for --url, else a Catalog on --store: the same verbs."""
-    if not options.url:
-        with open_storage(options.store) as storage:
-            yield Catalog(storage, options.account, version)
-    elif options.account:
-        trusted = {"cafile": options.cacert} if options.cacert else {}
-        yield Client(options.url, options.account, version=version, **trusted)
-    else:
-        raise InvalidParameter("a server asks who calls: give --account A or set WMI_ACCOUNT")
-
-
-def _progressing(what: str, items: Iterable[Any]) -> Iterator[Any]:
-    """Yield items; on a terminal, show five times a second how many there were."""
-    shown = time.monotonic() + 0.2 if sys.stderr.isatty() else float("inf")
-    for count, item in enumerate(items):
-        if time.monotonic() > shown:
-            print(f"\r{what} {count:,}", end="\x1b[K", file=sys.stderr, flush=True)
-            shown = time.monotonic() + 0.2
-        yield item
-    if sys.stderr.isatty():
-        print(end="\r\x1b[K", file=sys.stderr, flush=True)
-
-
-def _serve(options: Any) -> int:
-    if options.workers < 1 or options.max_connections < 1:
-        raise InvalidParameter("--workers and --max-connections: at least 1")
-    if options.workers > 1 and (options.store.startswith("memory:") or not hasattr(os, "fork")):
-        raise InvalidParameter("--workers: processes share neither memory: nor a system without fork; use 1")
-    tls = None
-    if options.tls_cert:
-        tls = functools.partial(tls_context, options.tls_cert, options.tls_key)
-    block_stops(True)  # until they are handled: a socket must not stay behind
-    log = _log_writer(options.log)
-    storage = open_storage(options.store)  # before any fork, so that a bad one is refused here
-    with storage_errors():
-        if options.sample and not storage.page(None, 0, 0, deleted=None)[0]:
-            storage.add_all(map(_sample_image, _SAMPLE.strip().split("\n")))
-    if options.workers > 1:
-        storage.close()
-    listener = listen(options.host, options.port, options.unix_socket)
-
-    context = tls() if tls else None
-    address = address_of(listener, "https" if tls else "http")
-
-    def make_server() -> Server:
-        ours = storage if options.workers == 1 else open_storage(options.store)
-        return Server(ours, listener=listener, unversioned=options.unversioned, host_names=options.host_name,
-                      max_connections=options.max_connections, tls=context, log=log)  # fmt: skip
-
-    def announce() -> None:
-        if "://127." not in address and "://[::1]" not in address and not address.startswith("unix:"):
-            print(f"wmi: warning: {address} is open to others, and a caller may claim any account", file=sys.stderr)
-        print(f"wmi: serving {options.store} on {address}/api/images", file=sys.stderr, flush=True)
-
-    def renew(server: Server) -> None:
-        server.tls = tls() if tls else None
-
-    try:
-        return run_server(make_server, options.workers, listener, announce, renew if tls else None)
-    finally:
-        storage.close()
-        if address == f"unix:{options.unix_socket}":
-            os.unlink(options.unix_socket)
-
-
-def _sample_image(row: str) -> Record:
-    id, arch, file, description = row.split(maxsplit=3)
-    return image_record({
-        "id": id, "account_id": "a-shpoolxx", "arch": arch, "is_public": True, "description": description,
-        "source": {"uri": f"file:///var/lib/wakame-vdc/images/{file}"}, "features": {"virtio": True},
-        "md5sum": hashlib.md5(file.encode(), usedforsecurity=False).hexdigest(), "created_at": "2013-02-01T09:00:00Z",
-    })  # fmt: skip
-
-
-def _log_writer(path: str | None) -> Callable[[str], object]:
-    """Return what writes the log: each text is one write, so that those of processes never mix."""
-    if path == "-":
-        return lambda text: None
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) if path else 2
-    return lambda text: os.write(file, text.encode("ascii", "backslashreplace"))
-
-
-def _add(options: Any) -> None:
-    fields, location = _given_fields(options), options.location
-    if "WMI_ACCOUNT" in os.environ:
-        fields.setdefault("account_id", os.environ["WMI_ACCOUNT"])
-    fields["boot_dev_type"] = BOOT_DEV_LOCAL if options.kind == "local" else BOOT_DEV_SAN
-    if location.startswith("bo-"):  # what vdc-manage of 12.03 registered
-        fields["backup_object_id"] = location
-    elif options.kind == "volume":
-        fields["source"] = {"snapshot_id": location}
-    elif re.match("[A-Za-z][A-Za-z0-9+.-]*://", location):
-        fields["source"] = {"uri": location}
-    elif not os.path.isfile(location):
-        raise InvalidParameter(f"{location}: no such file; give one that is here, or a URI such as file:///…")
-    else:
-        _refuse_store_file(location, options.store)
-        fields["source"] = {"uri": "file://" + urllib.parse.quote(os.path.abspath(location))}
-        image_record(fields)  # before the long work, so that a wrong field is told at once
-        fields.setdefault("md5sum", _md5_of(location) if "md5sum" not in fields else None)
-    with open_storage(options.store) as storage:
-        _write(Catalog(storage).register(fields) + "\n")
-
-
-def _md5_of(path: str) -> str:
-    digest = hashlib.md5(usedforsecurity=False)  # the API's checksum; no secret hangs on it
-    with open(path, "rb") as file:
-        for piece in _progressing(f"md5 of {path}, MiB:", iter(lambda: file.read(1 << 20), b"")):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-# ---- what is printed ----
-
-
-def _visible(value: Any) -> str:
-    """Return text that cannot move the cursor of a terminal nor begin a line."""
-    return re.sub("[^ -~]", _escape, value if isinstance(value, str) else json.dumps(value))
-
-
-def _escape(char: re.Match[str]) -> str:
-    """Return a character, or as JSON spells it if it is none that is printed."""
-    units = char[0].encode("utf-16-be", "surrogatepass").hex()
-    return char[0] if char[0].isprintable() else re.sub("(....)", r"\\u\1", units)
-
-
-def _write(text: str, out: TextIO | None = None) -> None:
-    """Write to standard output or another file; a terminal gets escapes for what could move its cursor."""
-    out = out or sys.stdout
-    with _naming("standard output") if out is sys.stdout else contextlib.nullcontext():
-        out.write(re.sub(r"[^\n -~]", _escape, text) if out.isatty() else text)
-
-
-def _table(image: Record) -> str:
-    return "".join(f"{_visible(name) + ':':<21}{_visible(value)}\n" for name, value in image.items())
-
-
-def _table_row(image: Record) -> str:
-    boot = "volume" if image.get("boot_dev_type") == BOOT_DEV_SAN else "local"
-    name = image.get("display_name") or image.get("description") or ""
-    cells = *map(image.get, ("id", "account_id", "arch")), boot, *map(image.get, ("is_public", "state")), name
-    return "{:<16} {:<12} {:<7} {:<7} {:<7} {:<10} {:.60}".format(*map(_visible, cells)).rstrip() + "\n"
-
-
-def _id_line(image: Record) -> str:
-    return _visible(image["id"]) + "\n"
-
-
-# For each form of the output: what an image is, what comes before a list, what an image is there, and
-# what stands between two of them and after the last.
-_FORMS: dict[str, tuple[Callable[[Record], str], str, Callable[[Record], str], str, str]] = {
-    "table": (_table, "ID               ACCOUNT      ARCH    BOOT    PUBLIC  STATE      NAME\n", _table_row, "", ""),
-    "json": (lambda image: json.dumps(image, ensure_ascii=False, indent=2) + "\n", "[", to_json, ",\n", "]\n"),
-    "yaml": (to_yaml, "", lambda image: "".join(yaml_lines([image], "")), "", ""),
-    "id": (_id_line, "", _id_line, "", ""),
+_EXPLAINED: dict[type[Exception], str] = {
+    UnknownUUIDResource: "no such image: {text} in {where}",
+    OperationNotPermitted: "not permitted: the image belongs to another account",
+    DatabaseError: "{text}{cause}",
+    NotFound: "no images there: {where}; give the base of an image server, such as http://HOST:PORT",
+    BadAnswer: "{where}: {text}; is this an image server?",
+    Unreachable: "cannot reach {where}{cause}; is the server running?",
 }
-
-
-def _list(options: Any) -> None:
-    _, before, form, between, after = _FORMS[options.output]
-    with _catalog(options) as catalog:
-        images = catalog.index(options.start, options.limit).images
-        _write(before)
-        for number, image in enumerate(images):
-            _write((between if number else "") + form(image))
-        _write(after)
-
-
-def _show(options: Any) -> None:
-    with _catalog(options) as catalog:
-        _write(_FORMS[options.output][0](catalog.show(options.id)))
-
-
-def _delete(options: Any) -> None:
-    with _catalog(options) as catalog:
-        for id in options.id:
-            _write(catalog.destroy(id) + "\n")
-
-
-def _modify(options: Any) -> None:
-    fields = _given_fields(options)
-    if not fields:
-        raise InvalidParameter("nothing to change: give a field, such as --description TEXT")
-    with _catalog(options, "12.03") as catalog:
-        change = catalog.update if options.url or options.account else catalog.modify
-        _write(_FORMS[options.output][0](change(options.id, **fields)))
-
-
-def _set_features(options: Any) -> None:
-    given = {name: getattr(options, name) for name in ("virtio", "acpi") if getattr(options, name) is not None}
-    if not given:
-        raise InvalidParameter("nothing to change: give --virtio, --no-virtio, --acpi or --no-acpi")
-    with open_storage(options.store) as storage:
-        Catalog(storage).set_features(options.id, **given)
-
-
-# ---- whole stores, and files beside them ----
-
-
-class _Lines:
-    """The records in lines of JSON; a bad line ends them, or is reported and left out."""
-
-    def __init__(self, file: BinaryIO, keep_going: bool) -> None:
-        self._file, self._keep_going = file, keep_going
-        self.number = self.refused = 0
-
-    def __iter__(self) -> Iterator[Record]:
-        for self.number, line in enumerate(iter(self._read, b""), 1):
-            try:
-                if line.strip():
-                    yield self._parse(line)
-            except InvalidParameter as error:
-                self.refuse(error)
-                while len(line) > MAX_LINE and line[-1:] != b"\n":  # the rest of the line, in pieces
-                    line = self._read()
-
-    def _read(self) -> bytes:
-        try:
-            return self._file.readline(MAX_LINE + 1)
-        except OSError as error:  # of the input; a store that was reading from here would take it for its own
-            raise Error(f"cannot read line {self.number + 1}: {error.strerror}") from error
-
-    def refuse(self, error: Error) -> None:
-        if not self._keep_going:
-            raise type(error)(f"line {self.number}: {error}") from error
-        print(f"wmi: line {self.number}: {_visible(str(error))}", file=sys.stderr)
-        self.refused += 1
-
-    def _parse(self, line: bytes) -> Record:
-        if len(line) > MAX_LINE and line[-1:] != b"\n":
-            raise InvalidParameter(f"longer than {MAX_LINE:,} bytes")
-        try:
-            fields = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise InvalidParameter(f"not JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise InvalidParameter("not a JSON object")
-        return image_record(fields)
-
-
-def _refuse_store_file(path: str | int, url: str) -> None:
-    """Raise InvalidParameter if a path or a descriptor leads to a file of the store, however it is spelled."""
-    location = url.partition(":")[2]
-    for file in [os.path.realpath(location) + ending for ending in _STORE_FILES if location]:
-        same = os.path.exists(path) and os.path.exists(file) and os.path.samefile(path, file)
-        if same or (isinstance(path, str) and os.path.realpath(path) == file):
-            name = path if isinstance(path, str) else ("standard input", "standard output")[path]
-            raise InvalidParameter(f"{name} is a file of the store itself, {url}; give another one")
-
-
-@contextlib.contextmanager
-def _replacing(path: str) -> Iterator[TextIO]:
-    """Open a file that takes the place of path when all of it is on the disk; if the body raises, nothing happens.
-
-    Standard output (-), pipes and devices are written to as they are. Raises OSError that names path.
-    """
-    temporary, there = "", path != "-" and os.path.exists(path)
-    try:
-        if path == "-" or (there and not os.path.isfile(path)):
-            with contextlib.nullcontext(sys.stdout) if path == "-" else open(path, "w", encoding="utf-8") as out:
-                yield out
-            return
-        target = os.path.realpath(path)  # a symbolic link stays one
-        temporary = os.path.join(os.path.dirname(target), f".wmi-{os.urandom(8).hex()}")
-        mode = stat.S_IMODE(os.stat(target).st_mode) if there else 0o666
-        opener = functools.partial(os.open, mode=mode)
-        with open(temporary, "x", encoding="utf-8", newline="\n", opener=opener) as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        if there:  # past the umask, which is for new files
-            os.chmod(temporary, mode)
-        os.replace(temporary, target if os.path.islink(path) else path)
-    except OSError as error:
-        error.filename = "standard output" if path == "-" else path
-        raise
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-
-
-def _load(options: Any) -> None:
-    path = options.file or "-"
-    _refuse_store_file(0 if path == "-" else path, options.store)
-    with contextlib.ExitStack() as stack:
-        file = sys.stdin.buffer if path == "-" else stack.enter_context(open(path, "rb"))
-        storage = stack.enter_context(open_storage(options.store))
-        lines, loaded = _Lines(file, options.keep_going), 0
-        batches = ([record] for record in lines) if options.keep_going else [_progressing("loaded", lines)]
-        for batch in batches:
-            try:
-                with storage_errors():
-                    loaded += storage.add_all(batch)
-            except DuplicateUUID as error:
-                lines.refuse(error)
-    if lines.refused:
-        raise Error(f"loaded {loaded}, refused {lines.refused}")
-    print(f"wmi: loaded {loaded}, refused 0", file=sys.stderr)
-
-
-def _oldest_first(storage: Storage) -> Iterator[Record]:
-    with storage_errors():
-        yield from storage.walk(oldest_first=True, frozen=True)
-
-
-def _dump(options: Any) -> None:
-    path = options.file or "-"
-    _refuse_store_file(1 if path == "-" else path, options.store)
-    before, count = b"", 0
-    if path != "-" and os.path.isfile(path):
-        with open(path, "r+b") as file:  # raises where the file is protected
-            before = file.read(5)
-    if before not in (b"", b'{"id"'):
-        raise InvalidParameter(f"{path} is there and is no dump; remove it if you mean to replace it")
-    with open_storage(options.store) as storage, _replacing(path) as out:
-        for count, record in enumerate(_progressing("dumped", _oldest_first(storage)), 1):
-            _write(json.dumps(record, ensure_ascii=False) + "\n", out)
-        if before and not count:
-            raise InvalidParameter(f"{options.store} has no images, so {path} is left as it is")
-
-
-def _copy(options: Any) -> None:
-    with open_storage(options.source) as source, open_storage(options.target) as target, storage_errors():
-
-        def empty() -> Iterator[Record]:
-            if target.page(None, 0, 0, deleted=None)[0]:
-                raise InvalidParameter(f"{options.target} is not empty; nothing was copied")
-            yield from ()
-
-        # Asked again after the last record: only then does a store let others see what it was given.
-        copied = target.add_all(_progressing("copied", itertools.chain(empty(), _oldest_first(source), empty())))
-        total = target.page(None, 0, 0, deleted=None)[0]
-    if total != copied:
-        raise Error(f"copied {copied}, but {options.target} has {total}: somebody else wrote to it meanwhile")
-    print(f"wmi: copied {copied}", file=sys.stderr)
-
-
-def _check(options: Any) -> None:
-    faults = 0
-    with open_storage(options.store) as storage, storage_errors():
-        for fault in itertools.chain(storage.check(options.repair), _wrong_records(storage)):
-            _write(_visible(fault) + "\n")
-            faults += 1
-    if faults:
-        raise Error(f"{options.store}: {faults} faults")
-    print(f"wmi: {options.store}: no faults", file=sys.stderr)
-
-
-def _wrong_records(storage: Storage) -> Iterator[str]:
-    for record in _progressing("checked", storage.walk()):
-        try:
-            if image_record(record) != record:
-                yield f"{record['id']}: a field is not spelled as it is kept"
-        except InvalidParameter as error:
-            yield f"{record.get('id')}: {error}"
 
 
 if __name__ == "__main__":
