@@ -2583,8 +2583,9 @@ class Client:
     def index(self, start: int | str = 0, limit: int | str | None = None, **filters: Any) -> Page:
         """Return the page of images from offset start; see Catalog.index."""
         params = {"start": start, "limit": limit, **filters}
-        given = {name: _spelled(value) for name, value in params.items() if value is not None}
-        answer = self._call("GET", f".json?{urllib.parse.urlencode(given)}")
+        tests = [("filter[]", test) for test in params.pop("filter")] if isinstance(filters.get("filter"), list) else []
+        given = [(name, _spelled(value)) for name, value in params.items() if value is not None]
+        answer = self._call("GET", f".json?{urllib.parse.urlencode(given + tests)}")
         try:
             body = answer[0] if isinstance(answer, list) else answer  # deployed servers wrap it
             total = body["owner_total"] if "owner_total" in body else body["total"]

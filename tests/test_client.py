@@ -235,6 +235,9 @@ def test_filters(opened):
         "wmi-mine",
     ]
     assert catalog.index(filter="deleted_at.nil", state="alive").total == 2
+    assert catalog.index(filter=["deleted_at.nil", "parent_image_id.nil"], state="alive").total == 2
+    assert catalog.index(filter=["deleted_at.nil", "parent_image_id.not_nil"], state="alive").total == 0
+    assert catalog.index(filter=[], state="alive").total == 2
     catalog.destroy("wmi-mine")
     assert [row["id"] for row in catalog.index(state="deleted").images] == ["wmi-mine"]
     assert [row["id"] for row in catalog.images(sort_by="created_at.asc", state="alive")] == ["wmi-volume"]
