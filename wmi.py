@@ -2777,7 +2777,6 @@ class _Connection(http.client.HTTPConnection):
 
 def _secure_connection(cafile: str | None) -> Any:
     """Return a maker of connections over TLS. Raises InvalidParameter if the file holds no certificates."""
-    import ssl
 
     class SecureConnection(http.client.HTTPSConnection, _Connection):  # a Python without ssl has no HTTPSConnection
         """A connection that shakes hands on the socket that _Connection.connect() left behind."""
@@ -2998,11 +2997,9 @@ def _parse_line(line: bytes) -> Record:
 
 
 def _load(options: Any) -> None:
-    path = options.file or "-"
-    _refuse_store_file(0 if path == "-" else path, options.store)
-    with contextlib.ExitStack() as stack:
-        file = sys.stdin.buffer if path == "-" else stack.enter_context(open(path, "rb"))
-        storage = stack.enter_context(open_storage(options.store))
+    path, standard = options.file, contextlib.nullcontext(sys.stdin.buffer)
+    _refuse_store_file("/dev/stdin" if path == "-" else path, options.store)
+    with standard if path == "-" else open(path, "rb") as file, open_storage(options.store) as storage:
         lines, loaded = _Lines(file, options.keep_going), 0
         batches = ([record] for record in lines) if options.keep_going else [_progressing("loaded", lines)]
         for batch in batches:
@@ -3016,21 +3013,19 @@ def _load(options: Any) -> None:
     print(f"wmi: loaded {loaded}, refused 0", file=sys.stderr)
 
 
-def _refuse_store_file(path: str | int, url: str) -> None:
-    """Raise InvalidParameter if a path or a descriptor leads to a file of the store, however it is spelled."""
+def _refuse_store_file(path: str, url: str) -> None:
+    """Raise InvalidParameter if a path leads to a file of the store, however it is spelled."""
     location = url.partition(":")[2]
     for file in [os.path.realpath(location) + ending for ending in _STORE_FILES if location]:
         same = os.path.exists(path) and os.path.exists(file) and os.path.samefile(path, file)
-        if same or (isinstance(path, str) and os.path.realpath(path) == file):
-            name = path if isinstance(path, str) else ("standard input", "standard output")[path]
-            raise InvalidParameter(f"{name} is a file of the store itself, {url}; give another one")
+        if same or os.path.realpath(path) == file:
+            raise InvalidParameter(f"{path} is a file of the store itself, {url}; give another one")
 
 
 def _dump(options: Any) -> None:
-    path = options.file or "-"
-    _refuse_store_file(1 if path == "-" else path, options.store)
-    target = contextlib.nullcontext(sys.stdout) if path == "-" else _replacing(path)
-    with open_storage(options.store) as storage, target as out:
+    path, standard = options.file, contextlib.nullcontext(sys.stdout)
+    _refuse_store_file("/dev/stdout" if path == "-" else path, options.store)
+    with open_storage(options.store) as storage, standard if path == "-" else _replacing(path) as out:
         for record in _progressing("dumped", _oldest_first(storage)):
             _write(json.dumps(record, ensure_ascii=False) + "\n", out)
 
@@ -3075,9 +3070,8 @@ def _copy(options: Any) -> None:
 def _check(options: Any) -> None:
     store, faults = options.url or options.store, 0
     with open_storage(store) as storage, storage_errors():
-        for fault in itertools.chain(storage.check(options.repair), _wrong_records(storage)):
+        for faults, fault in enumerate(itertools.chain(storage.check(options.repair), _wrong_records(storage)), 1):
             _write(_visible(fault) + "\n")
-            faults += 1
     if faults:
         raise Error(f"{store}: {faults} faults")
     print(f"wmi: {store}: no faults", file=sys.stderr)
@@ -3299,7 +3293,6 @@ _LISTS: dict[str, tuple[str, Callable[[Record], str], str, str]] = {  # head, fo
 # Options by name: short form (vdc-manage's), help, and what else argparse is told.
 _Option = tuple[str, str, dict[str, Any]]
 _TOGGLE = {"action": "toggle"}  # --NAME and --no-NAME
-_FLAG = {"action": "store_true"}
 _FIELD_OPTIONS: dict[str, _Option] = {
     "uuid": ("-u", "id of the image (default: made up)", {}),
     "account_id": ("-a", "owner (add: default WMI_ACCOUNT)", {}),
@@ -3331,8 +3324,8 @@ _OPTIONS: dict[str, _Option] = {
     "output": ("-o", "table (the default), json, yaml or id", {"choices": _FORMS, "default": "table"}),
     "start": ("", "offset of the first (default: 0)", {"default": "0"}),
     "limit": ("", "at most so many", {}),
-    "keep_going": ("", "report bad lines and load the others", _FLAG),
-    "repair": ("", "rebuild what can be derived from the images", _FLAG),
+    "keep_going": ("", "report bad lines and load the others", {"action": "store_true"}),
+    "repair": ("", "rebuild what can be derived from the images", {"action": "store_true"}),
     "virtio": ("", "", _TOGGLE),
     "acpi": ("", "", _TOGGLE),
     "host": ("", "address to bind (default: %(default)s)", {"default": "127.0.0.1"}),
@@ -3343,7 +3336,7 @@ _OPTIONS: dict[str, _Option] = {
     "workers": ("", "processes (default: %(default)s)", {"type": int, "default": 1, "metavar": "N"}),
     "max_connections": ("", "connections a process serves at once (default: %(default)s)",
                         {"type": int, "default": MAX_CONNECTIONS, "metavar": "N"}),
-    "sample": ("", "fill an empty store with a few images", _FLAG),
+    "sample": ("", "fill an empty store with a few images", {"action": "store_true"}),
     "unversioned": ("", "what /api/images speaks: " + ", ".join(VERSIONS), {"choices": VERSIONS, "default": DOCUMENT}),
     "log": ("", "append the log to FILE, not to stderr; - for no log", {"metavar": "FILE"}),
 }  # fmt: skip
@@ -3419,18 +3412,16 @@ def _parse_arguments(argv: Sequence[str]) -> Any:
     parser = argparse.ArgumentParser("wmi", description=(__doc__ or "").partition("\n")[0], **style)
     parser.add_argument("--version", action="version", version=f"wmi {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    parents = {"": commands}
+    add = commands.add_parser("add", help="register an image and print its id", **style)
+    parents = {"": commands, "add": add.add_subparsers(metavar="local|volume", required=True)}
     for words, run, arguments, help, example in _COMMANDS:
         parent, _, name = words.rpartition(" ")
-        if parent not in parents:
-            added = commands.add_parser(parent, help="register an image and print its id", **style)
-            parents[parent] = added.add_subparsers(metavar="local|volume", required=True)
         command = parents[parent].add_parser(
             name, help=help, description=help, epilog=f"example: wmi {words} {example}", **style,
             usage=" ".join(["%(prog)s [OPTION ...]", *filter(str.isupper, arguments.split())]),
         )  # fmt: skip
         command.register("action", "toggle", argparse.BooleanOptionalAction)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, file="-")  # unless there is a FILE: standard input or output
         _add_arguments(command, arguments.split())
     end = [*argv, "--"].index("--")  # vdc-manage's option parser took --account_id as well as --account-id
     dashed = [re.sub("^--[^=]*", lambda match: match[0].replace("_", "-"), word) for word in argv[:end]]
@@ -3451,7 +3442,7 @@ def _add_arguments(command: Any, names: Iterable[str]) -> None:
         if name in _PLACE_OPTIONS:
             settings = {**settings, "default": os.environ.get(f"WMI_{name.upper()}") or settings.get("default")}
         group = fields if name in _FIELD_OPTIONS else places if name in _PLACE_OPTIONS else command
-        group.add_argument(f"--{name.replace('_', '-')}", *short.split(), dest=name, help=help, **settings)
+        group.add_argument(f"--{name.replace('_', '-')}", *short.split(), help=help, **settings)
 
 
 def _explain(error: Exception, options: Any) -> str:

@@ -1302,7 +1302,7 @@ def test_load_of_an_input_that_cannot_be_read(source):
     done = subprocess.run(["sh", "-c", f'exec "$0" "$1" load {source}', sys.executable, SCRIPT],
                           capture_output=True, text=True, timeout=SECONDS)  # fmt: skip
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    expected = "standard input is a file of the store" if "db" in source or "link" in source else "cannot read line 1"
+    expected = "/dev/stdin is a file of the store" if "db" in source or "link" in source else "cannot read line 1"
     assert expected in done.stderr
 
 
@@ -1384,7 +1384,7 @@ def test_standard_output_is_not_appended_to_the_store():
     before = content("images")
     with open("images", "ab") as file:
         done = process("dump", "--store", "json:images", capture_output=False, stdout=file, stderr=subprocess.PIPE)
-    assert done.returncode == 1 and b"standard output is a file of the store" in done.stderr
+    assert done.returncode == 1 and b"/dev/stdout is a file of the store" in done.stderr
     assert content("images") == before
 
 
