@@ -2675,8 +2675,8 @@ class Client:
             name, message, code = (str(shown[key]) for key in ("error", "message", "code"))
         except (ValueError, TypeError, KeyError, RecursionError, InvalidParameter) as error:
             if succeeded:
-                coding = brief(answer.headers.get("Content-Encoding", "none"))  # none is what was asked for
-                raise BadAnswer(f"the answer is not JSON: {error} (compression: {coding})") from error
+                coding = answer.headers.get("Content-Encoding", "none")  # none is what was asked for
+                raise BadAnswer(f"the answer is not JSON: {error} (compression: {brief(coding)})") from error
             reason = http.client.responses.get(answer.status, "")
             name, message, code = "", f"{answer.status} {reason} from {answer.url}", str(answer.status)
         found = _ERRORS.get(name.rpartition("::")[2], Error)(message)
@@ -2705,10 +2705,8 @@ def _body_sizes(answer: Any) -> Iterator[float]:
 
     Raises ConnectionError if the answer is cut or a chunk has no size, BadAnswer if its framing is not clear.
     """
-    framed = ("content-length", "transfer-encoding")
-    framing = [f"{name}: {value}".lower() for name, value in answer.headers.items() if name.lower() in framed]
-    length = re.fullmatch("content-length: ([0-9]{1,18})", "".join(framing))
-    if framing == ["transfer-encoding: chunked"]:
+    lengths, codings = (answer.headers.get_all(name, []) for name in ("Content-Length", "Transfer-Encoding"))
+    if [coding.lower() for coding in codings] == ["chunked"] and not lengths:
         # int() alone would read -1, +1, 0x1 and 1_0 as well. What comes after the last chunk means nothing here.
         form = rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?\r\n"
         while (line := re.fullmatch(form, answer.fp.readline(_AT_ONCE))) and int(line[1], 16):
@@ -2716,10 +2714,10 @@ def _body_sizes(answer: Any) -> Iterator[float]:
             answer.fp.read(2)  # CRLF; where it is something else, a size is missing
         if not line:
             raise ConnectionError("the answer is cut, or a chunk has no size")
-    elif length:
-        yield int(length[1])
-    elif framing:
-        raise BadAnswer(f"the answer does not say clearly how long it is: {brief(framing)}")
+    elif len(lengths) == 1 and re.fullmatch("[0-9]{1,18}", lengths[0]) and not codings:
+        yield int(lengths[0])
+    elif lengths or codings:
+        raise BadAnswer(f"the answer does not say clearly how long it is: {brief(lengths + codings)}")
     elif answer.length != 0:  # 0: http.client knows the statuses that have no body
         yield _UNTIL_CLOSE
 
@@ -3117,21 +3115,21 @@ def _serve(options: Any) -> int:
         server.tls = make_context()
 
     _check_processes(options)
-    block_stops(True)  # until they are handled: a socket must not stay behind
     log, context = _log_writer(options.log), make_context()
-    with open_storage(options.store) as storage:  # before any fork, so that a bad one is refused here
+    with contextlib.ExitStack() as cleanup:
+        block_stops(True)  # until they are handled: a socket must not stay behind
+        cleanup.callback(block_stops, False)
+        storage = cleanup.enter_context(open_storage(options.store))  # before any fork: a bad one is refused here
         if options.sample:
             _add_sample(storage)
         if options.workers > 1:
             storage.close()
         listener = listen(options.host, options.port, options.unix_socket)
         address = address_of(listener, "https" if context else "http")
-        try:
-            announce = functools.partial(_announce, options.store, address)
-            return run_server(make_server, options.workers, listener, announce, renew if context else None)
-        finally:
-            if address == f"unix:{options.unix_socket}":
-                os.unlink(options.unix_socket)
+        if address == f"unix:{options.unix_socket}":
+            cleanup.callback(os.unlink, options.unix_socket)
+        announce = functools.partial(_announce, options.store, address)
+        return run_server(make_server, options.workers, listener, announce, renew if context else None)
 
 
 def _check_processes(options: Any) -> None:
