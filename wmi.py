@@ -2773,18 +2773,6 @@ class _Connection(http.client.HTTPConnection):
         return answer
 
 
-def _secure_connection(cafile: str | None) -> Any:
-    """Return a maker of connections over TLS. Raises InvalidParameter if the file holds no certificates."""
-
-    class SecureConnection(http.client.HTTPSConnection, _Connection):  # a Python without ssl has no HTTPSConnection
-        """A connection that shakes hands on the socket that _Connection.connect() left behind."""
-
-    try:
-        return functools.partial(SecureConnection, context=ssl.create_default_context(cafile=cafile))
-    except (OSError, ValueError) as error:
-        raise refuse("cafile", cafile, f"a file of PEM certificates ({error})") from error
-
-
 def _shown_record(shown: Any) -> Record:
     """Return an image that a server showed, source and features as dicts. Raises BadAnswer."""
     try:
@@ -2808,8 +2796,9 @@ def _shown_record(shown: Any) -> Record:
 ####################################################################################################
 # Optional
 ####################################################################################################
-# What nobody needs in order to understand the rest. The core works with this part deleted: it calls it in one
-# place each, where an option asks for it.
+# What nobody needs in order to understand the rest. The server and the client work with this part deleted: they
+# call it in one place each, where an option asks for it. The command line prints through it, and some of its
+# commands are here.
 
 # ---- HTTPS ----
 
@@ -2869,6 +2858,18 @@ def tls_context(certificate: str, key: str | None = None) -> ssl.SSLContext:
         files = certificate if key is None else f"{certificate}, {key}"
         raise InvalidParameter(f"{files}: not a certificate and its key in PEM: {error}") from error
     return context
+
+
+def _secure_connection(cafile: str | None) -> Any:
+    """Return what makes a client's connections over TLS. Raises InvalidParameter if the file holds no certificates."""
+
+    class SecureConnection(http.client.HTTPSConnection, _Connection):  # a Python without ssl has no HTTPSConnection
+        """A connection that shakes hands on the socket that _Connection.connect() left behind."""
+
+    try:
+        return functools.partial(SecureConnection, context=ssl.create_default_context(cafile=cafile))
+    except (OSError, ValueError) as error:
+        raise refuse("cafile", cafile, f"a file of PEM certificates ({error})") from error
 
 
 # ---- parts of files ----
