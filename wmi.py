@@ -3013,7 +3013,10 @@ def _load(options: Any) -> None:
 
 
 def _refuse_store_file(path: str, url: str) -> None:
-    """Raise InvalidParameter if a path leads to a file of the store, however it is spelled."""
+    """Raise InvalidParameter if a path leads to a file of the store, however it is spelled.
+
+    A file that is there is known by its inode, through any link; one that is not yet there by its real path.
+    """
     location = url.partition(":")[2]
     for file in [os.path.realpath(location) + ending for ending in _STORE_FILES if location]:
         same = os.path.exists(path) and os.path.exists(file) and os.path.samefile(path, file)

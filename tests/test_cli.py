@@ -703,8 +703,10 @@ def test_version_and_help(run):
     ],
 )
 def test_serve_refuses(refused, options):
-    """What cannot be served is said in one line, before anything is served."""
+    """What cannot be served is said in one line, before anything is served; no signal stays blocked."""
     refused("serve", "--store", "memory:", "--port", "0", *options)
+    if hasattr(signal, "pthread_sigmask"):
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_serve_on_a_port_that_is_taken(refused):
