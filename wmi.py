@@ -1365,6 +1365,11 @@ class Reader:
         return self._at == len(self._data)
 
     @property
+    def size(self) -> int:
+        """Return how many bytes are held."""
+        return len(self._data)
+
+    @property
     def is_head(self) -> bool:
         """Say whether the request that is read now, legal or not, is a HEAD, whose answer has no body."""
         return self._data.startswith(b"HEAD ", self._at)
@@ -1590,7 +1595,7 @@ class Service:
         self._known = 0.0, ""  # when a look at the store's revision began, and what it showed
         self._kept: collections.OrderedDict[Any, Kept] = collections.OrderedDict()  # the one used last stands last
         self._kept_bytes = 0
-        self._asked: set[CacheKey] = set()
+        self._asked: set[int] = set()  # hashes of keys, which may be long
         self.fresh: list[tuple[CacheKey, Kept]] = []  # answers that keep() is to look at
         self._lock = threading.Lock()  # of what is kept
         self._walks, self._streams = threading.Semaphore(MAX_WALKS), threading.Semaphore(MAX_STREAMS)
@@ -1677,10 +1682,17 @@ class Service:
         except InvalidParameter as error:
             message = f"Invalid uuid or unsupported uuid: {account} in Dcmgr::Models::Account"
             raise InvalidRequestCredentials(message if account else version.no_account) from error
-        self._check_waiting(MAX_WAITING)
+        self.check_waiting(MAX_WAITING)
         return catalog
 
-    def _check_waiting(self, limit: int) -> None:
+    def look(self) -> None:
+        """Look at the store's revision, so that what is kept can be served; what cannot is told why by answer()."""
+        if self._kept and self.waiting < 2 * MAX_WAITING:
+            with contextlib.suppress(Exception):
+                self._revision(time.monotonic())
+
+    def check_waiting(self, limit: int) -> None:
+        """Raise DatabaseError if so many requests wait for the store."""
         if self.waiting >= limit:
             raise DatabaseError("too many requests wait for the store; try again")
 
@@ -1688,7 +1700,7 @@ class Service:
         """Return the revision that the store had at some moment after that one."""
         moment, revision = self._known
         if moment <= arrived:
-            self._check_waiting(2 * MAX_WAITING)  # for a file it is quick, so what is kept is served on
+            self.check_waiting(2 * MAX_WAITING)  # for a file it is quick, so what is kept is served on
             moment = time.monotonic()
             with storage_errors():
                 revision = self._storage.revision()
@@ -1740,11 +1752,11 @@ class Service:
 
     def _was_asked(self, key: CacheKey) -> bool:
         """Say whether the same was asked before: to keep what is never asked again would cost a tenth of its answer."""
-        if key in self._asked:
+        if hash(key) in self._asked:
             return True
         if len(self._asked) >= ASKED_AT_MOST:
             self._asked.clear()
-        self._asked.add(key)
+        self._asked.add(hash(key))
         return False
 
     def keep(self) -> None:
@@ -1837,7 +1849,7 @@ def parse_update(request: Request, known: Sequence[str]) -> dict[str, Any]:
 # hands its result to the new leader, and ends.
 #
 # Who may touch what: the selector and all connections belong to the leader. work() only reads its connection,
-# which has no other turn meanwhile. `_ready` takes results from any thread. `_lock` guards who leads, at what
+# which has no other turn meanwhile. `_arrived` takes results from any thread. `_lock` guards who leads, at what
 # work and since when, and which threads are held up.
 #
 # Of http.server's HTTPServer we take what people know: its constructor, serve_forever, shutdown, server_close,
@@ -1856,9 +1868,9 @@ TURN_SECONDS = 0.05  # that work may hold up the leader
 LOOK_SECONDS = 0.1  # between two looks for deadlines that have passed
 YIELD_SECONDS = 0.0002  # of work, then other processes may run: the slowest of 100 answers comes 3 times as soon
 SHARE_SECONDS = 0.002  # in which a worker with fewer connections may take a new one
+STALLED_SECONDS = 2  # a head or a body that is not whole by then gives way, if every place is taken
 HELD_SECONDS = 0.005  # between two looks for the results of threads that are held up
-AT_ONCE = 16  # requests or pieces in one turn
-UNSENT_AT_MOST = 8 << 20  # bytes of answers that clients have not taken yet
+HELD_AT_MOST = 4 << 20  # bytes of requests that are not whole, and of answers that are not taken
 LOGGED = 2048  # characters of a request, or of a failure
 LOG_LINES = 4096  # that wait to be written; those beyond are counted and dropped
 PIPE_BUF = 4096  # bytes: on Linux so much is one write, also to a pipe, and the lines of processes never mix
@@ -1878,6 +1890,7 @@ class Connection:
         self.socket, self.server = stream, server
         self.client = address[0] if address else "unix"
         self.watched = 0  # what the selector watches for: READ, WRITE, or nothing while another thread has it
+        self.queued = False  # it is in _arrived or _queue, and what the selector says of it can wait
         self.reader = Reader()
         self.receiving = True  # what arrives is taken; not so while a request is answered
         self.lingering = False  # the last answer is sent, and the client may still read it
@@ -1887,7 +1900,8 @@ class Connection:
         self.unsent: bytes | memoryview = b""
         self.body: Body | None = None  # where more comes from
         self.phase = IDLE  # what is waited for, by the deadline; the first bytes of the request came at `began`
-        self.began, self.deadline = server.moment, server.moment + IDLE_SECONDS
+        self.began = self.since = server.moment  # since: the client has been waited for
+        self.deadline = server.moment + IDLE_SECONDS
 
     @property
     def is_idle(self) -> bool:
@@ -1955,6 +1969,7 @@ class Connection:
         """Do what may have to wait on our side: answer the request, or get more of the body."""
         try:
             if self.body is not None:
+                self.server.service.check_waiting(2 * MAX_WAITING)
                 return self.body.more(self.socket)
             assert self.request is not None
             return self.server.service.answer(self.request, self.server.moment, self._check_alive)
@@ -1972,11 +1987,9 @@ class Connection:
             pass
         raise Unreachable("the client has hung up")
 
-    def expire(self) -> int:
-        """Do what is due at the deadline; return as advance() does."""
-        if self.is_idle:
-            return CLOSE
-        return self.advance(RequestTimeout("the request, or its reader, took too long"))
+    def expired(self) -> Exception:
+        """Return what advance() has to take at the deadline: the client hung up, as it were, or was too slow."""
+        return ConnectionAbortedError() if self.is_idle else RequestTimeout("the request, or its reader, took too long")
 
     def _take(self, result: bytes | int | Exception) -> None:
         """Take a piece of a body, or a failure, which is raised if the client cannot be told of it any more."""
@@ -2026,7 +2039,9 @@ class Connection:
         waits_for = self.reader.waits_for
         if waits_for == IDLE:
             self.deadline = self.server.moment + IDLE_SECONDS
+            self.since = self.server.moment
         elif waits_for != self.phase:
+            self.since = self.server.moment
             self.deadline = self.server.moment + (HEAD_SECONDS if waits_for == HEAD else BODY_SECONDS)
         self.phase, self.receiving = waits_for, True
         return CLOSE if self.reader.ended else READ
@@ -2037,7 +2052,7 @@ class Connection:
             return CLOSE
         self.socket.shutdown(socket.SHUT_WR)
         self.lingering = self.receiving = True
-        self.deadline = self.server.moment + LINGER_SECONDS
+        self.since, self.deadline = self.server.moment, self.server.moment + LINGER_SECONDS
         return READ
 
     def _cut(self, error: Exception) -> int:
@@ -2104,7 +2119,9 @@ class Server(http.server.HTTPServer):
         self._max_connections = max_connections
         self._connections: set[Connection] = set()
         self._selector = selectors.DefaultSelector()
-        self._ready: collections.deque[tuple[Connection, Result | None]] = collections.deque()  # to have their turn
+        self._arrived: collections.deque[tuple[Connection, Result | None]] = collections.deque()  # to have a turn
+        self._queue: collections.deque[Connection] = collections.deque()  # that want work
+        self._offered = 0.0  # when a connection was first left to other workers
         self._looked = self._yielded = 0.0  # when deadlines were looked at, and the processor was offered to others
         self._lock = threading.Lock()
         self._leader: threading.Thread | None = None
@@ -2125,7 +2142,7 @@ class Server(http.server.HTTPServer):
         """Serve until shutdown(). Other threads do; this one looks after them each so many seconds."""
         while not self.stopping:
             self.service_actions()
-            time.sleep(poll_interval)
+            time.sleep(poll_interval / 5 if self._working else poll_interval)
 
     def shutdown(self) -> None:
         """Accept no more, and have serve_forever return; stop() waits for what still runs."""
@@ -2163,7 +2180,7 @@ class Server(http.server.HTTPServer):
         """Let another thread lead if work holds up the leader; stop when the supervising process is gone."""
         with self._lock:
             held_up = self._working and time.monotonic() - self._working[1] > TURN_SECONDS
-            if held_up or not (self._leader or self.stopping):
+            if held_up or not (self._leader or self._ended.is_set()):
                 self._start_leader()
         if self.parent and os.getppid() != self.parent:
             self.parent = 0
@@ -2173,75 +2190,100 @@ class Server(http.server.HTTPServer):
         """Start a thread that leads, in place of the one that is held up. The caller holds the lock."""
         before, working = self._leader, self._working
         self._leader = threading.Thread(None, self._lead, "wmi-leader", [working and working[0]], daemon=True)
+        if before and working:  # before the start, or what the new leader works at would be taken for this
+            self._held[before], self._working = working, None
         try:
             self._leader.start()
         except RuntimeError:  # no thread to be had: all wait for this work
-            self._leader = before
-            return
-        if before and working:
-            self._held[before], self._working = working, None
-            self.service.waiting = len(self._held)
+            self._leader, self._working = before, working
+            self._held.pop(before, None)  # type: ignore[arg-type]
+        self.service.waiting = len(self._held)
 
     # What the leader does.
 
     def _lead(self, held: Connection | None) -> None:
-        """Serve all connections, round by round, until work holds up this thread and another one leads."""
-        me, leads = threading.current_thread(), True
-        if held:  # its result comes back some time
-            self._watch(held, 0)
-        while leads and not (self.stopping and not self._connections):
+        """Lead until work holds up this thread and another one leads, or all is done."""
+        me = threading.current_thread()
+        try:
+            if held:  # its result comes back some time
+                self._watch(held, 0)
+            while self._leader is me and not (self.stopping and not self._connections):
+                self._serve_round(me)
+            if self._leader is me:
+                self._close()
+        except Exception:  # a fault of ours: serve_forever starts another leader
+            self.handle_error(None, None)
+            with self._lock:
+                self._held.pop(me, None)
+                if self._leader is me:
+                    self._leader = self._working = None
+
+    def _serve_round(self, me: threading.Thread) -> None:
+        """Take what has arrived, answer what is known, then work for one connection after the other."""
+        # 1. Receive from all before any is answered, and look at the store once for all of them.
+        if not self._arrived:
             self._receive()
-            while leads and self._ready:
-                leads = self._take_turn(me, *self._ready.popleft())
-            if leads and (self.stopping or self.moment - self._looked > LOOK_SECONDS):
-                self._look()
-            if leads and self._lines:
-                leads = self._work(me, None, self._end_round)[0]
-        if leads:
-            self._close()
+        if self._arrived and not self._work(me, None, self.service.look)[0]:
+            return
+        # 2. Give each its turn. What can be answered without the store is not kept waiting by what cannot.
+        while self._arrived:
+            self._take_turn(*self._arrived.popleft())
+        # 3. Work, yet not so long that those who have sent something meanwhile would notice.
+        while self._queue and time.monotonic() - self.moment < TURN_SECONDS:
+            connection = self._queue.popleft()
+            leads, result = self._work(me, connection, connection.work)
+            if not leads:
+                return
+            if connection.request and connection.request.method not in ("GET", "HEAD"):
+                self.moment = time.monotonic()  # what is answered from now on shows this change
+            self._take_turn(connection, result)
+        # 4. Keep answers, write the log, and do what is due now and then.
+        if self._lines and not self._work(me, None, self._end_round)[0]:
+            return
+        if self.stopping or self.moment - self._looked > LOOK_SECONDS:
+            self._look()
 
     def _receive(self) -> None:
-        """Wait for clients, and take what each has sent before any of them is answered."""
+        """Wait for clients, and take what each has sent."""
         if time.monotonic() - self._yielded > YIELD_SECONDS:
             _yield_processor()
             self._yielded = time.monotonic()
-        seconds = 0 if self._ready else HELD_SECONDS if self._held else LOOK_SECONDS
+        accepting, seconds = False, 0 if self._queue else HELD_SECONDS if self._held else LOOK_SECONDS
         for key, _ in self._selector.select(seconds):
             connection = key.data
             if connection is self:
-                self._accept()
-                continue
-            result: Result | None = None
-            try:
-                wants = connection.receive() if connection.receiving and not connection.unsent else WORK
-            except Error as error:
-                wants, result = WORK, error
-            except (OSError, MemoryError):  # the client hung up, which is no error, or there is no room
-                wants = CLOSE
-            if wants == WORK:
-                self._ready.append((connection, result))
-            else:
-                self._settle(connection, wants)
+                accepting = True
+            elif not connection.queued:
+                self._receive_from(connection)
         self.moment = time.monotonic()
         self._clock = now()
+        if accepting:  # last, as it may close whoever is idle
+            self._accept()
 
-    def _take_turn(self, me: threading.Thread, connection: Connection, result: Result | None) -> bool:
-        """Let a connection do what it can, and return whether this thread still leads."""
-        if result is not None:  # of a thread that was held up: it may have made a change
+    def _receive_from(self, connection: Connection) -> None:
+        result: Result | None = None
+        try:
+            wants = connection.receive() if connection.receiving and not connection.unsent else WORK
+        except Error as error:
+            wants, result = WORK, error
+        except (OSError, MemoryError):  # the client hung up, which is no error, or there is no room
+            wants = CLOSE
+        if wants == WORK:
+            connection.queued = True
+            self._arrived.append((connection, result))
+        else:
+            self._settle(connection, wants)
+
+    def _take_turn(self, connection: Connection, result: Result | None) -> None:
+        """Let a connection do what it can; one that wants work is queued behind the others."""
+        if result is not None and connection.watched == 0:  # of a thread that was held up: it may have made a change
             self.moment = time.monotonic()
         wants = connection.advance(result)
-        for _ in range(AT_ONCE):
-            if wants != WORK:
-                break
-            leads, result = self._work(me, connection, connection.work)
-            if not leads:
-                return False
-            if connection.request and connection.request.method not in ("GET", "HEAD"):
-                self.moment = time.monotonic()  # what is answered from now on shows this change
-            wants = connection.advance(result)
-        if wants != connection.watched:
-            self._settle(connection, WRITE if wants == WORK else wants)  # WORK: others have waited long enough
-        return True
+        connection.queued = wants == WORK
+        if wants == WORK:
+            self._queue.append(connection)
+        elif wants != connection.watched:
+            self._settle(connection, wants)
 
     def _work(self, me: threading.Thread, connection: Connection | None, work: Callable[[], Any]) -> tuple[bool, Any]:
         """Do work that may hold up this thread; return whether it still leads, and if so the result."""
@@ -2254,7 +2296,7 @@ class Server(http.server.HTTPServer):
             owner, _ = self._held.pop(me)
             self.service.waiting = len(self._held)
         if owner:
-            self._ready.append((owner, result))
+            self._arrived.append((owner, result))
         elif isinstance(result, Answer) and not isinstance(result.body, bytes):
             result.body.close()  # the client was told meanwhile that this takes too long
         return False, None
@@ -2262,14 +2304,17 @@ class Server(http.server.HTTPServer):
     def _end_round(self) -> None:
         """Keep the answers of this round, and write the log."""
         if self.service.fresh:
-            with contextlib.suppress(Error):
+            with contextlib.suppress(Exception):  # whatever a store raises: then they are not kept
                 self.service.keep()
         self._write_log()
 
     def _accept(self) -> None:
         """Accept a connection. With every place taken, the one that is idle longest gives way."""
-        if self.counts[self.number] > min(self.counts) and time.monotonic() - self.moment < SHARE_SECONDS:
-            return  # a worker that has fewer connections takes it meanwhile
+        if self.counts[self.number] > min(self.counts):  # a worker that has fewer may take it first
+            self._offered = self._offered or self.moment
+            if self.moment - self._offered < SHARE_SECONDS:
+                return
+        self._offered = 0.0
         if len(self._connections) >= self._max_connections and not self._evict():
             self._watch(self, 0)
             return
@@ -2280,25 +2325,33 @@ class Server(http.server.HTTPServer):
                 self._watch(self, 0)  # until _look(): the listener stays ready, and this would spin
                 self.report(f"accept: {error}")
             return
-        stream.setblocking(False)
-        with contextlib.suppress(OSError):  # not TCP, or gone already
-            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # otherwise some answers take 40 ms
-        connection = (TLSConnection if self.tls else Connection)(stream, address, self)
+        try:
+            stream.setblocking(False)
+            if stream.family in (socket.AF_INET, socket.AF_INET6):
+                stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # otherwise some answers take 40 ms
+            connection = (TLSConnection if self.tls else Connection)(stream, address, self)
+        except (OSError, ValueError):  # the client is gone already
+            stream.close()
+            return
         self._connections.add(connection)
         self.counts[self.number] = len(self._connections)
         self._settle(connection, READ)
 
     def _evict(self) -> bool:
-        """Close the connection that is idle longest, and return whether there was one; a request may be on its way."""
-        latest = self.moment + IDLE_SECONDS - LOOK_SECONDS
-        idle = [each for each in self._connections if each.is_idle and each.deadline < latest]
-        if idle:
-            self._settle(min(idle, key=lambda each: each.deadline), CLOSE)
-        return bool(idle)
+        """Close the connection that is idle longest, or has been silent for long; return whether there was one.
+
+        One that came or was served just now is spared, as its request may be on its way.
+        """
+        spared = {True: LOOK_SECONDS, False: STALLED_SECONDS}
+        waiting = [each for each in self._connections if each.receiving and not each.queued]
+        waiting = [each for each in waiting if self.moment - each.since > spared[each.is_idle]]
+        if waiting:
+            self._settle(min(waiting, key=lambda each: (not each.is_idle, each.since)), CLOSE)
+        return bool(waiting)
 
     def _settle(self, connection: Connection, wants: int) -> None:
         """Have the selector watch for what a connection waits for, or close it."""
-        with contextlib.suppress(OSError):  # the selector takes no more
+        with contextlib.suppress(OSError, ValueError):  # the selector takes no more
             if wants != CLOSE:
                 self._watch(connection, wants)
                 return
@@ -2322,19 +2375,22 @@ class Server(http.server.HTTPServer):
     def _look(self) -> None:
         """Do what is due: at deadlines that have passed, for work that takes too long, and once told to stop."""
         self._looked = self.moment
-        for each in list(self._connections):
-            if each.watched and (each.deadline <= self.moment or (self.stopping and each.is_idle)):
-                self._settle(each, each.expire())
-        unsent = 0
-        for each in sorted((each for each in self._connections if each.unsent), key=lambda each: -each.deadline):
-            unsent += len(each.unsent)
-            if unsent > UNSENT_AT_MOST and each.watched:  # who took something last may go on
-                self._settle(each, each.advance(RequestTimeout("too much waits to be read")))
+        resting = [each for each in self._connections if each.watched and not each.queued]
+        for each in resting:
+            if each.deadline <= self.moment or (self.stopping and each.is_idle):
+                each.queued = True
+                self._arrived.append((each, each.expired()))
+        held = 0
+        for each in sorted(resting, key=lambda each: -each.deadline):
+            held += len(each.unsent) + each.reader.size
+            if held > HELD_AT_MOST and not each.is_idle and not each.queued:  # who made progress last may go on
+                each.queued = True
+                self._arrived.append((each, RequestTimeout("too much waits to be read")))
         with self._lock:
             for thread, (connection, since) in self._held.items():
                 if connection and self.moment - since > STORE_SECONDS:
                     self._held[thread] = None, since
-                    self._ready.append((connection, DatabaseError("the store takes too long; try again")))
+                    self._arrived.append((connection, DatabaseError("the store takes too long; try again")))
         self._watch(self, 0 if self.stopping else READ)
         if self.stopping:
             self.socket.close()
@@ -2429,6 +2485,7 @@ def address_of(listener: socket.socket, scheme: str = "http") -> str:
 # second signal ends everything at once. SIGHUP renews what was read at the start, a certificate: the parent
 # passes it on. A worker whose parent is gone stops by itself.
 
+Renew = Callable[["Server | None"], None]  # of a server's certificate; None: of the workers to come
 Place = tuple[int, memoryview, int]  # of a worker: its parent, the connections of each worker, its number
 _STOPS = (signal.SIGTERM, signal.SIGINT)
 
@@ -2441,7 +2498,7 @@ def block_stops(block: bool) -> None:
 
 def run_server(
     make_server: Callable[[], Server], workers: int = 1, listener: socket.socket | None = None,
-    announce: Callable[[], None] = lambda: None, renew: Callable[[Server], None] | None = None,
+    announce: Callable[[], None] = lambda: None, renew: Renew | None = None,
 ) -> int:  # fmt: skip
     """Serve until SIGTERM or SIGINT, here or in so many forked processes, and return 0.
 
@@ -2463,7 +2520,13 @@ def run_server(
         tell(signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)
         signal.alarm(GRACE_SECONDS + 2)  # then they are killed
 
-    def tell(signum: int, frame: Any = None) -> None:
+    def hang_up(signum: int, frame: Any) -> None:
+        assert renew is not None
+        with contextlib.suppress(Error):  # each worker says so
+            renew(None)
+        tell(signum)
+
+    def tell(signum: int) -> None:
         for pid in list(children):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signum)
@@ -2471,14 +2534,15 @@ def run_server(
     for signum in (*_STOPS, signal.SIGALRM):
         signal.signal(signum, stop)
     if renew:
-        signal.signal(signal.SIGHUP, tell)
+        signal.signal(signal.SIGHUP, hang_up)
     block_stops(False)
     announce()
     while children or not signals:
         while len(children) < workers and not signals:
             block_stops(True)  # until the child is known, and knows them itself
             number = min({*range(workers)} - {*children.values()})
-            children[os.fork() or _exit_as_worker(make_server, renew, (parent, counts, number))] = number
+            if not signals:
+                children[os.fork() or _exit_as_worker(make_server, renew, (parent, counts, number))] = number
             block_stops(False)
         waited = time.monotonic()
         children.pop(os.wait()[0], None)
@@ -2487,7 +2551,7 @@ def run_server(
     return 0
 
 
-def _exit_as_worker(make_server: Callable[[], Server], renew: Callable[[Server], None] | None, place: Place) -> int:
+def _exit_as_worker(make_server: Callable[[], Server], renew: Renew | None, place: Place) -> int:
     """Run a forked worker to its end: nothing of the parent's stack may run after it."""
     try:
         os._exit(_run_here(make_server, lambda: None, renew, place))
@@ -2498,7 +2562,7 @@ def _exit_as_worker(make_server: Callable[[], Server], renew: Callable[[Server],
 
 
 def _run_here(
-    make_server: Callable[[], Server], announce: Callable[[], None], renew: Callable[[Server], None] | None,
+    make_server: Callable[[], Server], announce: Callable[[], None], renew: Renew | None,
     place: Place | None = None,
 ) -> int:  # fmt: skip
     server = make_server()
@@ -2812,6 +2876,7 @@ class TLSConnection(Connection):
 
     def __init__(self, stream: socket.socket, address: Any, server: Server) -> None:
         assert server.tls
+        stream.getpeername()  # raises if the client is gone: wrap_socket would then leave a socket behind
         wrapped = server.tls.wrap_socket(stream, server_side=True, do_handshake_on_connect=False)
         super().__init__(wrapped, address, server)
         self.deadline = self.began + HEAD_SECONDS
@@ -3110,16 +3175,20 @@ def _serve(options: Any) -> int:
     def make_context() -> Any:
         return tls_context(options.tls_cert, options.tls_key) if options.tls_cert else None
 
+    _check_processes(options)
+    log, context = _log_writer(options), make_context()
+
     def make_server() -> Server:
         ours = storage if options.workers == 1 else open_storage(options.store)
-        return Server(ours, listener=listener, unversioned=options.unversioned,
+        return Server(ours, listener=listener, unversioned=options.unversioned, host_names=options.host_name,
                       max_connections=options.max_connections, tls=context, log=log)  # fmt: skip
 
-    def renew(server: Server) -> None:
-        server.tls = make_context()
+    def renew(server: Server | None) -> None:  # None: the parent, for the workers to come
+        nonlocal context
+        context = make_context()
+        if server:
+            server.tls = context
 
-    _check_processes(options)
-    log, context = _log_writer(options.log), make_context()
     with contextlib.ExitStack() as cleanup:
         block_stops(True)  # until they are handled: a socket must not stay behind
         cleanup.callback(block_stops, False)
@@ -3131,9 +3200,14 @@ def _serve(options: Any) -> int:
         listener = listen(options.host, options.port, options.unix_socket)
         address = address_of(listener, "https" if context else "http")
         if address == f"unix:{options.unix_socket}":
-            cleanup.callback(os.unlink, options.unix_socket)
+            cleanup.callback(_unlink, options.unix_socket)
         announce = functools.partial(_announce, options.store, address)
         return run_server(make_server, options.workers, listener, announce, renew if context else None)
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _check_processes(options: Any) -> None:
@@ -3156,11 +3230,14 @@ def _add_sample(storage: Storage) -> None:
             }) for id, arch, file, description in rows)  # fmt: skip
 
 
-def _log_writer(path: str | None) -> Callable[[str], object]:
+def _log_writer(options: Any) -> Callable[[str], object]:
     """Return what writes the log: each text is one write, so that those of processes never mix."""
-    if path == "-":
+    if options.log == "-":
         return lambda text: None
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) if path else 2
+    file = 2
+    if options.log:
+        _refuse_store_file(options.log, options.store)
+        file = os.open(options.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     return lambda text: os.write(file, text.encode("ascii", "backslashreplace"))
 
 
@@ -3333,6 +3410,8 @@ _OPTIONS: dict[str, _Option] = {
     "host": ("", "address to bind (default: %(default)s)", {"default": "127.0.0.1"}),
     "port": ("", "0: any that is free (default: %(default)s)", {"type": int, "default": 9001}),
     "unix_socket": ("", "listen there instead", {"metavar": "PATH"}),
+    "host_name": ("", "a Host to serve on loopback beside its own; may be repeated",
+                  {"action": "append", "metavar": "NAME", "default": []}),
     "tls_cert": ("", "serve HTTPS with this certificate chain (PEM)", {"metavar": "FILE"}),
     "tls_key": ("", "its key (default: in the same file)", {"metavar": "FILE"}),
     "workers": ("", "processes (default: %(default)s)", {"type": int, "default": 1, "metavar": "N"}),
@@ -3346,7 +3425,8 @@ _OPTIONS: dict[str, _Option] = {
 _FIELDS, _PLACES = " ".join(_FIELD_OPTIONS), " ".join(_PLACE_OPTIONS)
 # A row per subcommand: name, function, arguments (positional ones in capitals, as in a usage), help, example.
 _COMMANDS: list[tuple[str, Callable[[Any], object], str, str, str]] = [
-    ("serve", _serve, "store host port unix_socket tls_cert tls_key workers max_connections sample unversioned log",
+    ("serve", _serve,
+     "store host port host_name unix_socket tls_cert tls_key workers max_connections sample unversioned log",
      "serve a store over HTTP", "--sample --port 9001"),
     ("add local", lambda options: _add(options, BOOT_DEV_LOCAL, options.path_or_uri), f"PATH_OR_URI store {_FIELDS}",
      "register an image file", "lucid.raw -a a-shpoolxx -d 'Ubuntu 10.04' --is-public"),

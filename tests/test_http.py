@@ -578,7 +578,7 @@ def service(storage, lines):
 
 def ask(service, request, arrived=None):
     """Return the answer to a request that is a round by itself, and that was asked before."""
-    service._asked.add(request.cache_key)
+    service._asked.add(hash(request.cache_key))
     answer = service.answer(request, arrived)
     service.keep()
     return answer

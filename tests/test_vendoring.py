@@ -29,7 +29,7 @@ SOURCE = pathlib.Path(wmi.__file__)
 BACKENDS = next(folder for folder in map(pathlib.Path, wmi.__path__) if folder.is_dir())
 INSTALLED = bool(os.environ.get("WMI_INSTALLED"))
 
-MAX_CODE_LINES = 1940  # of wmi.py, without blank lines, comments and docstrings: what the README promises
+MAX_CODE_LINES, MAX_CORE_LINES = 2450, 2250  # of wmi.py, and without its part "Optional": what the README promises
 
 # Run by the copy under test as `module`: every store opens, and comes from beside the copy.
 EXERCISE = """
@@ -362,7 +362,12 @@ def test_code_lines_are_counted_right():
 
 def test_promised_size():
     """wmi.py stays small enough to be read at one sitting."""
-    assert count_code_lines(SOURCE.read_text(encoding="utf-8")) <= MAX_CODE_LINES
+    source = SOURCE.read_text(encoding="utf-8")
+    banner = "#" * 100 + "\n# {}\n"
+    before, _, after = source.partition(banner.format("Optional"))
+    core = before + after[after.index(banner.format("Command line")) :]
+    assert count_code_lines(source) <= MAX_CODE_LINES
+    assert count_code_lines(core) <= MAX_CORE_LINES
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("tests/test_*.py")), ids=lambda path: path.name)
