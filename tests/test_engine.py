@@ -161,10 +161,10 @@ def test_streams_that_wait_for_the_store_are_bounded_too():
 
     class Pausing(wmi.MemoryStorage):
         def page(self, account, start, limit, **scope):
-            return 20_000, [self._record(n) for n in range(limit)]
+            return 6_000, [self._record(n) for n in range(limit)]
 
         def walk(self, account=None, **scope):
-            for number in range(20_000):
+            for number in range(6_000):
                 assert told.wait(SECONDS)
                 yield self._record(number)
 
@@ -180,11 +180,17 @@ def test_streams_that_wait_for_the_store_are_bounded_too():
         told.clear()
         for peer in peers:
             threading.Thread(target=rest, args=[peer], daemon=True).start()
-        until(lambda: served.server.service.waiting == 2 * wmi.MAX_WAITING)
+        until(lambda: served.server.service.waiting >= wmi.MAX_WAITING)
         with connect(served) as peer:
             peer.sendall(head("/nowhere"))
             assert read_answer(peer)[0] == 404
-        assert leaders() <= 2 * wmi.MAX_WAITING + 1
+        most = 0
+        for _ in range(20):
+            most = max(most, leaders())
+            threading.Event().wait(0.05)
+        assert most <= 2 * wmi.MAX_WAITING + 1
+        for peer in peers:
+            peer.close()
         told.set()
         until(lambda: leaders() == 1)
 

@@ -474,6 +474,24 @@ def memory():
         return int(file.read().split()[1]) * resource.getpagesize() // 1024
 
 
+@pytest.mark.skipif(resource is None, reason="POSIX only")
+def test_connections_leave_descriptors_to_the_store(storage, monkeypatch):
+    """However many connections are allowed, those that the process has no descriptors for are not taken."""
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (50, 50))
+    with serving(storage, max_connections=1000) as served:
+        assert served.server._max_connections == 50 - wmi.SPARE_DESCRIPTORS
+
+
+def test_freed_memory_is_given_back(served, monkeypatch):
+    """A process of ours asks for it now and then; whoever embeds a server is not asked."""
+    times = []
+    served.server.trim()
+    served.server.trim = lambda: times.append(1)
+    monkeypatch.setattr(wmi, "TRIM_SECONDS", 0.01)
+    until(lambda: len(times) > 2)
+    wmi.memory_trimmer()()
+
+
 @needs_proc
 def test_a_connection_costs_little(storage):
     """990 connections cost at most 15 MB beyond one, and no thread."""

@@ -242,8 +242,9 @@ def test_walks_are_bounded():
             assert peer.recv(15) == b"HTTP/1.1 200 OK"
 
 
-def test_streams_are_bounded():
+def test_streams_are_bounded(monkeypatch):
     """So many long indexes are sent at once; one more is 503, until one of them ends or is given up."""
+    monkeypatch.setattr(wmi, "MAX_STREAMS", 8)
     with Long(20_000) as storage, serving(storage) as served, contextlib.ExitStack() as stack:
         peers = []
         for _ in range(wmi.MAX_STREAMS):
@@ -266,8 +267,9 @@ def test_streams_are_bounded():
             assert peer.recv(15) == b"HTTP/1.1 200 OK"
 
 
-def test_a_head_or_a_304_of_a_long_index_leaves_nothing():
+def test_a_head_or_a_304_of_a_long_index_leaves_nothing(monkeypatch):
     """Where the body is not sent, the walk behind it ends, and its place is free."""
+    monkeypatch.setattr(wmi, "MAX_STREAMS", 8)
     with Long(20_000) as storage, serving(storage) as served, connect(served) as peer:
         for _ in range(2 * wmi.MAX_STREAMS):
             peer.sendall(head("/api/images", "If-None-Match: *"))
@@ -280,9 +282,9 @@ def test_a_head_or_a_304_of_a_long_index_leaves_nothing():
 def test_what_clients_do_not_take_is_bounded(monkeypatch):
     """Answers that wait to be read take so much memory in all; beyond it, who took nothing for longest is cut."""
     monkeypatch.setattr(wmi, "HELD_AT_MOST", 300_000)
-    with wmi.MemoryStorage() as storage, contextlib.ExitStack() as stack:
+    with wmi.MemoryStorage() as storage:
         storage.add_all(wmi.image_record({"account_id": ACCOUNT, "description": "x" * 10_000}) for _ in range(5))
-        with serving(storage) as served:
+        with serving(storage) as served, contextlib.ExitStack() as stack:
             peers = [stack.enter_context(connect(served)) for _ in range(20)]
             for peer in peers:
                 peer.sendall(head("/api/images") * 150)
