@@ -786,7 +786,7 @@ def test_a_body_that_is_waited_for_delays_nobody(served):
 def test_slow_readers_delay_nobody(store, request):
     """While many clients read a long answer slowly, others are answered; the slow ones get all of it, and the next."""
     with serving(request.getfixturevalue(store)) as served, connect(served) as other, contextlib.ExitStack() as stack:
-        slow = [stack.enter_context(connect(served, 4096)) for _ in range(16)]
+        slow = [stack.enter_context(connect(served, 4096)) for _ in range(6)]
         texts = []
         for peer in slow:
             peer.sendall(GET + CLOSE)
