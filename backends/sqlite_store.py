@@ -167,14 +167,14 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
             db.execute("CREATE TEMP " + TOMBSTONE.format(name="restage", table="staged"))
             for count, record in enumerate(records, 1):
                 row = _row(record)
-                if db.execute(LIVE, (row[0],)).fetchone():
+                if db.execute(LIVE, (row[0],)).fetchall():
                     raise FileExistsError(row[0])
                 _insert(db, "staged", row)
             db.begin(_deadline())  # anew: the source may have been slow
             try:
                 db.execute(PUBLISH)
             except sqlite3.IntegrityError:  # another process was faster
-                raise FileExistsError(db.execute(KNOWN).fetchone()[0]) from None
+                raise FileExistsError(db.execute(KNOWN).fetchall()[0][0]) from None
             db.execute("COMMIT")
         return count
 
@@ -229,7 +229,8 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
             db.execute("BEGIN")
             _, (first, last), skip = _seek(db, keys, start, order)
             # What is added later is not seen.
-            last = min(last, db.execute("SELECT coalesce(max(serial), 0) FROM image").fetchone()[0])
+            (newest,), = db.execute("SELECT coalesce(max(serial), 0) FROM image").fetchall()
+            last = min(last, newest)  # what is added later is not seen
         while first <= last:
             with self._reads as db:
                 rows = _fetch(db.execute(*_query(keys, order, (first, last), CHUNK, skip)))
@@ -258,8 +259,8 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
             now = time.time_ns()
             with self._reads as db:
                 self._end_still(self._still)
-                revision, = db.execute("SELECT revision FROM state").fetchone()
-                mode, = db.execute("PRAGMA journal_mode").fetchone()
+                (revision,), = db.execute("SELECT revision FROM state").fetchall()
+                (mode,), = db.execute("PRAGMA journal_mode").fetchall()
                 if found[-2] + SETTLED_NS < now and mode == "delete":  # a WAL leaves the file alone
                     self._revision = found, revision
                     with suppress(sqlite3.Error):  # no descriptor is free: go on with locks
@@ -316,7 +317,7 @@ class _Database(sqlite3.Connection):
     def allow(self) -> None:
         """Let the next statement wait for as long as is left."""
         if (left := max(0, round(1000 * (self.deadline - time.monotonic())))) != self.allowed:
-            self.execute(f"PRAGMA busy_timeout = {left}")
+            self.execute(f"PRAGMA busy_timeout = {left}").fetchall()  # else PyPy has it unfinished
             self.allowed = left
 
     def begin(self, deadline: float = 0.0) -> None:
@@ -332,7 +333,7 @@ class _Database(sqlite3.Connection):
     def is_unsafe(self) -> bool:
         """Return whether the file is in WAL mode, in which this SQLite may only read it."""
         return sqlite3.sqlite_version_info < WAL_SAFE and (
-            self.execute("PRAGMA journal_mode").fetchone() == ("wal",))
+            self.execute("PRAGMA journal_mode").fetchall() == [("wal",)])
 
     def change(self, *statements: str) -> None:
         """Execute statements as one change."""
@@ -367,7 +368,7 @@ class _Connection:
                 raise ValueError("a change cannot be made inside another one")
             self._changed, self._seen = found != self._seen, found
             if self._changed:  # SQLite may not notice a backup that was copied over the file
-                db.execute("PRAGMA shrink_memory")  # forget what was read
+                db.execute("PRAGMA shrink_memory").fetchall()  # forget what was read
             db.deadline = deadline
             db.allow()
             return db
@@ -571,7 +572,7 @@ def _connect(path: str, deadline: float) -> _Database:
 
 def _version(db: _Database) -> int:
     """Return the schema version, 0 for an empty file. Raises OSError unless it is ours."""
-    owner, version, _ = db.execute(VERSION).fetchone()
+    (owner, version, _), = db.execute(VERSION).fetchall()
     if os.stat(db.path).st_size == 0:  # SQLite takes a file cut down to some bytes for empty too
         return 0
     if owner != APPLICATION_ID:
