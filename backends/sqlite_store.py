@@ -228,7 +228,6 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
         with self._reads as db:
             db.execute("BEGIN")
             _, (first, last), skip = _seek(db, keys, start, order)
-            # What is added later is not seen.
             (newest,), = db.execute("SELECT coalesce(max(serial), 0) FROM image").fetchall()
             last = min(last, newest)  # what is added later is not seen
         while first <= last:

@@ -107,17 +107,23 @@ class Tunnel:
                 if far in readable:
                     if text := self._receive(far):
                         near.sendall(text)
-                    else:
+                    elif text is not None:
                         sources.remove(far)
             near.shutdown(socket.SHUT_WR)
             while near in sources and near.recv(65536):
                 pass  # to close it with something unread would be a reset
 
     def _receive(self, far):
+        """Return what has come, None if that was TLS's own, such as a session ticket, and nothing at the end."""
+        far.setblocking(False)
         try:
             return far.recv(65536)
+        except ssl.SSLWantReadError:
+            return None
         except OSError:  # a reset
             return b""
+        finally:
+            far.settimeout(SECONDS)
 
     def close(self):
         """Accept no more."""
