@@ -228,8 +228,8 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
         with self._reads as db:
             db.execute("BEGIN")
             _, (first, last), skip = _seek(db, keys, start, order)
-            (newest,), = db.execute("SELECT coalesce(max(serial), 0) FROM image").fetchall()
-            last = min(last, newest)  # what is added later is not seen
+            # What is added later is not seen.
+            last = min(last, *db.execute("SELECT ifnull(max(serial), 0) FROM image").fetchall()[0])
         while first <= last:
             with self._reads as db:
                 rows = _fetch(db.execute(*_query(keys, order, (first, last), CHUNK, skip)))
