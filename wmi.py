@@ -2164,6 +2164,8 @@ class Server(http.server.HTTPServer):
         while not self._ended.wait(HELD_SECONDS) and time.monotonic() < until:
             self.service_actions()
         self.socket.close()
+        if self._log_lock.acquire(timeout=LINGER_SECONDS):  # a thread that the log's reader held up may be writing
+            self._log_lock.release()
         self._write_log()
         return self._ended.is_set()
 

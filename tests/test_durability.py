@@ -282,7 +282,7 @@ def test_sqlite_survives_death_at_any_step(path, verb):
     for n in range(1, 2000, 13):
         make(sqlite_store, path)
         status = in_child(lambda n=n: die_at_step(path, n, VERBS[verb]))
-        assert read(sqlite_store, path) == (FEW if status else new)
+        assert read(sqlite_store, path) in ((FEW, new) if status else (new,))  # a step may come after COMMIT
         statuses.add(status)
         if not status:
             break

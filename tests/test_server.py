@@ -979,7 +979,7 @@ def test_without_descriptors_the_server_neither_spins_nor_dies():
             for peer in peers:
                 peer.close()
         assert last[0] - first[0] < 0.3, "a second cost this much CPU time"
-        assert 1 <= last[2] <= 20 and last[1] == last[2], "lines about it in the log"
+        assert 1 <= last[2] <= 60 and last[1] == last[2], "lines about it in the log"
         with socket.create_connection(("127.0.0.1", port), SECONDS) as peer:
             peer.sendall(CLOSE)
             assert rest(peer).startswith(b"HTTP/1.1 200 ")
