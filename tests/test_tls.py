@@ -250,7 +250,7 @@ def start(folder, *options):
 
 def common_name(url, trusted):
     """Return the name in the certificate that a server shows."""
-    context = ssl.create_default_context(cafile=trusted)
+    context = ssl.create_default_context(cafile=str(trusted))
     host, _, port = url.rpartition("/")[2].partition(":")
     with socket.create_connection((host, int(port)), SECONDS) as plain:
         with context.wrap_socket(plain, server_hostname="localhost") as peer:
