@@ -2649,7 +2649,6 @@ _ERRORS = {error.__name__: error for error in Error.__subclasses__()}
 _PAUSE_AT_MOST = 5.0  # seconds between two tries, whatever Retry-After asks for
 _REDIRECTS_AT_MOST = 5
 _HEAD_AT_MOST = 65536  # bytes, interim answers included; common servers send at most 8 KiB
-_AT_ONCE = 16384  # bytes sent or read in one piece: a record of TLS, so that one piece is one wait
 _YAML_AT_MOST = 65536  # characters of `source` or `features`: a server takes no more, and parsing takes memory
 _UNTIL_CLOSE = float("inf")  # the size of a body that ends with its connection
 _WHOLE = functools.partial(whole_number, "a number is negative, a fraction or too long")  # 10**6 digits take minutes
@@ -2791,7 +2790,7 @@ class Client:
         answer.budget[0] = 2 * self._max_answer + _HEAD_AT_MOST  # framing may take as much as what it frames
         for size in _body_sizes(answer):
             while size:
-                piece = answer.fp.read(min(size, _AT_ONCE))  # allocates what it is asked for
+                piece = answer.fp.read(min(size, PIECE))  # allocates what it is asked for
                 if not piece and size != _UNTIL_CLOSE:
                     raise ConnectionError("the answer is cut")
                 if len(body) + len(piece) > self._max_answer:
@@ -2810,7 +2809,7 @@ def _body_sizes(answer: Any) -> Iterator[float]:
     if [coding.lower() for coding in codings] == ["chunked"] and not lengths:
         # int() alone would read -1, +1, 0x1 and 1_0 as well. What comes after the last chunk means nothing here.
         form = rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?\r\n"
-        while (line := re.fullmatch(form, answer.fp.readline(_AT_ONCE))) and int(line[1], 16):
+        while (line := re.fullmatch(form, answer.fp.readline(PIECE))) and int(line[1], 16):
             yield int(line[1], 16)
             answer.fp.read(2)  # CRLF; where it is something else, a size is missing
         if not line:
@@ -2851,10 +2850,10 @@ class _Connection(http.client.HTTPConnection):
         self.sock.settimeout(self._wait())  # for the handshake
 
     def send(self, data: Any) -> None:
-        for start in range(0, len(data), _AT_ONCE):
+        for start in range(0, len(data), PIECE):
             if self.sock:
                 self.sock.settimeout(self._wait())
-            super().send(data[start : start + _AT_ONCE])
+            super().send(data[start : start + PIECE])
 
     def response_class(self, sock: Any, **options: Any) -> Any:  # type: ignore[override]
         """Return the answer, read from a file that asks how long to wait and counts what it receives."""

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+import pytest
+
 import wmi
 
 SECONDS = 10.0  # for one exchange; a server that hangs is seen as one
@@ -59,6 +61,18 @@ def raw(host: str, port: int, text: bytes) -> bytes:
                     break
                 pieces.append(piece)
     return b"".join(pieces)
+
+
+def read_answer(peer: socket.socket) -> tuple[int, dict[str, str], bytes]:
+    """Read exactly one answer that has a length; return status, fields and body."""
+    text = b""
+    while b"\r\n\r\n" not in text:
+        text += peer.recv(1) or pytest.fail(f"the connection ended after {text!r}")
+    status, fields, _ = parse_answer(text)
+    body = b""
+    while len(body) < int(fields.get("content-length", 0)):
+        body += peer.recv(int(fields["content-length"]) - len(body)) or pytest.fail("the body is cut")
+    return status, fields, body
 
 
 def parse_answer(answer: bytes) -> tuple[int, dict[str, str], bytes]:

@@ -15,8 +15,8 @@ import threading
 import time
 
 import pytest
-from serving import serving
-from test_slow_store import ACCOUNT, SECONDS, Stuck, connect, head, leaders, read_answer, until
+from serving import read_answer, serving
+from test_slow_store import ACCOUNT, SECONDS, Stuck, connect, head, leaders, until
 from test_tls import make_certificate
 
 import wmi

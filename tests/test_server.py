@@ -20,7 +20,7 @@ import threading
 import time
 
 import pytest
-from serving import parse_answer, serving
+from serving import parse_answer, read_answer, serving
 
 import wmi
 
@@ -75,18 +75,6 @@ def connect(served, receive_buffer=0):
     peer.settimeout(SECONDS)
     peer.connect((served.host, served.port))
     return peer
-
-
-def read_answer(peer):
-    """Read exactly one answer that has a length; return status, fields and body."""
-    text = b""
-    while b"\r\n\r\n" not in text:
-        text += peer.recv(1) or pytest.fail(f"the connection ended after {text!r}")
-    status, fields, _ = parse_answer(text)
-    body = b""
-    while len(body) < int(fields.get("content-length", 0)):
-        body += peer.recv(int(fields["content-length"]) - len(body)) or pytest.fail("the body is cut")
-    return status, fields, body
 
 
 def rest(peer):

@@ -13,7 +13,7 @@ import threading
 import time
 
 import pytest
-from serving import parse_answer, serving
+from serving import read_answer, serving
 
 import wmi
 
@@ -30,18 +30,6 @@ def head(target, *fields):
 def connect(served):
     """Return a connection to the server."""
     return socket.create_connection((served.host, served.port), SECONDS)
-
-
-def read_answer(peer):
-    """Read exactly one answer that has a length."""
-    text = b""
-    while b"\r\n\r\n" not in text:
-        text += peer.recv(1) or pytest.fail(f"the connection ended after {text!r}")
-    status, fields, _ = parse_answer(text)
-    body = b""
-    while len(body) < int(fields["content-length"]):
-        body += peer.recv(int(fields["content-length"]) - len(body)) or pytest.fail("the body is cut")
-    return status, fields, body
 
 
 def leaders():
