@@ -1462,6 +1462,7 @@ class Reader:
 # no answer is older than what anybody was told is done.
 
 MAX_WAITING = 8  # requests that the store keeps waiting, each in a thread; those beyond are refused at once
+MAX_LOOKS = 4  # at the store's revision, that wait beside them
 MAX_WALKS = 4  # indexes with filters at once: each looks at all images
 MAX_STREAMS = 64  # long indexes that are sent at once: each holds some pieces of the store
 KEPT_AT_MOST = 1 << 16  # bytes of an answer that is put together and may be kept; a longer one is streamed
@@ -1474,7 +1475,6 @@ _IMAGES_PATH = re.compile(r"/api(?:/(11\.12|12\.03))?/images(?:/([^/.]+))?(|\.js
 _CONTENT_TYPES = {"json": "application/json", "yaml": "text/yaml;charset=utf-8"}
 _CACHE_CONTROL = "private, no-cache"  # to be asked each time: each account sees other images
 
-Route = tuple[Version, "str | None", str]  # what a path says: the version, which image or all (None), the format
 Kept = tuple[str, "Answer | None", int]  # the revision that an answer's content was read under, it, its size in bytes
 _NOT_KEPT: Kept = "", None, 0
 
@@ -1499,6 +1499,19 @@ class Answer(NamedTuple):
     body: bytes | Body
 
 
+Pulse = Callable[[], None]  # called now and then while all images are walked; may raise an Error to end that
+Read = Callable[["Service", "Request", "Route", float, Pulse], Answer]  # answers GET and HEAD
+
+
+class Route(NamedTuple):
+    """What a path says: the version, which image, or all, and the format; and who reads what it names."""
+
+    version: Version
+    id: str | None
+    format: str
+    read: Read
+
+
 def make_answer(status: int, lines: str, body: bytes | Body = b"") -> Answer:
     """Return an answer with these header lines, Content-Length added to them."""
     length = len(body) if isinstance(body, bytes) else body.length
@@ -1515,6 +1528,8 @@ def error_answer(error: Error, version: Version, format: str = "json") -> Answer
         lines += f"Allow: {error}\r\n"
     if error.status == 503:
         lines += "Retry-After: 1\r\n"
+    if error.status == 401:
+        lines += 'WWW-Authenticate: Basic realm="wmi", charset="UTF-8"\r\nWWW-Authenticate: Bearer realm="wmi"\r\n'
     shown = {"error": name, "message": str(error) or name, "code": error.code}
     return make_answer(error.status, lines, encode(shown, format))
 
@@ -1567,11 +1582,14 @@ class TextBody:
 
     length: int | None = None
 
-    def __init__(self, first: bytes, texts: Generator[str, None, None], closed: Callable[[], object]) -> None:
-        self._first, self._texts, self._closed = first, texts, closed
+    def __init__(
+        self, first: bytes, texts: Generator[str, None, None], check: Callable[[], object], closed: Callable[[], object]
+    ) -> None:
+        self._first, self._texts, self._check, self._closed = first, texts, check, closed
 
     def more(self, stream: socket.socket) -> bytes:
-        """Return the next piece; see Body."""
+        """Return the next piece; see Body. Raises DatabaseError if the store keeps too many waiting."""
+        self._check()
         piece, self._first = self._first or gather(self._texts, PIECE), b""
         return piece
 
@@ -1590,9 +1608,11 @@ class Service:
 
     def __init__(
         self, storage: Storage, unversioned: str = DOCUMENT, report: Callable[[str], None] = print,
-        hosts: Container[str] | None = None,
+        hosts: Container[str] | None = None, files: str | None = None, tokens: Any = None,
     ) -> None:  # fmt: skip
         self.unversioned, self.waiting = find_version(unversioned), 0
+        self.files, self.tokens = files, tokens  # the directory of image files, and who may call: see Optional
+        self._routes = [(pattern, read) for pattern, read, option in ROUTES if not option or getattr(self, option)]
         self._hosts = hosts  # that are served; None: any
         self._storage, self._report = storage, report
         self._catalogs = functools.lru_cache(maxsize=64)(functools.partial(Catalog, storage))
@@ -1604,9 +1624,11 @@ class Service:
         self._lock = threading.Lock()  # of what is kept
         self._walks, self._streams = threading.Semaphore(MAX_WALKS), threading.Semaphore(MAX_STREAMS)
 
-    def answer(
-        self, request: Request, arrived: float | None = None, pulse: Callable[[], None] = lambda: None
-    ) -> Answer:
+    def identify(self, request: Request) -> Request:
+        """Return the request in the name of who has proved to call; without tokens the header says who calls."""
+        return self.tokens.identify(request) if self.tokens else request
+
+    def answer(self, request: Request, arrived: float | None = None, pulse: Pulse = lambda: None) -> Answer:
         """Return the answer; every failure becomes one in the form of the API.
 
         `arrived` is a time.monotonic() when all of the request had arrived, by default now. pulse is called now and
@@ -1616,13 +1638,15 @@ class Service:
         try:
             if self._hosts is not None and request.host not in self._hosts:
                 raise MisdirectedRequest(f"{request.host} is not served here; --host-name allows it")
+            request = self.identify(request)
             if request.method not in ("GET", "HEAD"):
                 return self._change(request)
             if request.cache_key in self._kept:
-                self._revision(arrived)
+                self.revision(arrived)
                 if answer := self.kept_answer(request, arrived):
                     return answer
-            return self._read(request, arrived, pulse)
+            route = self._route(request.path)
+            return route.read(self, request, route, arrived, pulse)
         except Error as error:
             if error.status >= 500 and error.__cause__:
                 self._report(f"{request.method} {request.target}: {error}: {error.__cause__}")
@@ -1649,38 +1673,43 @@ class Service:
         """Return the answer to a request that could not be read, or not be answered."""
         version, format = self.unversioned, "json"
         with contextlib.suppress(NotFound):
-            version, _, format = self._route(request.path) if request else (version, None, format)
+            version, _, format, _ = self._route(request.path) if request else (version, None, format, None)
         return error_answer(error, version, format)
 
     def _route(self, path: str) -> Route:
-        match = _IMAGES_PATH.fullmatch(path)
-        if not match:
-            raise NotFound(path)
-        version, id, suffix = match.groups()
-        chosen = VERSIONS[version] if version else self.unversioned
-        return chosen, urllib.parse.unquote(id) if id else None, "yaml" if suffix.startswith(".y") else "json"
+        for pattern, read in self._routes:
+            if match := pattern.fullmatch(path):
+                version, id, suffix = match.groups()
+                chosen = VERSIONS[version] if version else self.unversioned
+                format = "yaml" if suffix.startswith(".y") else "json"
+                return Route(chosen, urllib.parse.unquote(id) if id else None, format, read)
+        raise NotFound(path)
 
     def _change(self, request: Request) -> Answer:
         """Answer what is neither GET nor HEAD."""
         if request.path == "*":
             return make_answer(204, "Allow: GET, HEAD, PUT, DELETE, OPTIONS\r\n")
-        methods, (version, id, format) = ["GET", "HEAD", "OPTIONS"], self._route(request.path)
-        if id is not None:
+        methods, (version, id, format, read) = ["GET", "HEAD", "OPTIONS"], self._route(request.path)
+        if id is not None and read is Service.read_images:
             methods += ["DELETE", "PUT"] if version.updatable else ["DELETE"]
         if request.method not in methods:
             raise MethodNotAllowed(", ".join(methods))
         if request.method == "OPTIONS":
             return make_answer(204, f"Allow: {', '.join(methods)}\r\n")
-        catalog = self._catalog(request, version)
+        catalog = self.catalog(request, version)
         if request.method == "DELETE":
             done: Any = [catalog.destroy(id or "")]
         else:
             done = render(version, catalog.update(id or "", **parse_update(request, version.updatable)))
         return make_answer(200, f"Content-Type: {_CONTENT_TYPES[format]}\r\n", encode(done, format))
 
-    def _catalog(self, request: Request, version: Version) -> Catalog:
-        """Return what the caller may do: what must prove who that is belongs here."""
-        account = request.fields.get("x-vdc-account-uuid", "")
+    def catalog(self, request: Request, version: Version, otherwise: str = "") -> Catalog:
+        """Return what the caller may do; `otherwise` is who calls if the request does not say.
+
+        Raises InvalidRequestCredentials, OperationNotPermitted, DatabaseError.
+        """
+        named = request.fields.get("x-vdc-account-uuid") or otherwise
+        account = self.tokens.proven_account(request) if self.tokens else named
         try:
             catalog = self._catalogs(account, version.name)
         except InvalidParameter as error:
@@ -1691,35 +1720,33 @@ class Service:
 
     def look(self) -> None:
         """Look at the store's revision, so that what is kept can be served; what cannot is told why by answer()."""
-        if self._kept and self.waiting < 2 * MAX_WAITING:
+        if self.tokens:
+            self.tokens.refresh()
+        if self._kept and self.waiting < MAX_WAITING + MAX_LOOKS:
             with contextlib.suppress(Exception):
-                self._revision(time.monotonic())
+                self.revision(time.monotonic())
 
     def check_waiting(self, limit: int) -> None:
         """Raise DatabaseError if so many requests wait for the store."""
         if self.waiting >= limit:
             raise DatabaseError("too many requests wait for the store; try again")
 
-    def _revision(self, arrived: float) -> str:
+    def revision(self, arrived: float) -> str:
         """Return the revision that the store had at some moment after that one."""
         moment, revision = self._known
         if moment <= arrived:
-            self.check_waiting(2 * MAX_WAITING)  # for a file it is quick, so what is kept is served on
+            self.check_waiting(MAX_WAITING + MAX_LOOKS)  # of a file it is quick, so what is kept is served on
             moment = time.monotonic()
             with storage_errors():
                 revision = self._storage.revision()
             self._known = moment, revision
         return revision
 
-    def _read(self, request: Request, arrived: float, pulse: Callable[[], None]) -> Answer:
-        """Answer GET and HEAD.
-
-        The ETag of a whole body is made of the body, so it is right whatever the store went through. That of a
-        streamed one is another each time: content that is still to come can have no name.
-        """
+    def read_images(self, request: Request, route: Route, arrived: float, pulse: Pulse) -> Answer:
+        """Answer GET and HEAD of one image, or of all."""
+        version, id, format, _ = route
+        catalog, revision = self.catalog(request, version), self.revision(arrived)
         body: bytes | Body
-        version, id, format = self._route(request.path)
-        catalog, revision = self._catalog(request, version), self._revision(arrived)
         if id is not None:
             body = encode(render(version, catalog.show(id)), format)
         else:
@@ -1727,22 +1754,23 @@ class Service:
             if {"start", "limit"}.issuperset(query):
                 body = self._gather_page(catalog, query, format)
             else:  # all images have to be looked at
-                catalog = Catalog(self._storage, catalog.account, version.name, pulse)
-                with _place(self._walks):
-                    body = self._gather_page(catalog, query, format)
-        tag = hashlib.blake2b(body, digest_size=12).hexdigest() if isinstance(body, bytes) else os.urandom(12).hex()
-        tagged = f'ETag: "{tag}"\r\nCache-Control: {_CACHE_CONTROL}\r\n'
-        if "if-none-match" in request.fields and matches_etag(request.fields["if-none-match"], f'"{tag}"'):
-            answer = make_answer(304, tagged)
-            if not isinstance(body, bytes):
-                body.close()
-        else:
-            lines = f"Content-Type: {_CONTENT_TYPES[format]}\r\n{tagged}X-Content-Type-Options: nosniff\r\n"
-            answer = make_answer(200, lines, body)
+                with self.walking(catalog, pulse) as walking:
+                    body = self._gather_page(walking, query, format)
+        answer = content_answer(request, _CONTENT_TYPES[format], body)
         if isinstance(answer.body, bytes) and len(self.fresh) < FRESH_AT_MOST and self._was_asked(request.cache_key):
             size = len(answer.head) + len(answer.body) + sum(map(len, request.cache_key)) + 1024  # objects around them
             self.fresh.append((request.cache_key, (revision, answer, size)))
         return answer
+
+    @contextlib.contextmanager
+    def walking(self, catalog: Catalog, pulse: Pulse) -> Iterator[Catalog]:
+        """Yield a catalog that may look at all images. Raises DatabaseError if enough of them do so."""
+        if not self._walks.acquire(blocking=False):
+            raise DatabaseError("too many requests look at all images; try again")
+        try:
+            yield Catalog(self._storage, catalog.account, catalog.version.name, pulse)
+        finally:
+            self._walks.release()
 
     def _gather_page(self, catalog: Catalog, query: Mapping[str, Any], format: str) -> bytes | Body:
         """Return an index in one piece, or streamed if it is long."""
@@ -1752,7 +1780,8 @@ class Service:
             return first
         if not self._streams.acquire(blocking=False):
             raise DatabaseError("too many long indexes are being sent; try again")
-        return TextBody(first, texts, self._streams.release)
+        check = functools.partial(self.check_waiting, 2 * MAX_WAITING)
+        return TextBody(first, texts, check, self._streams.release)
 
     def _was_asked(self, key: CacheKey) -> bool:
         """Say whether the same was asked before: to keep what is never asked again would cost a tenth of its answer."""
@@ -1777,15 +1806,24 @@ class Service:
                 self._kept_bytes -= self._kept.popitem(last=False)[1][2]
 
 
-@contextlib.contextmanager
-def _place(places: threading.Semaphore) -> Iterator[None]:
-    """Hold one of a few places. Raises DatabaseError if all are taken."""
-    if not places.acquire(blocking=False):
-        raise DatabaseError("too many requests look at all images; try again")
-    try:
-        yield
-    finally:
-        places.release()
+# What a path is served by: a pattern of a version, an id and an ending; who reads; and the option of Service without
+# which there is no such path. Optional adds rows.
+ROUTES: list[tuple[re.Pattern[str], Read, str]] = [(_IMAGES_PATH, Service.read_images, "")]
+
+
+def content_answer(request: Request, type: str, body: bytes | Body, lines: str = "") -> Answer:
+    """Return 200 with this content, or 304 if the client has it already.
+
+    The ETag of a whole body is made of the body, so it is right whatever the store went through. That of a
+    streamed one is another each time: content that is still to come can have no name.
+    """
+    tag = hashlib.blake2b(body, digest_size=12).hexdigest() if isinstance(body, bytes) else os.urandom(12).hex()
+    lines += f'ETag: "{tag}"\r\nCache-Control: {_CACHE_CONTROL}\r\n'
+    if "if-none-match" in request.fields and matches_etag(request.fields["if-none-match"], f'"{tag}"'):
+        if not isinstance(body, bytes):
+            body.close()
+        return make_answer(304, lines)
+    return make_answer(200, f"Content-Type: {type}\r\n{lines}X-Content-Type-Options: nosniff\r\n", body)
 
 
 def matches_etag(field: str, etag: str) -> bool:
@@ -1957,6 +1995,7 @@ class Connection:
                     self._begin(self.server.service.refuse(error))
                     continue
                 if self.request is not None:
+                    self.request = self.server.service.identify(self.request)
                     self.phase, self.receiving = IDLE, False
                     answer = self.server.service.kept_answer(self.request, self.server.moment)
                     if answer is None:
@@ -1975,7 +2014,6 @@ class Connection:
         """Do what may have to wait on our side: answer the request, or get more of the body."""
         try:
             if self.body is not None:
-                self.server.service.check_waiting(2 * MAX_WAITING)
                 return self.body.more(self.socket)
             assert self.request is not None
             return self.server.service.answer(self.request, self.server.moment, self._check_alive)
