@@ -163,6 +163,12 @@ class RequestTimeout(Error):
     status, code = 408, "408"
 
 
+class PreconditionFailed(Error):
+    """Raised where If-Match or If-Unmodified-Since does not hold (RFC 9110, 13.1)."""
+
+    status, code = 412, "412"
+
+
 class ContentTooLarge(Error):
     """Refuse a body over the limit."""
 
@@ -179,6 +185,12 @@ class UnsupportedMediaType(Error):
     """Refuse a body that is neither a form nor JSON."""
 
     status, code = 415, "415"
+
+
+class RangeNotSatisfiable(Error):
+    """Raised for a range that begins past the end (RFC 9110, 14.4); the message is the size in bytes."""
+
+    status, code = 416, "416"
 
 
 class ExpectationFailed(Error):
@@ -203,6 +215,12 @@ class UnknownTransferCoding(Error):
     """Refuse a transfer coding other than chunked (RFC 9112, 6.1)."""
 
     status, code = 501, "501"
+
+
+class FetchError(Error):
+    """Raised when a fetched file is not the one wanted: another checksum, changed meanwhile, a part of another."""
+
+    status, code = 409, "409"
 
 
 class BadAnswer(Error):
@@ -903,7 +921,7 @@ class Catalog:
         size = whole_number("limit", 0 if limit is None else limit) or self.version.default_limit
         public, deleted = filter_scope(self.version, filters)
         conditions = filter_conditions(filters)
-        matching = functools.partial(self._matching, public, deleted, conditions)
+        matching = functools.partial(self.matching, public, deleted, conditions)
         with storage_errors():
             if filters.get("sort_by"):
                 return self._sorted(matching, filters["sort_by"], first, size)
@@ -917,9 +935,10 @@ class Catalog:
             walk = self.storage.walk(self.account, start=first, public=public, deleted=deleted)
             return Page(total, first, size, _guarded(itertools.islice(walk, size)))
 
-    def _matching(
+    def matching(
         self, public: bool, deleted: bool | None, conditions: Sequence[Condition], oldest_first: bool = False
     ) -> Iterator[Record]:
+        """Yield the images in a scope of the store for which all conditions hold; all of the scope is looked at."""
         walk = self.storage.walk(self.account, public=public, deleted=deleted, oldest_first=oldest_first)
         for number, record in enumerate(walk, 1):
             if number % PULSE == 0:
@@ -1526,6 +1545,8 @@ def error_answer(error: Error, version: Version, format: str = "json") -> Answer
     lines = f"Content-Type: {_CONTENT_TYPES[format]}\r\n"
     if isinstance(error, MethodNotAllowed):
         lines += f"Allow: {error}\r\n"
+    if isinstance(error, RangeNotSatisfiable):
+        lines += f"Content-Range: bytes */{error}\r\n"
     if error.status == 503:
         lines += "Retry-After: 1\r\n"
     if error.status == 401:
@@ -1608,13 +1629,14 @@ class Service:
 
     def __init__(
         self, storage: Storage, unversioned: str = DOCUMENT, report: Callable[[str], None] = print,
-        hosts: Container[str] | None = None, files: str | None = None, tokens: Any = None,
+        hosts: Container[str] | None = None, files: str | None = None, tokens: Tokens | None = None,
     ) -> None:  # fmt: skip
         self.unversioned, self.waiting = find_version(unversioned), 0
         self.files, self.tokens = files, tokens  # the directory of image files, and who may call: see Optional
+        self.secure = False  # it is called over HTTPS
         self._routes = [(pattern, read) for pattern, read, option in ROUTES if not option or getattr(self, option)]
         self._hosts = hosts  # that are served; None: any
-        self._storage, self._report = storage, report
+        self.storage, self._report = storage, report
         self._catalogs = functools.lru_cache(maxsize=64)(functools.partial(Catalog, storage))
         self._known = 0.0, ""  # when a look at the store's revision began, and what it showed
         self._kept: collections.OrderedDict[Any, Kept] = collections.OrderedDict()  # the one used last stands last
@@ -1720,8 +1742,8 @@ class Service:
 
     def look(self) -> None:
         """Look at the store's revision, so that what is kept can be served; what cannot is told why by answer()."""
-        if self.tokens:
-            self.tokens.refresh()
+        if self.tokens and (fault := self.tokens.refresh()):
+            self._report(f"tokens: {fault}; the last good ones stay in force")
         if self._kept and self.waiting < MAX_WAITING + MAX_LOOKS:
             with contextlib.suppress(Exception):
                 self.revision(time.monotonic())
@@ -1738,7 +1760,7 @@ class Service:
             self.check_waiting(MAX_WAITING + MAX_LOOKS)  # of a file it is quick, so what is kept is served on
             moment = time.monotonic()
             with storage_errors():
-                revision = self._storage.revision()
+                revision = self.storage.revision()
             self._known = moment, revision
         return revision
 
@@ -1768,7 +1790,7 @@ class Service:
         if not self._walks.acquire(blocking=False):
             raise DatabaseError("too many requests look at all images; try again")
         try:
-            yield Catalog(self._storage, catalog.account, catalog.version.name, pulse)
+            yield Catalog(self.storage, catalog.account, catalog.version.name, pulse)
         finally:
             self._walks.release()
 
@@ -1796,7 +1818,7 @@ class Service:
         """Keep the answers made since the last call, unless the store has changed since before they were read."""
         fresh, self.fresh = self.fresh, []
         with storage_errors():
-            revision = self._storage.revision()
+            revision = self.storage.revision()
         with self._lock:
             for key, entry in fresh:
                 if entry[0] == revision:
@@ -1826,9 +1848,9 @@ def content_answer(request: Request, type: str, body: bytes | Body, lines: str =
     return make_answer(200, f"Content-Type: {type}\r\n{lines}X-Content-Type-Options: nosniff\r\n", body)
 
 
-def matches_etag(field: str, etag: str) -> bool:
-    """Return whether If-None-Match names the tag, compared weakly (RFC 9110, 13.1.2)."""
-    return field == "*" or etag in [tag.strip().removeprefix("W/") for tag in field.split(",")]
+def matches_etag(field: str, etag: str, weakly: bool = True) -> bool:
+    """Return whether If-None-Match, or If-Match, which compares strongly, names the tag (RFC 9110, 13.1)."""
+    return field == "*" or etag in [tag.strip().removeprefix("W/" if weakly else "") for tag in field.split(",")]
 
 
 def parse_query(query: str, known: Sequence[str]) -> dict[str, Any]:
@@ -1915,9 +1937,19 @@ SHARE_SECONDS = 0.002  # in which a worker with fewer connections may take a new
 STALLED_SECONDS = 2  # a head or a body that is not whole by then gives way, if every place is taken
 HELD_SECONDS = 0.005  # between two looks for the results of threads that are held up
 HELD_AT_MOST = 4 << 20  # bytes of requests that are not whole, and of answers that are not taken
-LOGGED = 2048  # characters of a request, or of a failure
+LOGGED = 2048  # characters of a target, or of a failure
+LOGGED_METHOD = 32  # characters of a method
 LOG_LINES = 4096  # that wait to be written; those beyond are counted and dropped
 PIPE_BUF = 4096  # bytes: on Linux so much is one write, also to a pipe, and the lines of processes never mix
+
+class LogFormat(NamedTuple):
+    """How a line of the log is spelled."""
+
+    answer: Callable[..., str]  # takes time, client, account, method, target, status, bytes, milliseconds
+    failure: Callable[[str, str], str]  # takes time and text
+
+
+LOG_FORMATS = {"text": LogFormat("{} {} {} {} {} {} {} {:.1f}ms\n".format, "{} error: {}\n".format)}
 
 READ, WRITE, WORK, CLOSE = selectors.EVENT_READ, selectors.EVENT_WRITE, 4, 8  # what has to come next
 
@@ -2112,9 +2144,9 @@ class Connection:
     def _log_answer(self) -> None:
         """Log the answer, which is sent or cut, and make room for the next."""
         request, milliseconds = self.request, (time.monotonic() - self.began) * 1000
-        asked = f"{request.account} {request.method} {request.target}"[:LOGGED] if request else "- - -"
+        asked = (request.account, request.method[:LOGGED_METHOD], request.target[:LOGGED]) if request else ("-",) * 3
         size = max(0, self.sent - self.head_size)
-        self.server.log(f"{self.client} {asked} {self.status} {size} {milliseconds:.1f}ms")
+        self.server.log_answer(self.client, *asked, self.status, size, milliseconds)
         self.request, self.status = None, 0
 
     def _close_body(self) -> None:
@@ -2140,17 +2172,21 @@ class Server(http.server.HTTPServer):
     Use it as any HTTPServer: serve_forever() and, in another thread, shutdown(), then stop(). Or as a context
     manager, which serves in a thread of its own until the block ends. `log` takes text, one or more lines with
     their ends, as sys.stderr.write does; without it nothing is logged. `tls` is the context of an HTTPS server.
-    On a loopback address only loopback hosts are served, and `host_names`; with None every Host is.
+    On a loopback address only loopback hosts are served, and `host_names`; with None every Host is. `files` is the
+    directory of image files, `tokens` says who may call.
     """
 
     def __init__(
         self, storage: Storage, host: str = "127.0.0.1", port: int = 9001, *, listener: socket.socket | None = None,
         unversioned: str = DOCUMENT, max_connections: int = MAX_CONNECTIONS, tls: ssl.SSLContext | None = None,
         host_names: Sequence[str] | None = (), log: Callable[[str], object] = lambda text: None,
+        files: str | None = None, tokens: Tokens | None = None, log_format: str = "text",
     ) -> None:  # fmt: skip
+        self._form = LOG_FORMATS[log_format]  # first: whatever fails is reported
         listener = listener or listen(host, port)
-        self.service = Service(storage, unversioned, self.report, served_hosts(listener, host_names))
+        self.service = Service(storage, unversioned, self.report, served_hosts(listener, host_names), files, tokens)
         self.tls = tls  # of the connections to come: another may be put in its place
+        self.service.secure = tls is not None
         self.stopping = False
         self.parent = 0  # process that supervises this one
         self.moment = time.monotonic()  # when this round's input was taken, or a change made: see Service
@@ -2160,7 +2196,8 @@ class Server(http.server.HTTPServer):
         self.socket.setblocking(False)  # processes may race for one connection
         self.watched = 0  # as of a Connection
         self.counts, self.number = memoryview(bytearray(2)).cast("H"), 0  # connections of each worker; which we are
-        self._max_connections = min(max_connections, max(1, _descriptors() - SPARE_DESCRIPTORS))
+        descriptors = (_descriptors() - SPARE_DESCRIPTORS) // (2 if files else 1)  # an answer may hold an open file
+        self._max_connections = min(max_connections, max(1, descriptors))
         self._connections: set[Connection] = set()
         self._selector = selectors.DefaultSelector()
         self._arrived: collections.deque[tuple[Connection, Result | None]] = collections.deque()  # to have a turn
@@ -2453,17 +2490,21 @@ class Server(http.server.HTTPServer):
 
     # The log.
 
-    def log(self, text: str) -> None:
-        """Log a line, with the time before it. Lines are written together, at the end of a round."""
-        if len(self._lines) < LOG_LINES:
-            self._lines.append(f"{self._clock} {text}\n")
-        else:
-            self._lost_lines += 1
+    def log_answer(self, *cells: Any) -> None:
+        """Log an answer: client, account, method, target, status, bytes, milliseconds."""
+        self._add_line(self._form.answer(self._clock, *cells))
 
     def report(self, text: str) -> None:
         """Log a failure, in one line of visible ASCII."""
         # Not by a codec: it would be imported first, which fails without a free descriptor.
-        self.log(f"error: {ascii(text)[1:-1][:LOGGED]}")
+        self._add_line(self._form.failure(self._clock, ascii(text)[1:-1][:LOGGED]))
+
+    def _add_line(self, line: str) -> None:
+        """Queue a line of the log. Lines are written together, at the end of a round."""
+        if len(self._lines) < LOG_LINES:
+            self._lines.append(line)
+        else:
+            self._lost_lines += 1
 
     def _write_log(self) -> None:
         """Write the lines that wait, unless a thread is still held up by whoever reads the log."""
@@ -2472,7 +2513,7 @@ class Server(http.server.HTTPServer):
         with contextlib.suppress(Exception):  # a log that fails, on a full disk say, must not stop the answers
             lost, self._lost_lines = self._lost_lines, 0
             lines = [self._lines.popleft() for _ in range(len(self._lines))]
-            lines += [f"{now()} error: {lost} lines of the log are lost\n"] if lost else []
+            lines += [self._form.failure(now(), f"{lost} lines of the log are lost")] if lost else []
             text = "".join(lines)
             for part in lines if len(text) > PIPE_BUF else [text]:
                 self._log(part)
@@ -2694,6 +2735,7 @@ _JSON = json.JSONDecoder(parse_int=_WHOLE, parse_float=_WHOLE, parse_constant=_W
 # The type of each field of an image, beside null. Not the values: another server may know more of them.
 _TYPES = {name: str if default is None else type(default) for name, (_, default) in FIELDS.items()}
 _TYPES.update({"uuid": str, **dict.fromkeys(_ALWAYS_EMPTY, list)})
+_LOOPBACK = r"https?://(127(\.[0-9]+){3}|\[::1\]|localhost)(:|/|$)"
 _check_url = _matching(r"https?://[^/?#@\s]+(/[^?#\s]*)?", "http://HOST:PORT or https://HOST:PORT")
 
 
@@ -2704,19 +2746,29 @@ class Client:
     whole call with its retries at most `deadline` (but looking up a host name takes as long as the system
     lets it). An answer over `max_answer` bytes is refused. The proxies of the environment are used only if
     `proxies` is true. Over https, `cafile` is a file of PEM certificates to trust instead of the system's.
+
+    `token` proves the account, which then need not be named. Over plain http it is sent to loopback only, unless
+    `plain_token` is true: who is on the way could read it.
     """
 
     def __init__(
-        self, url: str, account: str, *, version: str = DOCUMENT, timeout: float = 10.0, deadline: float = 60.0,
+        self, url: str, account: str | None, *, version: str = DOCUMENT, timeout: float = 10.0, deadline: float = 60.0,
         retries: int = 3, proxies: bool = False, max_answer: int = 64 << 20, cafile: str | None = None,
+        token: str | None = None, plain_token: bool = False,
     ) -> None:  # fmt: skip
-        self.account = check_account("account", account)
+        self.account = check_account("account", account) if account or not token else None
         self.version = find_version(version)
         self._url = _check_url("url", url).rstrip("/") + self.version.path
+        self._fields = {"X-VDC-ACCOUNT-UUID": self.account} if self.account else {}
+        if token:
+            if not (plain_token or url.startswith("https:") or re.match(_LOOPBACK, url)):
+                raise refuse("url", url, "https, or the token could be read on its way; --plain-token sends it so")
+            if not re.fullmatch("[!-~]{1,4096}", token):  # and it is not shown
+                raise InvalidParameter("token: expected visible ASCII without blanks")
+            self._fields["Authorization"] = f"Bearer {token}"
         self._timeout, self._deadline, self._retries, self._max_answer = timeout, deadline, retries, max_answer
-        self._opener = urllib.request.OpenerDirector()  # build_opener would add file: and ftp:
-        self._opener.add_handler(urllib.request.ProxyHandler(None if proxies else {}))
-        self._opener.add_handler(_BoundedHTTP(_secure_connection(cafile) if url.startswith("https:") else _Connection))
+        self._make_opener = functools.partial(_make_opener, proxies, cafile)
+        self._opener = self._make_opener(url)
 
     def index(self, start: int | str = 0, limit: int | str | None = None, **filters: Any) -> Page:
         """Return the page of images from offset start; see Catalog.index."""
@@ -2756,13 +2808,23 @@ class Client:
         check_updatable(self.version, fields)
         return _shown_record(self._call("PUT", f"/{id}.json", urllib.parse.urlencode(fields).encode()))
 
+    def fetch(self, id: str, path: str | None = None, progress: Progress = lambda done, total: None) -> str:
+        """Fetch the image's file and return its path; see fetch_image."""
+        return fetch_image(self, id, path, progress)
+
+    def _stranger(self, url: str) -> Client:
+        """Return a client of another server, which is told neither account nor token."""
+        stranger = copy.copy(self)
+        stranger._fields, stranger._opener = {}, self._make_opener(url)
+        return stranger
+
     def _call(self, method: str, path: str, form: bytes | None = None) -> Any:
         """Send a request, again where that is safe, and return what its answer holds."""
         until = time.monotonic() + self._deadline
         lost = False  # an earlier try may have been done, though its answer never came
         for attempt in itertools.count():
             try:
-                return self._send(method, self._url + path, form, until)
+                return self._send(method, self._url + path, self._read, until, form)
             except Error as error:
                 if method == "DELETE" and lost and isinstance(error, UnknownUUIDResource):
                     return None
@@ -2775,8 +2837,11 @@ class Client:
                     raise
                 time.sleep(pause)
 
-    def _send(self, method: str, url: str, form: bytes | None, until: float) -> Any:
-        """Return what the answer to one try holds; every failure is one of our errors."""
+    def _send(
+        self, method: str, url: str, read: Callable[[Any], Any], until: float, form: bytes | None = None,
+        fields: Mapping[str, str] = types.MappingProxyType({}),
+    ) -> Any:  # fmt: skip
+        """Return what read() makes of the answer to one try; every failure is one of our errors."""
 
         def wait() -> float:
             left = min(self._timeout, until - time.monotonic())
@@ -2787,16 +2852,18 @@ class Client:
         try:
             for _ in range(1 + _REDIRECTS_AT_MOST):
                 # A new request each time, since ProxyHandler changes it. urllib hands `wait` on to the connection.
-                request = urllib.request.Request(url, form, {"X-VDC-ACCOUNT-UUID": self.account}, method=method)
+                request = urllib.request.Request(url, form, {**self._fields, **fields}, method=method)
                 with self._opener.open(request, timeout=wait) as answer:  # type: ignore[arg-type]
                     if answer.status not in (301, 302, 303, 307, 308):
-                        return self._read(answer)
+                        return read(answer)
                     target = urllib.parse.urljoin(url, answer.headers.get("Location", ""))
                 if method != "GET" or target.split("/")[:3] != url.split("/")[:3]:  # scheme, host and port
                     raise BadAnswer(f"the server redirects {method} to {brief(target)}, which is not followed")
                 url = target
             raise BadAnswer(f"the server redirects more than {_REDIRECTS_AT_MOST} times")
         except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
+            if getattr(error, "filename", None):  # of the file that read() writes
+                raise
             reason = getattr(error, "reason", error)
             message = f"{url}: {str(reason) or repr(reason)}"
             if hasattr(reason, "verify_message"):  # ssl.SSLCertVerificationError
@@ -2825,17 +2892,33 @@ class Client:
     def _read_body(self, answer: Any) -> bytearray:
         """Return the whole body. Raises ConnectionError for one that is cut, BadAnswer for one that is too large."""
         body = bytearray()
-        answer.budget[0] = 2 * self._max_answer + _HEAD_AT_MOST  # framing may take as much as what it frames
-        for size in _body_sizes(answer):
-            while size:
-                piece = answer.fp.read(min(size, PIECE))  # allocates what it is asked for
-                if not piece and size != _UNTIL_CLOSE:
-                    raise ConnectionError("the answer is cut")
-                if len(body) + len(piece) > self._max_answer:
-                    raise BadAnswer(f"the answer has more than {self._max_answer} bytes")
-                body += piece
-                size = size - len(piece) if piece else 0
+        for piece in _body_pieces(answer, self._max_answer):
+            body += piece
         return body
+
+
+def _make_opener(proxies: bool, cafile: str | None, url: str) -> urllib.request.OpenerDirector:
+    """Return what opens URLs of this one's scheme, and no others: build_opener would add file: and ftp:."""
+    opener = urllib.request.OpenerDirector()
+    opener.add_handler(urllib.request.ProxyHandler(None if proxies else {}))
+    opener.add_handler(_BoundedHTTP(_secure_connection(cafile) if url.startswith("https:") else _Connection))
+    return opener
+
+
+def _body_pieces(answer: Any, most: int) -> Iterator[bytes]:
+    """Yield the body as it arrives. Raises ConnectionError for one that is cut, BadAnswer for one that is too large."""
+    received = 0
+    answer.budget[0] = 2 * most + _HEAD_AT_MOST  # framing may take as much as what it frames
+    for size in _body_sizes(answer):
+        while size:
+            piece = answer.fp.read1(min(size, PIECE))  # allocates what it is asked for
+            if not piece and size != _UNTIL_CLOSE:
+                raise ConnectionError("the answer is cut")
+            received += len(piece)
+            if received > most:
+                raise BadAnswer(f"the answer has more than {most} bytes")
+            yield piece
+            size = size - len(piece) if piece else 0
 
 
 def _body_sizes(answer: Any) -> Iterator[float]:
@@ -3012,23 +3095,29 @@ def _secure_connection(cafile: str | None) -> Any:
         raise refuse("cafile", cafile, f"a file of PEM certificates ({error})") from error
 
 
-# ---- parts of files ----
+# ---- image files ----
 
+TICK_SECONDS = 2.0  # that some file systems' clocks take for a step
 FILE_PIECE = 1 << 20  # bytes that one system call sends of a file
+_FILE_PATH = r"/api(?:/(11\.12|12\.03))?/images/([^/.]+)/file()"
+_FAR = 10**18  # an offset past the end of every file
 
 
 class FileBody:
-    """A part of an open file as the body of an answer, closed when it is sent; see Body."""
+    """A part of an open file as the body of an answer; see Body. It is closed when it is sent."""
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:
-        self.length = length
+        self.length: int | None = length
         self._file, self._at, self._end = file, start, start + length
+        self._state = _state_of(file)
 
     def more(self, stream: socket.socket) -> bytes | int:
-        """Return the next piece, or send it. Raises BadAnswer if the file is shorter than it was."""
+        """Return the next piece, or send it. Raises BadAnswer if the file was changed since it was opened."""
+        if _state_of(self._file) != self._state:
+            raise BadAnswer("the file was changed while it was sent")
         left = self._end - self._at
         piece: bytes | int
-        if isinstance(stream, ssl.SSLSocket) or not hasattr(os, "sendfile"):
+        if (ssl and isinstance(stream, ssl.SSLSocket)) or not hasattr(os, "sendfile"):
             piece = os.pread(self._file.fileno(), min(left, PIECE), self._at)
         else:
             piece = os.sendfile(stream.fileno(), self._file.fileno(), self._at, min(left, FILE_PIECE)) if left else 0
@@ -3040,6 +3129,630 @@ class FileBody:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _state_of(file: BinaryIO) -> tuple[int, int]:
+    """Return what differs as soon as the file is written to."""
+    state = os.fstat(file.fileno())
+    return state.st_size, state.st_mtime_ns
+
+
+def read_file(service: Service, request: Request, route: Route, arrived: float, pulse: Pulse) -> Answer:
+    """Answer GET and HEAD of an image's file, to whoever may see the image (RFC 9110, 13 and 14)."""
+    record = service.catalog(request, route.version).show(route.id or "")
+    return file_answer(request, record, open_image_file(service.files or "", record))
+
+
+def open_image_file(folder: str, record: Record) -> BinaryIO:
+    """Return the regular file below folder that an image's source names, open for reading.
+
+    The path is resolved first, so links may lead about below the folder, but not out of it. Then each step is opened
+    in the one before, and no link is followed any more: one that is put there meanwhile is not found. Raises NotFound,
+    and DatabaseError if the file is there and cannot be read.
+    """
+    uri = record["source"].get("uri", "")
+    match = re.fullmatch("file://(?:localhost)?(/.*)", uri)
+    absent = NotFound(f"there is no file of {record['id']} here")
+    if not match:
+        raise absent
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # the last: a FIFO would wait for a writer
+    with contextlib.ExitStack() as opened:
+        try:
+            base = os.path.realpath(folder)
+            real = os.path.realpath(os.fsdecode(urllib.parse.unquote_to_bytes(match[1])))
+            if os.path.commonpath([base, real]) != base:
+                raise absent
+            step = os.open(base, flags | os.O_DIRECTORY)
+            opened.callback(os.close, step)
+            *folders, name = os.path.relpath(real, base).split(os.sep)
+            for each in folders:
+                step = os.open(each, flags | os.O_DIRECTORY, dir_fd=step)
+                opened.callback(os.close, step)
+            file = os.fdopen(os.open(name, flags, dir_fd=step), "rb", buffering=0)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:  # ValueError: a NUL
+            raise absent from error
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO, errno.ENODEV):  # a link; a socket or device without a driver
+                raise absent from error
+            raise DatabaseError(f"the file of {record['id']} cannot be read") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise absent
+    return cast(BinaryIO, file)
+
+
+def file_answer(request: Request, record: Record, file: BinaryIO) -> Answer:
+    """Return the answer that sends a file or a range of it, by the conditions that the request makes."""
+    status, fields = os.fstat(file.fileno()), request.fields
+    size, modified = status.st_size, int(status.st_mtime)
+    # The checksum names the bytes on every server; without one it is the file as it is now.
+    etag = f'"{record["md5sum"] or f"{status.st_ino:x}-{size:x}-{status.st_mtime_ns:x}"}"'
+    lines = (f"ETag: {etag}\r\nLast-Modified: {email.utils.formatdate(modified, usegmt=True)}\r\n"
+             f"Accept-Ranges: bytes\r\nCache-Control: {_CACHE_CONTROL}\r\n")  # fmt: skip
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(file.close)
+        # 1. The conditions, in the order of RFC 9110, 13.2.2.
+        unless, since = _http_date(fields.get("if-unmodified-since")), _http_date(fields.get("if-modified-since"))
+        if "if-match" in fields:
+            if not matches_etag(fields["if-match"], etag, weakly=False):
+                raise PreconditionFailed("If-Match")
+        elif unless is not None and modified > unless:
+            raise PreconditionFailed("If-Unmodified-Since")
+        if "if-none-match" in fields:
+            if matches_etag(fields["if-none-match"], etag):
+                return make_answer(304, lines)
+        elif since is not None and modified <= since:
+            return make_answer(304, lines)
+        # 2. The range, of which only GET knows, if the client's bytes are of this file (RFC 9110, 13.1.5).
+        same, ranged = fields.get("if-range", etag), None
+        if request.method == "GET" and "range" in fields and same in (etag, _strong_date(modified)):
+            ranged = parse_range(fields["range"], size)
+        # 3. The name under which a browser saves it, of letters that are safe anywhere.
+        name = safe_name(record)
+        lines += (f'Content-Type: application/octet-stream\r\nContent-Disposition: attachment; filename="{name}"\r\n'
+                  "X-Content-Type-Options: nosniff\r\n")  # fmt: skip
+        start, end = ranged or (0, size)
+        if ranged:
+            lines += f"Content-Range: bytes {start}-{end - 1}/{size}\r\n"
+        cleanup.pop_all()
+        return make_answer(206 if ranged else 200, lines, FileBody(file, start, end - start))
+
+
+def safe_name(record: Record) -> str:
+    """Return the last part of an image's URI, its characters limited to those that are safe in any file system."""
+    name = urllib.parse.unquote(record["source"]["uri"].partition("?")[0]).rpartition("/")[2]
+    return re.sub("[^A-Za-z0-9._-]", "_", name)[:200].lstrip(".") or str(record["id"])
+
+
+def parse_range(field: str, size: int) -> tuple[int, int] | None:
+    """Return start and end of the one range of bytes that Range asks for; None if all is to be sent (RFC 9110, 14).
+
+    Several ranges, another unit, and what is malformed count as none. Raises RangeNotSatisfiable.
+    """
+    unit, _, text = field.partition("=")
+    ranges = [each.strip(" \t") for each in text.split(",") if each.strip(" \t")]
+    match = re.fullmatch("([0-9]*)-([0-9]*)", ranges[0]) if unit.lower() == "bytes" and len(ranges) == 1 else None
+    if not match or match[0] == "-":
+        return None
+    first, last = (_FAR if len(digits.lstrip("0")) > 18 else int(digits or _FAR) for digits in match.groups())
+    if not match[1]:  # the last so many bytes
+        if not last:
+            raise RangeNotSatisfiable(size)
+        return (max(0, size - last), size) if size else None
+    if last < first:
+        return None
+    if first >= size:
+        raise RangeNotSatisfiable(size)
+    return first, min(last + 1, size)
+
+
+def _http_date(field: str | None) -> int | None:
+    """Return a date of HTTP in seconds since 1970, None for what is none and so is to be ignored."""
+    with contextlib.suppress(ValueError, OverflowError, TypeError):
+        parsed = email.utils.parsedate_tz(field or "")
+        return email.utils.mktime_tz(parsed) if parsed else None
+    return None
+
+
+def _strong_date(modified: int) -> str:
+    """Return the date that proves which bytes a client has: one in whose second nothing can be written any more."""
+    return email.utils.formatdate(modified, usegmt=True) if modified < time.time() - 1 else ""
+
+
+ROUTES.append((re.compile(_FILE_PATH), read_file, "files"))
+
+
+# ---- the log in JSON ----
+
+_LOGGED_NAMES = ("time", "client", "account", "method", "path", "status", "bytes", "ms")
+
+
+def _json_answer(*cells: Any) -> str:
+    return json.dumps(dict(zip(_LOGGED_NAMES, (*cells[:-1], round(cells[-1], 1))))) + "\n"
+
+
+def _json_failure(time: str, text: str) -> str:
+    return json.dumps({"time": time, "error": text}) + "\n"
+
+
+LOG_FORMATS["json"] = LogFormat(_json_answer, _json_failure)
+
+
+# ---- tokens ----
+
+
+class Tokens:
+    """Who may call: a file of lines `ACCOUNT SHA256-OF-TOKEN`, read again when it changes; `#` begins a comment.
+
+    A caller presents a token by Bearer, by Basic with the account as user name, or in X-VDC-REQUESTER-TOKEN.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path, self._key = path, os.urandom(16)
+        self._accounts: dict[bytes, str] = {}
+        self._state: object = None  # of the file, when it was read
+        self._fault = ""  # that was told last
+        if fault := self.refresh():
+            raise InvalidParameter(fault)
+
+    @property
+    def is_exposed(self) -> bool:
+        """Say whether others may read the file."""
+        return bool(os.stat(self._path).st_mode & stat.S_IROTH)
+
+    def refresh(self) -> str:
+        """Read the file if it has changed; return what is wrong with it, in which case nothing changes."""
+        try:
+            state = os.stat(self._path)
+            found = state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+            if found == self._state:
+                return ""
+            # A file that was written just now may be written again within the same tick of its clock.
+            self._state = found if abs(time.time() - state.st_mtime) > TICK_SECONDS else None
+            with open(self._path, encoding="utf-8") as file:
+                self._accounts = dict(self._parse_lines(file))
+        except (OSError, ValueError, InvalidParameter) as error:
+            fault = f"{self._path}: {getattr(error, 'strerror', '') or error}"
+            told, self._fault = fault == self._fault, fault
+            return "" if told else fault
+        self._fault = ""
+        return ""
+
+    def _parse_lines(self, lines: Iterable[str]) -> Iterator[tuple[bytes, str]]:
+        for number, line in enumerate(lines, 1):
+            text = line.partition("#")[0].split()
+            if not text:
+                continue
+            if len(text) != 2 or not re.fullmatch("[0-9A-Fa-f]{64}", text[1]):
+                raise InvalidParameter(f"line {number}: expected ACCOUNT SHA256-OF-TOKEN, as `wmi token` writes it")
+            try:
+                yield self._keyed(bytes.fromhex(text[1])), check_account("account", text[0])
+            except InvalidParameter as error:
+                raise InvalidParameter(f"line {number}: {error}") from error
+
+    def _keyed(self, digest: bytes) -> bytes:
+        """Return what a digest is looked up by: with a secret key, the time that takes tells nothing about it."""
+        return hashlib.blake2b(digest, key=self._key, digest_size=16).digest()
+
+    def proven_account(self, request: Request) -> str:
+        """Return whose token the request presents.
+
+        Raises InvalidRequestCredentials with status 401, OperationNotPermitted if the request names another account.
+        """
+        user, token = presented_token(request.fields)
+        account = self._accounts.get(self._keyed(hashlib.sha256(token.encode("utf-8", "replace")).digest()))
+        if account is None or user not in ("", account):
+            error = InvalidRequestCredentials("a token of a known account is needed")
+            error.status = 401
+            raise error
+        if (request.fields.get("x-vdc-account-uuid") or account) != account:
+            raise OperationNotPermitted("the token is another account's")
+        return account
+
+    def identify(self, request: Request) -> Request:
+        """Return the request in the name of its proven account, or of nobody, whom every answer is refused."""
+        try:
+            account = self.proven_account(request)
+        except Error:
+            account = ""
+        target, _, tags, host = request.cache_key
+        return request._replace(account=account or "-", cache_key=(target, account, tags, host))
+
+
+def presented_token(fields: Mapping[str, str]) -> tuple[str, str]:
+    """Return the account, if it is named beside the token, and the token that a request presents, or empty texts."""
+    import binascii  # here: a server without tokens has no use for it
+
+    scheme, _, value = fields.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return "", value.strip()
+    if scheme.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            user, colon, token = binascii.a2b_base64(value.strip().encode()).decode("utf-8").partition(":")
+            return (user, token) if user and colon else ("", "")
+    return "", "" if scheme else fields.get("x-vdc-requester-token", "")
+
+
+def add_token(account: str, path: str) -> str:
+    """Make a token for an account, append its digest to a file of tokens, and return it. Raises OSError."""
+    import secrets  # here: it is needed once
+
+    token = secrets.token_urlsafe(32)
+    line = f"{check_account('account', account)} {hashlib.sha256(token.encode()).hexdigest()}\n"
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b", buffering=0) as file:
+        if file.seek(0, io.SEEK_END) and (file.seek(-1, io.SEEK_END), file.read(1))[1] != b"\n":
+            line = "\n" + line  # somebody's editor left the last line without its end
+        file.write(line.encode())
+        os.fsync(file.fileno())
+    return token
+
+
+# ---- the page, and /health ----
+
+PAGE_SIZE = 20  # images on a page
+_NOBODY = "a-" + os.urandom(16).hex()  # an account that owns nothing, for visitors who name none
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #5a6572; --line: #d5dbe1; --paper: #fff; --card: #f6f8fa;
+  --link: #0a58ad; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e7ebef; --soft: #a0abb6; --line: #3a434d; --paper: #14181c;
+  --card: #1d2329; --link: #7db8ff; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 62rem; padding: 1rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+a { color: var(--link); }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
+h1 { font-size: 1.5rem; margin: .5rem 0; } h1 a { color: inherit; text-decoration: none; }
+h2 { font-size: 1.15rem; margin: 0; } p { margin: .25rem 0; } .soft, dt, label { color: var(--soft); }
+.forms { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 1rem 0; }
+form { display: flex; gap: .5rem; align-items: end; flex: 1 1 20rem; } label { flex: 1; font-size: .875rem; }
+input, button, .button { font: inherit; border: 1px solid var(--soft); border-radius: .375rem; padding: .4rem .8rem;
+  min-height: 2.75rem; }
+input { display: block; width: 100%; color: inherit; background: var(--paper); }
+button, .button { background: var(--link); border-color: var(--link); color: var(--paper); cursor: pointer; }
+.button { display: inline-block; text-decoration: none; margin: .5rem 0; }
+ol { list-style: none; padding: 0; margin: 1rem 0; }
+li { border: 1px solid var(--line); border-radius: .5rem; background: var(--card); padding: .75rem 1rem; }
+li + li { margin-top: .5rem; }
+.tag { border: 1px solid var(--soft); border-radius: 1rem; padding: 0 .6rem; font-size: .8125rem; white-space: nowrap; }
+nav { display: flex; gap: 1.5rem; }
+dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .35rem 1rem; }
+dd { margin: 0; white-space: pre-wrap; }
+code { display: block; background: var(--card); border: 1px solid var(--line); border-radius: .375rem; margin: .5rem 0;
+  padding: .6rem .8rem; white-space: pre-wrap; user-select: all; -webkit-user-select: all; font-size: .875rem; }
+"""
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,"><title>{title}</title><style>{style}</style></head>
+<body>
+<header><h1><a href="{home}">Machine images</a></h1></header>
+<main>
+{main}
+</main>
+</body>
+</html>
+"""
+_SEARCH_FORM = """<form role="search" action="/">{hidden}<label>Search
+<input type="search" name="q" value="{words}"></label><button>Search</button></form>"""
+_ACCOUNT_FORM = """<form action="/"><label>Account, such as a-shpoolxx
+<input name="account" value="{account}" pattern="a-[a-z0-9]+" autocapitalize="none"></label>
+<button>Show its images</button></form>"""
+_PAGE_ERRORS = {
+    403: "This image belongs to another account, and is not public.",
+    404: "There is no such image.",
+    503: "The images cannot be read at this moment. Try again.",
+}
+
+
+@functools.lru_cache(maxsize=1)
+def _page_fields() -> str:
+    """Return the header lines of a page: nothing in it runs, and it loads nothing but its own style."""
+    import base64  # here: only who asks for a page needs it
+
+    digest = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; form-action 'self'; base-uri 'none'"
+    return f"Content-Security-Policy: {policy}; frame-ancestors 'none'\r\nReferrer-Policy: no-referrer\r\n"
+
+
+def _html(value: Any) -> str:
+    """Return a value as text for HTML, also within an attribute; characters that HTML may not hold are replaced."""
+    import html  # here: it is large
+
+    text = value if isinstance(value, str) else to_json(value)
+    return html.escape(re.sub("[^\t\n -~\xa0-\ufdcf\ufdf0-\ufffd\U00010000-\U0010ffff]|[\ufffe\uffff]", "\ufffd", text))
+
+
+def _link(path: str, **query: Any) -> str:
+    """Return a path with those parameters that have a value, as an attribute of HTML."""
+    given = {name: value for name, value in query.items() if value}
+    return _html(f"{path}?{urllib.parse.urlencode(given)}" if given else path)
+
+
+def read_page(service: Service, request: Request, route: Route, arrived: float, pulse: Pulse) -> Answer:
+    """Answer GET and HEAD of / and /images/ID with a page for people.
+
+    Without tokens the account stands in the query; who names none sees what is public.
+    """
+    query, account, status = {}, "", 200
+    try:
+        query = parse_query(request.query, ("account", "q", "start"))
+        account = "" if service.tokens else query.get("account", "")
+        catalog = service.catalog(request, find_version(DOCUMENT), account or _NOBODY)
+        if route.id is None:
+            title, parts = "Machine images", _index_page(service, catalog, query, account, pulse)
+        else:
+            title, parts = f"{route.id} · images", _image_page(service, request, catalog.show(route.id), account)
+        main = "\n".join(parts)
+    except Error as error:
+        if error.status == 401:  # so that a browser asks for account and token
+            raise
+        status, title = error.status, "Machine images"
+        main = f"<p>{_html(_PAGE_ERRORS.get(status, str(error)))}</p>"
+    body = _PAGE.format(title=_html(title), style=_STYLE, main=main, home=_link("/", account=account))
+    answer = content_answer(request, "text/html;charset=utf-8", body.encode(), _page_fields())
+    return answer if status == 200 else answer._replace(status=status)
+
+
+def _index_page(
+    service: Service, catalog: Catalog, query: Mapping[str, str], account: str, pulse: Pulse
+) -> Iterator[str]:
+    start, words, total, images = whole_number("start", query.get("start", "0")), query.get("q", "").strip(), 0, []
+    if words:
+        with service.walking(catalog, pulse) as walking:
+            found = walking.matching(True, False, [functools.partial(_has_words, words.lower().split())])
+            for total, image in enumerate(found, 1):
+                if start < total <= start + PAGE_SIZE:
+                    images.append(image)
+    else:
+        total, _, _, images = catalog.index(start, PAGE_SIZE)  # type: ignore[assignment]
+    yield '<div class="forms">'
+    hidden = f'<input type="hidden" name="account" value="{_html(account)}">' if account else ""
+    yield _SEARCH_FORM.format(hidden=hidden, words=_html(words))
+    if not service.tokens:
+        yield _ACCOUNT_FORM.format(account=_html(account))
+    whose = f"that {catalog.account} may see" if account or service.tokens else "that are public"
+    having = f"with “{words}” " if words else ""
+    count = f"{start + 1:,} to {start + len(images):,} of {total:,} images" if images else "There are no images"
+    yield f"</div>\n<p>{_html(f'{count} {having}{whose}')}</p>\n<ol>"
+    for image in images:
+        yield _list_item(image, account)
+    yield "</ol>\n<nav>"
+    if start:
+        yield f'<a href="{_link("/", account=account, q=words, start=max(0, start - PAGE_SIZE))}">← Newer</a>'
+    if start + PAGE_SIZE < total:
+        yield f'<a href="{_link("/", account=account, q=words, start=start + PAGE_SIZE)}">Older →</a>'
+    yield "</nav>"
+
+
+def _has_words(words: Sequence[str], record: Record) -> bool:
+    text = " ".join(str(record[name] or "") for name in ("id", "account_id", "arch", "description", "display_name"))
+    return all(word in text.lower() for word in words)
+
+
+def _title_of(image: Record) -> str:
+    return str(image["display_name"] or image["description"] or image["id"])[:200]
+
+
+def _list_item(image: Record, account: str) -> str:
+    tags = [image["arch"], "public" if image["is_public"] else "private"]
+    tags += [image["state"]] if image["state"] not in ("init", "available") else []
+    return (f'<li><h2><a href="{_link("/images/" + image["id"], account=account)}"><bdi>{_html(_title_of(image))}</bdi>'
+            f'</a></h2>\n<p class="soft">{image["id"]} · {image["account_id"]} · {image["created_at"][:10]}</p>\n<p>'
+            + " ".join(f'<span class="tag">{_html(tag)}</span>' for tag in tags) + "</p></li>")  # fmt: skip
+
+
+def _image_page(service: Service, request: Request, image: Record, account: str) -> Iterator[str]:
+    secure = service.secure or request.fields.get("x-forwarded-proto") == "https"
+    base = f"{'https' if secure else 'http'}://{request.fields.get('host', 'localhost')}"
+    id, uri, caller = image["id"], image["source"].get("uri", ""), account or "a-guest1"
+    yield f"<h2><bdi>{_html(_title_of(image))}</bdi></h2>"
+    if service.files and uri.startswith("file:"):
+        uri = f"/images/{id}/file"
+    if uri.startswith(("/", "http://", "https://")):
+        address = _link(uri, account=account) if uri[0] == "/" else _html(uri)
+        yield f'<p><a class="button" href="{address}" rel="noreferrer">Download</a></p>'
+        named = "" if service.tokens else f" --account {caller}"
+        yield f'<code tabindex="0">python3 wmi.py fetch {id} --url {_html(base + named)}</code>'
+    proof = '"Authorization: Bearer $WMI_TOKEN"' if service.tokens else f"'X-VDC-ACCOUNT-UUID: {caller}'"
+    yield f'<code tabindex="0">curl -H {_html(f"{proof} {base}/api/images/{id}")}</code>\n<dl>'
+    for name, value in image.items():
+        if value not in (None, "", {}):
+            yield f"<dt>{name}</dt><dd><bdi>{_html(value)}</bdi></dd>"
+    yield "</dl>"
+
+
+def read_page_file(service: Service, request: Request, route: Route, arrived: float, pulse: Pulse) -> Answer:
+    """Answer GET and HEAD of /images/ID/file, linked by the page: as read_file, the account in the query."""
+    account = parse_query(request.query, ("account",)).get("account", _NOBODY)
+    record = service.catalog(request, find_version(DOCUMENT), account).show(route.id or "")
+    return file_answer(request, record, open_image_file(service.files or "", record))
+
+
+def read_health(service: Service, request: Request, route: Route, arrived: float, pulse: Pulse) -> Answer:
+    """Answer GET and HEAD of /health: 200 if the store answers now, else 503."""
+    shown = {"status": "ok", "version": __version__, "backend": type(service.storage).__name__,
+             "revision": service.revision(arrived)}  # fmt: skip
+    return content_answer(request, "application/json", encode(shown, "json"))
+
+
+ROUTES += [
+    (re.compile("()/()()"), read_page, ""),
+    (re.compile("()/images/([^/.]+)()"), read_page, ""),
+    (re.compile("()/images/([^/.]+)/file()"), read_page_file, "files"),
+    (re.compile("()/health()()"), read_health, ""),
+]
+
+
+# ---- fetch ----
+
+Progress = Callable[[int, Union[int, None]], object]  # takes how many bytes are here, and of how many, if known
+
+
+def fetch_image(client: Client, id: str, path: str | None, progress: Progress) -> str:
+    """Fetch an image's file to path, or to standard output for -, and return path; None is the name it has there.
+
+    The bytes come from the client's server if the image's source is a file:// URI, else from the http or https URI
+    that it is, to which neither account nor token is sent. They are kept in path.part until all of them are there and
+    have the catalog's md5sum; what has arrived is not asked for again, also by a later call. Raises FetchError,
+    Unreachable, the errors of show, and OSError for files here.
+    """
+    image = client.show(id)
+    uri = str((image.get("source") or {}).get("uri", ""))
+    url, source = f"{client._url}/{id}/file", client
+    if re.match("https?://[^/?#@]+", uri):
+        url, source = urllib.parse.quote(uri.partition("#")[0], safe="!$%&'()*+,/:;=?@[]~"), client._stranger(uri)
+    elif not uri.startswith("file:"):
+        raise FetchError(f"{id} has no file to fetch: its source is {brief(image.get('source'))}")
+    path = path or safe_name(image)
+    with _Arrival(path, url, image.get("md5sum")) as arrival:
+        tries = 0
+        while not arrival.is_whole:
+            before = arrival.size
+            try:
+                receive = functools.partial(arrival.receive, source, progress)
+                source._send("GET", url, receive, _UNTIL_CLOSE, fields=arrival.fields())
+            except NotFound as error:
+                raise FetchError(f"the server gives out no file of {id}; it needs --files DIR") from error
+            except Error as error:
+                tries = 0 if arrival.size > before else tries + 1
+                if error.status not in (502, 503, 504) or isinstance(error, BadAnswer) or tries > client._retries:
+                    raise
+                time.sleep(min(_PAUSE_AT_MOST, max(error.retry_after, random.uniform(0.05, 0.1) * 2**tries)))
+        arrival.finish()
+    return path
+
+
+class _Arrival:
+    """The bytes of a file that have arrived, in path.part; path.part.json says of what they are a part.
+
+    A part is continued only if it is of the same URL, and of the same bytes by their ETag or time.
+    """
+
+    def __init__(self, path: str, url: str, md5sum: str | None) -> None:
+        self._path, self._part, self._known_by = path, f"{path}.part", f"{path}.part.json"
+        self._about = {"url": url, "md5sum": md5sum, "validator": ""}
+        self.size, self.is_whole = 0, False
+        self._digest = hashlib.md5(usedforsecurity=False)
+        self._cleanup = contextlib.ExitStack()
+
+    def __enter__(self) -> _Arrival:
+        if self._path == "-":
+            self._file = sys.stdout.buffer
+            return self
+        if os.path.isdir(self._path):
+            raise IsADirectoryError(errno.EISDIR, "is a directory; name a file with -O", self._path)
+        with _naming(self._part):
+            self._file = self._cleanup.enter_context(_open_alone(self._part))
+            while piece := self._file.read(FILE_PIECE):
+                self._digest.update(piece)
+                self.size += len(piece)
+        if self.size:
+            self._continue()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._cleanup.close()
+
+    def _continue(self) -> None:
+        """Take over what the part is known to be. Raises FetchError if it is a part of something else."""
+        try:
+            with open(self._known_by, encoding="utf-8") as file:
+                about = json.load(file)
+            url, md5sum, self._about["validator"] = str(about["url"]), about["md5sum"], str(about["validator"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise FetchError(f"{self._part} is there, and nothing says of what it is a part; remove it") from error
+        if url != self._about["url"]:
+            raise FetchError(f"{self._part} is a part of {url}; remove it, or give another name with -O")
+        if md5sum != self._about["md5sum"]:
+            raise self._changed()
+
+    def _changed(self) -> FetchError:
+        return FetchError(f"the file has changed since {self._part} was begun; remove that to fetch all of it anew")
+
+    def fields(self) -> dict[str, str]:
+        """Return the header fields that ask for what is missing (RFC 9110, 13.1.5)."""
+        validator = self._about["validator"]
+        return {"Range": f"bytes={self.size}-", "If-Range": validator} if self.size and validator else {}
+
+    def receive(self, client: Client, progress: Progress, answer: Any) -> None:
+        """Take what an answer brings. Raises FetchError, and ConnectionError if more is missing."""
+        tag = answer.headers.get("ETag", "W/")
+        validator = answer.headers.get("Last-Modified", "") if tag.startswith("W/") else tag
+        length, place = answer.headers.get("Content-Length", ""), answer.headers.get("Content-Range", "")
+        total = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
+        # 1. Is it what belongs behind the bytes that are here?
+        if answer.status == 416 and self.size and place == f"bytes */{self.size}":
+            self.is_whole = True  # all had arrived before
+            return
+        if answer.status == 206 and self.size:
+            match = re.fullmatch(rf"bytes {self.size}-[0-9]+/([0-9]{{1,18}})", place)
+            if not match or validator != self._about["validator"]:
+                raise self._changed()
+            total = int(match[1])
+        elif answer.status == 200 and answer.headers.get("Content-Encoding", "identity") == "identity":
+            if self.size and validator != self._about["validator"]:
+                raise self._changed()
+            self._begin(validator)  # this server has no ranges
+        else:
+            client._read(answer)  # raises what the answer says
+            raise FetchError(f"the server answered {answer.status} {place}, which is not the file")
+        # 2. Write what comes.
+        for piece in _body_pieces(answer, sys.maxsize):
+            with _naming(self._part):
+                rest = memoryview(piece)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            self._digest.update(piece)
+            self.size += len(piece)
+            progress(self.size, total)
+        if total not in (None, self.size):
+            raise ConnectionError("the answer is cut")
+        self.is_whole = True
+
+    def _begin(self, validator: str) -> None:
+        """Begin with the first byte, and note of what it is."""
+        self._about["validator"] = validator
+        if self._path == "-":
+            if self.size:
+                raise FetchError("the connection was cut, and this server cannot go on where it was")
+            return
+        with _naming(self._part):
+            self._file.seek(0)
+            self._file.truncate()
+            self.size, self._digest = 0, hashlib.md5(usedforsecurity=False)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+            with open(os.open(self._known_by, flags, 0o666), "w", encoding="ascii") as file:
+                json.dump(self._about, file)
+
+    def finish(self) -> None:
+        """Put the file in its place if it is the one of the catalog. Raises FetchError."""
+        found, md5sum = self._digest.hexdigest(), self._about["md5sum"]
+        if md5sum and found != md5sum:
+            kept = "" if self._path == "-" else f"; {self._part} is kept, remove it to fetch all of it anew"
+            raise FetchError(f"the md5 of what arrived is {found}, the catalog says {md5sum}{kept}")
+        with _naming(self._path):
+            self._file.flush()
+            if self._path != "-":
+                os.fsync(self._file.fileno())
+                os.replace(self._part, self._path)
+                os.unlink(self._known_by)
+
+
+@contextlib.contextmanager
+def _open_alone(path: str) -> Iterator[BinaryIO]:
+    """Open a file to read and write, made if need be, that no other process has open so. Raises FetchError."""
+    import fcntl  # here: not every system has it
+
+    while True:
+        with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b", buffering=0) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise FetchError(f"{path} is being fetched by another process") from error
+            with contextlib.suppress(FileNotFoundError):  # what was opened may have been finished and renamed meanwhile
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    yield file
+                    return
 
 
 # ---- what is printed ----
@@ -3073,16 +3786,48 @@ def _naming(file: str) -> Iterator[None]:
         raise
 
 
-def _progressing(what: str, items: Iterable[Any]) -> Iterator[Any]:
-    """Yield items; on a terminal, show five times a second how many there were."""
-    shown = time.monotonic() + 0.2 if sys.stderr.isatty() else float("inf")
-    for count, item in enumerate(items):
-        if time.monotonic() > shown:
-            print(f"\r{what} {count:,}", end="\x1b[K", file=sys.stderr, flush=True)
-            shown = time.monotonic() + 0.2
-        yield item
-    if sys.stderr.isatty():
-        print(end="\r\x1b[K", file=sys.stderr, flush=True)
+class _Progress:
+    """A line on a terminal that says how far long work has come: count, total, rate and time left."""
+
+    def __init__(self, what: str, unit: int = 1, name: str = "") -> None:
+        self._what, self._unit, self._name = what, unit, name
+        self._first: tuple[int, float] | None = None  # count and time when the work began
+        self._shown = time.monotonic() if sys.stderr.isatty() else float("inf")
+
+    def __call__(self, done: int, total: int | None = None) -> None:
+        """Show the line, five times a second at most."""
+        moment = time.monotonic()
+        self._first = self._first or (done, moment)
+        if moment - self._shown < 0.2:
+            return
+        self._shown, count, rate = moment, done - self._first[0], 0.0
+        if moment > self._first[1]:
+            rate = count / (moment - self._first[1])
+        text = f"{self._what} {self._amount(done)}"
+        text += f" of {self._amount(total)}" if total else ""
+        text += f"{self._name}, {self._amount(rate)}{self._name}/s"
+        if total and rate:
+            minutes, seconds = divmod(round(max(0, total - done) / rate), 60)
+            text += f", {minutes}:{seconds:02} left"
+        print(f"\r{text}", end="\x1b[K", file=sys.stderr, flush=True)
+
+    def _amount(self, count: float) -> str:
+        return f"{count:,.0f}" if self._unit == 1 else f"{count / self._unit:,.1f}"
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if sys.stderr.isatty():
+            print(end="\r\x1b[K", file=sys.stderr, flush=True)
+
+
+def _progressing(what: str, items: Iterable[Any], total: int | None = None) -> Iterator[Any]:
+    """Yield items; a terminal is shown how far that is."""
+    with _Progress(what) as progress:
+        for count, item in enumerate(items, 1):
+            progress(count, total)
+            yield item
 
 
 # ---- whole stores, and files beside them ----
@@ -3168,13 +3913,18 @@ def _dump(options: Any) -> None:
     path, standard = options.file, contextlib.nullcontext(sys.stdout)
     _refuse_store_file("/dev/stdout" if path == "-" else path, options.store)
     with open_storage(options.store) as storage, standard if path == "-" else _replacing(path) as out:
-        for record in _progressing("dumped", _oldest_first(storage)):
+        for record in _progressing("dumped", _oldest_first(storage), _count(storage)):
             _write(json.dumps(record, ensure_ascii=False) + "\n", out)
 
 
 def _oldest_first(storage: Storage) -> Iterator[Record]:
     with storage_errors():
         yield from storage.walk(oldest_first=True, frozen=True)
+
+
+def _count(storage: Storage) -> int:
+    with storage_errors():
+        return storage.page(None, 0, 0, deleted=None)[0]
 
 
 @contextlib.contextmanager
@@ -3205,7 +3955,7 @@ def _copy(options: Any) -> None:
     with open_storage(options.source) as source, open_storage(options.target) as target, storage_errors():
         if target.page(None, 0, 0, deleted=None)[0]:
             raise InvalidParameter(f"{options.target} is not empty; nothing was copied")
-        copied = target.add_all(_progressing("copied", _oldest_first(source)))
+        copied = target.add_all(_progressing("copied", _oldest_first(source), _count(source)))
     print(f"wmi: copied {copied}", file=sys.stderr)
 
 
@@ -3220,7 +3970,7 @@ def _check(options: Any) -> None:
 
 
 def _wrong_records(storage: Storage) -> Iterator[str]:
-    for record in _progressing("checked", storage.walk()):
+    for record in _progressing("checked", storage.walk(), _count(storage)):
         try:
             if image_record(record) != record:
                 yield f"{record['id']}: a field is not spelled as it is kept"
@@ -3256,7 +4006,8 @@ def _serve(options: Any) -> int:
     def make_server() -> Server:
         ours = storage if options.workers == 1 else open_storage(options.store)
         return Server(ours, listener=listener, unversioned=options.unversioned, host_names=options.host_name,
-                      max_connections=options.max_connections, tls=context, log=log)  # fmt: skip
+                      max_connections=options.max_connections, tls=context, log=log, log_format=options.log_format,
+                      files=options.files, tokens=Tokens(options.tokens) if options.tokens else None)  # fmt: skip
 
     def renew(server: Server | None) -> None:  # None: the parent, for the workers to come
         nonlocal context
@@ -3276,7 +4027,7 @@ def _serve(options: Any) -> int:
         address = address_of(listener, "https" if context else "http")
         if address == f"unix:{options.unix_socket}":
             cleanup.callback(_unlink, options.unix_socket)
-        announce = functools.partial(_announce, options.store, address)
+        announce = functools.partial(_announce, options, address)
         return run_server(make_server, options.workers, listener, announce, renew if context else None)
 
 
@@ -3288,6 +4039,8 @@ def _unlink(path: str) -> None:
 def _check_processes(options: Any) -> None:
     if options.workers < 1 or options.max_connections < 1:
         raise InvalidParameter("--workers and --max-connections: at least 1")
+    if options.files and not os.path.isdir(options.files):
+        raise InvalidParameter(f"--files: {options.files} is not a directory")
     if options.workers > 1 and (options.store.startswith("memory:") or not hasattr(os, "fork")):
         raise InvalidParameter("--workers: processes share neither memory: nor a system without fork; use 1")
 
@@ -3316,10 +4069,13 @@ def _log_writer(options: Any) -> Callable[[str], object]:
     return lambda text: os.write(file, text.encode("ascii", "backslashreplace"))
 
 
-def _announce(store: str, address: str) -> None:
-    if not re.match(r"unix:|https?://(127\.|\[::1\])", address):
+def _announce(options: Any, address: str) -> None:
+    if options.tokens and Tokens(options.tokens).is_exposed:
+        print(f"wmi: warning: {options.tokens} can be read by others; use chmod o= {options.tokens}", file=sys.stderr)
+    if not options.tokens and not address.startswith("unix:") and not re.match(_LOOPBACK, address):
         print(f"wmi: warning: {address} is open to others, and a caller may claim any account", file=sys.stderr)
-    print(f"wmi: serving {store} on {address}/api/images", file=sys.stderr, flush=True)
+    page = "" if address.startswith("unix:") else f" (page: {address}/)"
+    print(f"wmi: serving {options.store} on {address}/api/images{page}", file=sys.stderr, flush=True)
 
 
 def _add(options: Any, boot_dev_type: int, location: str) -> None:
@@ -3347,9 +4103,10 @@ def _describe_file(path: str, fields: dict[str, Any]) -> None:
     image_record(fields)  # before the long work, so that a wrong field is told at once
     if "md5sum" not in fields:
         digest = hashlib.md5(usedforsecurity=False)  # the API's checksum; no secret hangs on it
-        with open(path, "rb") as file:
-            for piece in _progressing(f"md5 of {path}, MiB:", iter(lambda: file.read(1 << 20), b"")):
+        with open(path, "rb") as file, _Progress(f"md5 of {path}:", 1 << 20, " MiB") as progress:
+            while piece := file.read(1 << 20):
                 digest.update(piece)
+                progress(file.tell(), os.fstat(file.fileno()).st_size)
         fields["md5sum"] = digest.hexdigest()
 
 
@@ -3366,20 +4123,40 @@ def _catalog(options: Any, version: str = DOCUMENT) -> Iterator[Any]:
     if not options.url:
         with open_storage(options.store) as storage:
             yield Catalog(storage, options.account, version)
-    elif options.account:
-        yield Client(options.url, options.account, version=version, cafile=options.cacert)
     else:
+        yield _client(options, version)
+
+
+def _client(options: Any, version: str = DOCUMENT) -> Client:
+    token = options.token
+    if options.token_file:
+        with open(options.token_file, encoding="ascii", errors="replace") as file:
+            token = file.read(8192).strip()
+    if not options.url:
+        raise InvalidParameter("this asks a server: give --url http://HOST:PORT or set WMI_URL")
+    if not options.account and not token:
         raise InvalidParameter("a server asks who calls: give --account A or set WMI_ACCOUNT")
+    return Client(options.url, options.account, version=version, cafile=options.cacert, token=token,
+                  plain_token=options.plain_token)  # fmt: skip
+
+
+def _fetch(options: Any) -> None:
+    with _Progress("fetched", 1 << 20, " MiB") as progress:
+        path = _client(options).fetch(options.id, options.output_file, progress)
+    if path != "-":
+        _write(path + "\n")
+
+
+def _token(options: Any) -> None:
+    if not options.tokens:
+        raise InvalidParameter("name the file that `serve --tokens` reads: --tokens FILE")
+    _write(add_token(options.account, options.tokens) + "\n")
 
 
 def _list(options: Any) -> None:
-    before, form, between, after = _LISTS[options.output]
     with _catalog(options) as catalog:
-        images = catalog.index(options.start, options.limit).images
-        _write(before)
-        for number, image in enumerate(images):
-            _write((between if number else "") + form(image))
-        _write(after)
+        for text in _LISTS[options.output](iter(catalog.index(options.start, options.limit).images)):
+            _write(text)
 
 
 def _show(options: Any) -> None:
@@ -3417,11 +4194,49 @@ def _table(image: Record) -> str:
     return "".join(f"{_visible(name) + ':':<21}{_visible(value)}\n" for name, value in image.items())
 
 
-def _table_row(image: Record) -> str:
+_COLUMNS = ("ID", "ACCOUNT", "ARCH", "BOOT", "PUBLIC", "STATE", "NAME")
+
+
+def _table_lines(images: Iterator[Record]) -> Iterator[str]:
+    """Yield the lines of a table; the first images say how wide its columns are, a terminal where the last ends."""
+    first = [_COLUMNS, *map(_cells, itertools.islice(images, 100))]
+    widths = [max(map(_width, column)) for column in zip(*first)][:-1]
+    columns = os.get_terminal_size(1).columns if sys.stdout.isatty() else 0
+    room = (columns or sys.maxsize) - sum(widths) - len(widths)
+    for *cells, name in itertools.chain(first, map(_cells, images)):
+        padded = (cell + " " * (width - _width(cell)) for cell, width in zip(cells, widths))
+        yield " ".join((*padded, _clipped(name, max(room, len("NAME"))))).rstrip() + "\n"
+
+
+def _cells(image: Record) -> tuple[str, ...]:
     boot = "volume" if image.get("boot_dev_type") == BOOT_DEV_SAN else "local"
     name = image.get("display_name") or image.get("description") or ""
-    cells = *map(image.get, ("id", "account_id", "arch")), boot, *map(image.get, ("is_public", "state")), name
-    return "{:<16} {:<12} {:<7} {:<7} {:<7} {:<10} {:.60}".format(*map(_visible, cells)).rstrip() + "\n"
+    return tuple(map(_visible, (*map(image.get, ("id", "account_id", "arch")), boot,
+                                *map(image.get, ("is_public", "state")), name)))  # fmt: skip
+
+
+def _width(text: str) -> int:
+    """Return how many columns of a terminal a text takes: two for what is wide, none for what is put over another."""
+    if text.isascii():
+        return len(text)
+    import unicodedata  # here: most texts do not need it
+
+    return sum(0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
+
+
+def _clipped(text: str, room: int) -> str:
+    """Return as much of a text as fits into so many columns, with … for what does not."""
+    if len(text) <= room and _width(text) <= room:
+        return text
+    ends = itertools.accumulate(map(_width, text))
+    return text[: sum(1 for _ in itertools.takewhile(lambda end: end < room, ends))] + "…"
+
+
+def _json_list(images: Iterator[Record]) -> Iterator[str]:
+    yield "["
+    for number, image in enumerate(images):
+        yield (",\n" if number else "") + to_json(image)
+    yield "]\n"
 
 
 def _id_line(image: Record) -> str:
@@ -3434,11 +4249,11 @@ _FORMS: dict[str, Callable[[Record], str]] = {  # of one image
     "yaml": to_yaml,
     "id": _id_line,
 }
-_LISTS: dict[str, tuple[str, Callable[[Record], str], str, str]] = {  # head, form of an image, separator, end
-    "table": ("ID               ACCOUNT      ARCH    BOOT    PUBLIC  STATE      NAME\n", _table_row, "", ""),
-    "json": ("[", to_json, ",\n", "]\n"),
-    "yaml": ("", lambda image: "".join(yaml_lines([image], "")), "", ""),
-    "id": ("", _id_line, "", ""),
+_LISTS: dict[str, Callable[[Iterator[Record]], Iterator[str]]] = {
+    "table": _table_lines,
+    "json": _json_list,
+    "yaml": lambda images: ("".join(yaml_lines([image], "")) for image in images),
+    "id": functools.partial(map, _id_line),
 }
 
 
@@ -3471,17 +4286,11 @@ _PLACE_OPTIONS: dict[str, _Option] = {  # where the images are; WMI_STORE and so
     "url": ("", "a server, http://HOST:PORT, instead of a store", {"metavar": "URL"}),
     "cacert": ("", "certificates to trust for https", {"metavar": "FILE"}),
     "account": ("", "who asks (on a store: anybody)", {"metavar": "A"}),
+    "token": ("", "proves it, but others can see it here: rather set WMI_TOKEN", {"metavar": "T"}),
+    "token_file": ("", "holds the token", {"metavar": "FILE"}),
+    "plain_token": ("", "send it over http, where others could read it", {"action": "store_true"}),
 }
-_OPTIONS: dict[str, _Option] = {
-    **_FIELD_OPTIONS,
-    **_PLACE_OPTIONS,
-    "output": ("-o", "table (the default), json, yaml or id", {"choices": _FORMS, "default": "table"}),
-    "start": ("", "offset of the first (default: 0)", {"default": "0"}),
-    "limit": ("", "at most so many", {}),
-    "keep_going": ("", "report bad lines and load the others", {"action": "store_true"}),
-    "repair": ("", "rebuild what can be derived from the images", {"action": "store_true"}),
-    "virtio": ("", "", _TOGGLE),
-    "acpi": ("", "", _TOGGLE),
+_LISTEN_OPTIONS: dict[str, _Option] = {
     "host": ("", "address to bind (default: %(default)s)", {"default": "127.0.0.1"}),
     "port": ("", "0: any that is free (default: %(default)s)", {"type": int, "default": 9001}),
     "unix_socket": ("", "listen there instead", {"metavar": "PATH"}),
@@ -3492,16 +4301,35 @@ _OPTIONS: dict[str, _Option] = {
     "workers": ("", "processes (default: %(default)s)", {"type": int, "default": 1, "metavar": "N"}),
     "max_connections": ("", "connections a process serves at once (default: %(default)s)",
                         {"type": int, "default": MAX_CONNECTIONS, "metavar": "N"}),
+}  # fmt: skip
+_OTHER_OPTIONS: dict[str, _Option] = {
+    "output": ("-o", "table (the default), json, yaml or id", {"choices": _FORMS, "default": "table"}),
+    "output_file": ("-O", "write there; - is standard output (default: its name in the source)", {"metavar": "FILE"}),
+    "start": ("", "offset of the first (default: 0)", {"default": "0"}),
+    "limit": ("", "at most so many", {}),
+    "keep_going": ("", "report bad lines and load the others", {"action": "store_true"}),
+    "repair": ("", "rebuild what can be derived from the images", {"action": "store_true"}),
+    "virtio": ("", "", _TOGGLE),
+    "acpi": ("", "", _TOGGLE),
     "sample": ("", "fill an empty store with a few images", {"action": "store_true"}),
+    "files": ("", "serve the image files below this directory", {"metavar": "DIR"}),
+    "tokens": ("", "accounts and digests of their tokens: callers must prove who they are", {"metavar": "FILE"}),
     "unversioned": ("", "what /api/images speaks: " + ", ".join(VERSIONS), {"choices": VERSIONS, "default": DOCUMENT}),
     "log": ("", "append the log to FILE, not to stderr; - for no log", {"metavar": "FILE"}),
-}  # fmt: skip
+    "log_format": ("", "text (the default) or json", {"choices": LOG_FORMATS, "default": "text"}),
+}
+_GROUPS = {
+    "options": _OTHER_OPTIONS,
+    "where the images are": _PLACE_OPTIONS,
+    "where to listen": _LISTEN_OPTIONS,
+    "fields": _FIELD_OPTIONS,
+}
 
-_FIELDS, _PLACES = " ".join(_FIELD_OPTIONS), " ".join(_PLACE_OPTIONS)
+_FIELDS, _PLACES, _LISTENING = map(" ".join, (_FIELD_OPTIONS, _PLACE_OPTIONS, _LISTEN_OPTIONS))
 # A row per subcommand: name, function, arguments (positional ones in capitals, as in a usage), help, example.
 _COMMANDS: list[tuple[str, Callable[[Any], object], str, str, str]] = [
     ("serve", _serve,
-     "store host port host_name unix_socket tls_cert tls_key workers max_connections sample unversioned log",
+     f"store sample files tokens unversioned log log_format {_LISTENING}",
      "serve a store over HTTP", "--sample --port 9001"),
     ("add local", lambda options: _add(options, BOOT_DEV_LOCAL, options.path_or_uri), f"PATH_OR_URI store {_FIELDS}",
      "register an image file", "lucid.raw -a a-shpoolxx -d 'Ubuntu 10.04' --is-public"),
@@ -3515,6 +4343,10 @@ _COMMANDS: list[tuple[str, Callable[[Any], object], str, str, str]] = [
      "change fields (on a server display name and description)", "wmi-lucid0 --arch x86 --no-is-public"),
     ("features", _set_features, "ID store virtio acpi",
      "set or clear features and leave the others", "wmi-lucid0 --virtio --no-acpi"),
+    ("fetch", _fetch, f"ID {_PLACES.replace('store ', '')} output_file",
+     "fetch the file of an image from a server, checked and resumed", "wmi-lucid0 --url http://127.0.0.1:9001"),
+    ("token", _token, "ACCOUNT tokens",
+     "make a token for an account and print it, this once", "a-shpoolxx --tokens tokens"),
     ("load", _load, "[FILE] store keep_going", "load images from JSON lines, all or none", "images.jsonl"),
     ("dump", _dump, "[FILE] store", "write images as JSON lines; FILE is replaced at the end", "images.jsonl"),
     ("copy", _copy, "SOURCE TARGET", "copy a store into an empty one that is not in use", "json:a sqlite:b"),
@@ -3574,10 +4406,11 @@ def _parse_arguments(argv: Sequence[str]) -> Any:
     for words, run, arguments, help, example in _COMMANDS:
         parent, _, name = words.rpartition(" ")
         command = parents[parent].add_parser(
-            name, help=help, description=help, epilog=f"example: wmi {words} {example}", **style,
+            name, help=help, description=help, add_help=False, epilog=f"example: wmi {words} {example}", **style,
             usage=" ".join(["%(prog)s [OPTION ...]", *filter(str.isupper, arguments.split())]),
         )  # fmt: skip
         command.register("action", "toggle", argparse.BooleanOptionalAction)
+        command.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
         command.set_defaults(run=run, file="-")  # unless there is a FILE: standard input or output
         _add_arguments(command, arguments.split())
     end = [*argv, "--"].index("--")  # vdc-manage's option parser took --account_id as well as --account-id
@@ -3586,20 +4419,21 @@ def _parse_arguments(argv: Sequence[str]) -> Any:
 
 
 def _add_arguments(command: Any, names: Iterable[str]) -> None:
-    """Add options by their names in _OPTIONS, and positional arguments, whose names are in capitals."""
-    places, fields = map(command.add_argument_group, ("where the images are", "fields"))
-    for name in names:
-        if name.isupper():
-            nargs = "?" if name[0] == "[" else "+" if name[-1] == "." else None
-            command.add_argument(name.strip("[].").lower(), metavar=name, nargs=nargs)
-            continue
-        short, help, settings = _OPTIONS[name]
-        if "action" not in settings:
-            settings = {"metavar": name.split("_")[-1].upper(), **settings}
-        if name in _PLACE_OPTIONS:
-            settings = {**settings, "default": os.environ.get(f"WMI_{name.upper()}") or settings.get("default")}
-        group = fields if name in _FIELD_OPTIONS else places if name in _PLACE_OPTIONS else command
-        group.add_argument(f"--{name.replace('_', '-')}", *short.split(), help=help, **settings)
+    """Add options by their names in _GROUPS, and positional arguments, whose names are in capitals."""
+    names = list(names)
+    for name in filter(str.isupper, names):
+        nargs = "?" if name[0] == "[" else "+" if name[-1] == "." else None
+        command.add_argument(name.strip("[].").lower(), metavar=name, nargs=nargs)
+    for title, options in _GROUPS.items():
+        group = command.add_argument_group(title)
+        for name, (short, help, settings) in options.items():
+            if name not in names:
+                continue
+            if "action" not in settings:
+                settings = {"metavar": name.split("_")[-1].upper(), **settings}
+            if name in _PLACE_OPTIONS:
+                settings = {**settings, "default": os.environ.get(f"WMI_{name.upper()}") or settings.get("default")}
+            group.add_argument(f"--{name.replace('_', '-')}", *short.split(), help=help, **settings)
 
 
 def _explain(error: Exception, options: Any) -> str:
@@ -3610,6 +4444,8 @@ def _explain(error: Exception, options: Any) -> str:
         return f"{error.filename}: {text}" if isinstance(error.filename, str) else text
     if text in ("start", "limit") and hasattr(options, text):
         return f"--{text}: {getattr(options, text)!r} is not a whole number of at most 18 digits"
+    if getattr(error, "status", 0) == 401:
+        return f"{options.url} asks for a token: set WMI_TOKEN, or name the file that holds it, --token-file FILE"
     if text.startswith("Invalid UUID Syntax: "):
         return f"{text[21:]!r} is not an id: an id is wmi- and letters a-z or digits"
     cause: Any = getattr(error.__cause__, "reason", error.__cause__)  # urllib wraps what the system says

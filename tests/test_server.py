@@ -1276,7 +1276,7 @@ class Command:
                 break
         self._drain = threading.Thread(target=self._read)
         self._drain.start()
-        found = re.search(r"http://(.*):(\d+)/", self.said[-1])
+        found = re.search(r"http://([^/ ]*):(\d+)/", self.said[-1])
         self.host, self.port = (found[1].strip("[]"), int(found[2])) if found else ("", 0)
         self.pid = self.process.pid
 
@@ -1359,7 +1359,8 @@ STOPS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=[
 def test_start_up_message(command):
     """One line says what is served and where, and the address is that of this machine alone."""
     server = command("--sample")
-    assert server.said == [f"wmi: serving sqlite:images.db on http://127.0.0.1:{server.port}/api/images\n"]
+    url = f"http://127.0.0.1:{server.port}"
+    assert server.said == [f"wmi: serving sqlite:images.db on {url}/api/images (page: {url}/)\n"]
     with server.connect() as peer:
         peer.sendall(CLOSE)
         assert json.loads(parse_answer(rest(peer))[2])["owner_total"] > 0
@@ -1372,7 +1373,8 @@ def test_ipv6_command(command):
     except OSError:
         pytest.skip("no IPv6 here")
     server = command("--host", "::1", "--workers", "2")
-    assert server.said == [f"wmi: serving sqlite:images.db on http://[::1]:{server.port}/api/images\n"]
+    url = f"http://[::1]:{server.port}"
+    assert server.said == [f"wmi: serving sqlite:images.db on {url}/api/images (page: {url}/)\n"]
     for text, status in ((GET[:-2] + b"Host: b\r\n\r\n", 400), (GET.replace(b"Host: a", b"Host: [::1]:9001"), 200)):
         with server.connect() as peer:
             peer.sendall(text)

@@ -606,7 +606,7 @@ def test_who_may_change_an_image(changing, version, method, account, id, older, 
     if method == "PUT" and version != "12.03":
         return
     status = newest if version == "12.03" else older
-    before = changing.server.service._storage.revision()
+    before = changing.server.service.storage.revision()
     answer = call(changing, method, f"{PATHS[version]}/{id}?display_name=x", account)
     assert answer[0] == status
     if status == 404:
@@ -615,7 +615,7 @@ def test_who_may_change_an_image(changing, version, method, account, id, older, 
         name = f"{PREFIXES[version]}OperationNotPermitted"
         refused(answer, version, "OperationNotPermitted", 403, "105", name)
     if status != 200:
-        assert changing.server.service._storage.revision() == before
+        assert changing.server.service.storage.revision() == before
 
 
 # ---- PUT ----
@@ -856,7 +856,7 @@ def test_a_change_is_seen_at_once(changing, version):
     """What was answered before, and may be remembered, is not answered after a change."""
     for _ in range(3):
         assert listing(changing, version)[0] == 3
-    wmi.Catalog(changing.server.service._storage).register({"id": "wmi-new", "account_id": ME})
+    wmi.Catalog(changing.server.service.storage).register({"id": "wmi-new", "account_id": ME})
     assert listing(changing, version)[0] == 4
     assert listing(changing, version)[3][0] == "wmi-new"
 
