@@ -666,7 +666,10 @@ class Storage(Protocol):
         """Yield the scope from offset start in bounded memory; frozen: as it was at one moment."""
 
     def revision(self) -> str:
-        """Return what changes whenever anything changes, by another process too; next to free."""
+        """Return what changes whenever anything changes, by another process too; a cluster is asked for it."""
+
+    def at_least(self, revision: str) -> Storage:
+        """Return this store for reads that need not be newer than a revision that it had; a cluster is not asked."""
 
     def check(self, repair: bool = False) -> Iterator[str]:
         """Read everything and yield a line per fault; repair what can be derived from the records."""
@@ -773,6 +776,10 @@ class MemoryStorage:
         with self._opened():
             return f"{self._nonce}.{self._changes}"
 
+    def at_least(self, revision: str) -> MemoryStorage:
+        """Return this store, which always reads the newest."""
+        return self
+
     def check(self, repair: bool = False) -> Iterator[str]:
         """Yield nothing: there is nothing derived that could be wrong."""
         with self._opened():
@@ -870,7 +877,13 @@ class storage_errors:  # noqa: N801  # used as a function; a generator would cos
         if isinstance(error, KeyError):
             raise UnknownUUIDResource(self._id) from error
         if isinstance(error, (OSError, ValueError)):
-            raise DatabaseError("the store cannot answer") from error
+            raise DatabaseError(_STORE_SAYS.get(getattr(error, "errno", 0) or 0, "the store cannot answer")) from error
+
+
+_STORE_SAYS = {  # what the caller is told about an OSError of a store, by its errno; the log has the reason
+    errno.EINPROGRESS: "it is unknown whether this was done; look before trying again",
+    errno.EHOSTUNREACH: "the store has no quorum; try again",
+}
 
 
 ####################################################################################################
@@ -910,6 +923,15 @@ class Catalog:
         self.storage, self._pulse = storage, pulse
         self.account = account if account is None else check_account("account", account)
         self.version = find_version(version)
+
+    def at_least(self, revision: str) -> Catalog:
+        """Return this catalog for reads that need not be newer than a revision that the store had."""
+        storage = self.storage.at_least(revision)
+        if storage is self.storage:  # on this machine the newest costs nothing
+            return self
+        catalog = copy.copy(self)
+        catalog.storage = storage
+        return catalog
 
     def index(self, start: int | str = 0, limit: int | str | None = None, **filters: Any) -> Page:
         """Return the page of images from offset start, at most limit of them, newest first.
@@ -1769,6 +1791,7 @@ class Service:
         version, id, format, _ = route
         catalog, revision = self.catalog(request, version), self.revision(arrived)
         body: bytes | Body
+        catalog = catalog.at_least(revision)  # a cluster was asked once for this round, and is not asked again
         if id is not None:
             body = encode(render(version, catalog.show(id)), format)
         else:
@@ -1790,7 +1813,7 @@ class Service:
         if not self._walks.acquire(blocking=False):
             raise DatabaseError("too many requests look at all images; try again")
         try:
-            yield Catalog(self.storage, catalog.account, catalog.version.name, pulse)
+            yield Catalog(catalog.storage, catalog.account, catalog.version.name, pulse)
         finally:
             self._walks.release()
 

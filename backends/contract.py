@@ -556,6 +556,23 @@ class StorageContract(Base):
             seen.append(store.revision())
         self.assertEqual(len(seen), len(set(seen)))
 
+    def test_reads_at_least_as_new_as_a_revision(self) -> None:
+        """Each shows all that was done when the revision was taken, by every verb that reads."""
+        store = self.open()
+        others = [store, self.open()] if self.shared else [store]
+        for n in range(20):
+            store.add(image(n, n=0))
+            store.replace(f"wmi-{n:08x}", lambda record, n=n: {**record, "n": n})
+            for other in others:
+                view = other.at_least(other.revision())
+                self.assertEqual(view.get(f"wmi-{n:08x}"), image(n, n=n))
+                self.assertEqual(view.page(None, 0, 1), (n + 1, [image(n, n=n)]))
+                self.assertEqual([r["n"] for r in view.walk(oldest_first=True)], list(range(n + 1)))
+        revision = store.revision()
+        store.close()
+        with self.assertRaisesRegex(ValueError, "closed"):
+            store.at_least(revision).get("wmi-00000001")
+
     # ---- all or none ----
 
     def test_add_all_keeps_the_order(self) -> None:

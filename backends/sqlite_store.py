@@ -266,6 +266,10 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
                         self._still = _Still(self._path, found) if os.name == "posix" else None
         return str(revision)
 
+    def at_least(self, revision: str) -> SqliteStorage:
+        """Return this store, which always reads the newest."""
+        return self
+
     def check(self, repair: bool = False) -> Iterator[str]:
         """Yield each fault; repair indexes, counts and columns by the records."""
         try:

@@ -6,6 +6,7 @@ promises, and each limit at one below, at and one above.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -645,6 +646,51 @@ def test_one_look_serves_all_that_arrived_before_it():
     assert storage.looks == 6
 
 
+class Far(Looked):
+    """A store as in a cluster, where each read asks for a revision unless it says that an older one will do."""
+
+    def __init__(self):
+        super().__init__()
+        self.floors = []
+
+    def at_least(self, revision):
+        """Return a store for reads that need no look."""
+        self.floors.append(revision)
+        return super()
+
+    def get(self, id):
+        """Return the record after another look."""
+        self.revision()
+        return super().get(id)
+
+    def page(self, *args, **options):
+        """Return the page after another look."""
+        self.revision()
+        return super().page(*args, **options)
+
+    def walk(self, *args, **options):
+        """Yield the records after another look."""
+        self.revision()
+        return super().walk(*args, **options)
+
+
+def test_one_look_serves_what_is_read_after_it():
+    """Every read of a request takes the revision that was seen after the request arrived, and needs no other."""
+    storage = Far()
+    storage.add_all(image(f"wmi-{n}") for n in range(3))
+    service, arrived = wmi.Service(storage), time.monotonic()
+    targets = (
+        "/api/images/wmi-1", "/api/images?limit=1", "/api/images", "/api/12.03/images?service_type=std",
+        "/api/12.03/images?sort_by=description.asc",
+    )  # fmt: skip
+    for target in targets:
+        assert service.answer(request(target), arrived).status == 200
+    assert (storage.looks, storage.floors) == (1, [storage.revision()] * len(targets))
+    storage.add(image("wmi-new"))
+    assert b"wmi-new" in service.answer(request()).body
+    assert storage.floors[-1] == storage.revision() != storage.floors[0]
+
+
 def test_a_change_shows_in_the_very_next_answer(service, storage):
     """A kept answer is used only while the store's revision is the same."""
     for number in range(30):
@@ -678,6 +724,10 @@ class Late:
 
     def __getattr__(self, name):
         return getattr(self._storage, name)
+
+    def at_least(self, revision):
+        """Return this store: its reads are what is late."""
+        return self
 
     def get(self, id):
         """Return the record as it was before a change that is done on return."""
@@ -984,6 +1034,16 @@ def test_a_store_that_fails_is_503(error, method, target, lines):
     assert "secret" in "".join(lines)
 
 
+@pytest.mark.parametrize("number, words", [(errno.EINPROGRESS, b"unknown whether"), (errno.EHOSTUNREACH, b"no quorum")])
+def test_what_a_cluster_cannot_say_is_told(number, words, lines):
+    """A change whose outcome is unknown is not told as one that failed; a missing quorum is named; the log has why."""
+    answer = wmi.Service(Failing(OSError(number, "secret")), report=lines.append).answer(
+        request("/api/images/wmi-one", "DELETE")
+    )
+    assert answer.status == 503 and words in answer.body and b"secret" not in answer.body
+    assert "secret" in lines[0]
+
+
 @pytest.mark.parametrize("method, target", CALLS)
 def test_a_fault_of_ours_is_500(method, target, lines):
     """An exception that nobody expected is 500 in the API's form; its text is in the log alone."""
@@ -1151,6 +1211,10 @@ class Many:
     def revision(self):
         """Return that nothing changes."""
         return "1"
+
+    def at_least(self, revision):
+        """Return this store."""
+        return self
 
     def page(self, account, start, limit, **scope):
         """Return the first records."""
