@@ -16,15 +16,35 @@ Traceback (most recent call last):
     ...
 wmi.OperationNotPermitted
 
-The same verbs on a server elsewhere: ``Client("http://127.0.0.1:9001", "a-visitor1")``.
-The server: ``python3 wmi.py serve --sample``, or ``Server(storage).serve_forever()``.
+The same verbs call a server elsewhere: ``Client("http://127.0.0.1:9001", "a-visitor1")``.
+The server is ``python3 wmi.py serve --sample``, or ``Server(storage).serve_forever()``.
 
-The parts, each using only what stands above it (``grep -A1 '^####' wmi.py``):
-Errors, YAML, Image, Storage, Catalog, Requests, Service, Connections, Processes, Client, Optional,
-Command line.
+The words:
 
-Left out on purpose: everything of DCMGR that is not an image; the rest of YAML; async; scanning
-for plug-ins. A store is one file in backends/ with one function, open_storage(location).
+    DCMGR         the data center manager of Wakame-vdc, a cloud platform; images are one of its resources
+    the document  the description of the image API that DCMGR published; served under /api/images
+    11.12, 12.03  the two releases of DCMGR that were deployed; each has its own path and small differences
+    the originals the servers of these two releases, in Ruby; where the document is silent, they decide
+    tombstone     the record of a deleted image, which has a `deleted_at`; 12.03 still shows it
+    revision      a text that names one state of a store; every change gives the store another one
+
+The parts, each of which uses only what stands above it (``grep -A1 '^####' wmi.py``), but for calls into Optional:
+
+    Errors        a class for each failure, with its HTTP status and DCMGR's code
+    YAML          the little of YAML that the API needs, written and read
+    Image         the fields, their checks, and what each version of the API shows of them
+    Storage       what a store does, the store in memory, and how a URL finds its backend
+    Catalog       the rules: who sees what, who may delete; paging, filters, sorting
+    Requests      HTTP read strictly: bytes in, requests or an error out
+    Service       from a request to an answer: routes, rendering, ETags, the cache
+    Connections   the server's engine: sockets, deadlines, one loop
+    Processes     a parent that forks workers, and their signals
+    Client        the verbs and errors of the catalog, over HTTP
+    Optional      what the rest works without: HTTPS, parts of files, whole stores
+    Command line  a function for each subcommand, and main()
+
+Left out on purpose: everything of DCMGR that is not an image; the rest of YAML; async; scanning for plug-ins. A
+store is one file in backends/ with one function, open_storage(location).
 """
 
 from __future__ import annotations
@@ -74,11 +94,12 @@ __all__ = [  # and the errors, which are the subclasses of Error
     "main", "open_storage", "register_backend", "run_server", "tls_context",
 ]  # fmt: skip
 
-# Patterns are compiled when first used: re's own cache would cost every use half a microsecond.
+# Patterns are compiled on first use. The cache of re itself would cost half a microsecond at every use.
 _compiled = functools.lru_cache(maxsize=None)(re.compile)
 
-# wmi is one file, yet a backend is imported as wmi.NAME_store: from backends/ beside a checkout or a
-# vendored copy, from wmi_backends/ beside an installed wmi.py (no top-level package "backends").
+# wmi is one file, yet a backend is imported as wmi.NAME_store: with __path__ a module counts as a package. The folder
+# is backends/ beside a checkout or a vendored copy, and wmi_backends/ beside an installed wmi.py, because no package
+# should claim the top-level name "backends".
 __path__ = [os.path.join(os.path.dirname(os.path.abspath(__file__)), name) for name in ("backends", "wmi_backends")]
 
 Record = dict[str, Any]
@@ -87,78 +108,78 @@ Record = dict[str, Any]
 ####################################################################################################
 # Errors
 ####################################################################################################
-# One tree. An error is raised once, where it is known. It carries the HTTP status and the DCMGR code
-# as class attributes, so the server needs no mapping table and the client raises the same class from
-# an answer. One place turns an error into HTTP, one into a line on stderr.
+# One tree. An error is raised once, by the code that knows what is wrong. It carries its HTTP status and DCMGR's code
+# as class attributes, so the server needs no table of errors, and the client raises the same class again from an
+# answer. One place turns errors into HTTP, another one into a line on stderr.
 
 
 class Error(Exception):
-    """Be the base of every error of this module; ``str(error)`` is the message.
+    """Base class of every error in this module; ``str(error)`` is the message.
 
-    An empty message is shown as the class, which is what the originals did.
+    An answer shows the name of the class in place of an empty message, as the originals did.
     """
 
     status = 500  # HTTP status of the answer
     code = "500"  # DCMGR's own code, a string in every answer
-    retry_after = 0.0  # seconds; set by the client from an answer
+    retry_after = 0.0  # seconds; the client takes it from Retry-After
 
 
 class UnknownUUIDResource(Error):
-    """Say that there is no such image; the message is the id asked for."""
+    """Raised when there is no such image; the message is its id."""
 
     status, code = 404, "100"
 
 
 class InvalidRequestCredentials(Error):
-    """Say that the account is missing or malformed."""
+    """Raised when the account is missing or malformed."""
 
     status, code = 400, "103"
 
 
 class OperationNotPermitted(Error):
-    """Say that the image belongs to another account."""
+    """Raised when the image belongs to another account."""
 
     status, code = 403, "105"
 
 
 class DatabaseError(Error):
-    """Say that the store cannot answer; ``__cause__`` says why."""
+    """Raised when the store cannot answer; ``__cause__`` is the reason."""
 
     status, code = 503, "110"
 
 
 class InvalidParameter(Error):
-    """Say that a parameter, a field or the form of an id is wrong; the message names it."""
+    """Raised when a parameter, a field or the form of an id is wrong; the message names it."""
 
     status, code = 400, "143"
 
 
 class DuplicateUUID(Error):
-    """Say that an image with this id is registered already (the API itself has no such call)."""
+    """Raised when an image with this id exists already; not over HTTP, where nothing is registered."""
 
     status, code = 409, "409"
 
 
 class BadRequest(Error):
-    """Refuse a request that breaks the rules of HTTP (RFC 9112)."""
+    """Raised when a request breaks the rules of HTTP (RFC 9112)."""
 
     status, code = 400, "400"
 
 
 class NotFound(Error):
-    """Say that nothing is served under this path."""
+    """Raised when nothing is served under a path."""
 
     status, code = 404, "404"
 
 
 class MethodNotAllowed(Error):
-    """Say that the path does not have this method; the message lists those it has."""
+    """Raised when a path does not have the method; the message lists the methods that it has."""
 
     status, code = 405, "405"
 
 
 class RequestTimeout(Error):
-    """Refuse a request that took too long to arrive."""
+    """Raised when a request, or the client's reading of its answer, takes too long."""
 
     status, code = 408, "408"
 
@@ -170,19 +191,19 @@ class PreconditionFailed(Error):
 
 
 class ContentTooLarge(Error):
-    """Refuse a body over the limit."""
+    """Raised when the body is over the limit."""
 
     status, code = 413, "413"
 
 
 class URITooLong(Error):
-    """Refuse a request line over the limit."""
+    """Raised when the request line is over the limit."""
 
     status, code = 414, "414"
 
 
 class UnsupportedMediaType(Error):
-    """Refuse a body that is neither a form nor JSON."""
+    """Raised when the body is neither a form nor JSON."""
 
     status, code = 415, "415"
 
@@ -194,25 +215,25 @@ class RangeNotSatisfiable(Error):
 
 
 class ExpectationFailed(Error):
-    """Refuse an Expect other than 100-continue."""
+    """Raised when a request expects something other than 100-continue."""
 
     status, code = 417, "417"
 
 
 class MisdirectedRequest(Error):
-    """Raised for a Host that this server does not serve (RFC 9110, 15.5.20)."""
+    """Raised when the Host is not one that this server serves (RFC 9110, 15.5.20)."""
 
     status, code = 421, "421"
 
 
 class RequestHeaderFieldsTooLarge(Error):
-    """Refuse a head over one of the limits."""
+    """Raised when the head is over one of the limits."""
 
     status, code = 431, "431"
 
 
 class UnknownTransferCoding(Error):
-    """Refuse a transfer coding other than chunked (RFC 9112, 6.1)."""
+    """Raised when the transfer coding is not chunked (RFC 9112, 6.1)."""
 
     status, code = 501, "501"
 
@@ -224,19 +245,19 @@ class FetchError(Error):
 
 
 class BadAnswer(Error):
-    """Say that a server's answer is too large or not this API (client only)."""
+    """Raised when an answer is too large, or not one of this API."""
 
     status, code = 502, "502"
 
 
 class Unreachable(Error):
-    """Say that a server gave no whole answer in time (client only)."""
+    """Raised when no whole answer came in time, or the other side has hung up."""
 
     status, code = 504, "504"
 
 
 class HTTPVersionNotSupported(Error):
-    """Refuse HTTP/2 and later."""
+    """Raised when a request is HTTP/2 or later."""
 
     status, code = 505, "505"
 
