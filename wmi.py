@@ -265,12 +265,12 @@ class HTTPVersionNotSupported(Error):
 ####################################################################################################
 # YAML
 ####################################################################################################
-# The originals show `source` and `features` as a YAML document inside a text, and answer in YAML when
-# the path ends in .yml. Written here: mappings with Ruby symbols as keys, sequences and scalars, so
-# that Ruby's and Python's YAML libraries read the same data back. Read here: one flat mapping, which
-# is what `source` and `features` are. No tags, no anchors: nothing is ever instantiated.
+# The originals show `source` and `features` as a YAML document inside a text, and answer in YAML when the path ends
+# in .yml. This part writes mappings with Ruby symbols as keys, sequences and scalars, such that the YAML libraries of
+# Ruby and Python read the same data back. It reads one flat mapping, which is what `source` and `features` are. Tags
+# and anchors are not read: no text can make this module instantiate anything.
 
-# A text is written plain only where no YAML 1.1 reader takes it for anything but that text.
+# Text stays unquoted only if every reader of YAML 1.1 takes it for that text: not for a number, a date or a boolean.
 _YAML_PLAIN = r"[A-Za-z/][A-Za-z0-9_./@+=~-]*(?:[: ][A-Za-z0-9_./][A-Za-z0-9_./@+=~-]*)*"
 _YAML_WORDS = frozenset("y n yes no on off true false null".split())
 _YAML_ESCAPES = dict(zip('0abtnvfre"\\/ N_LP', '\0\a\b\t\n\v\f\r\x1b"\\/ \x85\xa0\u2028\u2029'))
@@ -279,19 +279,22 @@ _YAML_CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": Fal
 
 
 class Timestamp(str):
-    """Be a time that is text in JSON (2011-11-23T07:36:00Z) and a timestamp in YAML."""
+    """A time, which is text in JSON (2011-11-23T07:36:00Z) and a timestamp in YAML."""
 
     __slots__ = ()
 
 
 def to_yaml(value: Any) -> str:
-    """Return value, of dicts, lists and scalars, as one YAML document with symbol keys."""
+    """Return a value made of dicts, lists and scalars as one YAML document, its keys as Ruby symbols."""
     nested = isinstance(value, (dict, list)) and value
     return "---\n" + "".join(yaml_lines(value, "")) if nested else f"--- {_yaml_scalar(value)}\n"
 
 
 def yaml_lines(value: Any, indent: str) -> list[str]:
-    """Return the block lines of a dict or list that is not empty, laid out as Ruby's psych does."""
+    """Return a dict or list that is not empty as lines of YAML, in the layout of Ruby's psych.
+
+    That layout indents a dict within its key, but not a list: clients such as mussel search for its lines.
+    """
     lines, listed = [], isinstance(value, list)
     for item in value:
         head, item = (f"{indent}-", item) if listed else (f"{indent}:{item}:", value[item])
@@ -309,7 +312,7 @@ def _yaml_scalar(value: Any) -> str:
     if not isinstance(value, str):
         if isinstance(value, int):
             return str(value).lower()  # true, 12
-        return "" if value is None else json.dumps(value)  # {} and [] are spelled alike
+        return "" if value is None else json.dumps(value)  # {} and [] look the same in YAML
     if isinstance(value, Timestamp):
         return f"{value[:10]} {value[11:19]}.000000000 Z"
     if _compiled(_YAML_PLAIN).fullmatch(value) and value.lower() not in _YAML_WORDS:
@@ -328,11 +331,13 @@ def _yaml_escaped(char: str) -> str:
 def parse_yaml_mapping(text: str) -> dict[str, Any]:
     """Return the flat mapping in a YAML document, its keys without the colon of a symbol.
 
-    Reads what this module and the originals (Ruby 1.8's syck, later psych) wrote for `source` and
-    `features`. Everything else of YAML is a ValueError that says what was found.
+    This reads what this module and the originals (syck in Ruby 1.8, later psych) write for `source` and `features`.
+    Raises ValueError, which says what was found, for anything else that YAML allows.
     """
+    # 1. YAML 1.1 takes these characters for line breaks, other parsers do not: only their escapes are clear.
     if re.search("[\x85\u2028\u2029]", text):
         raise ValueError(f"expected escapes for the line breaks of YAML in {text!r:.60}")
+    # 2. The first line: "---", or none, or all of it where the mapping is empty.
     start, _, rest = text.partition("\n")
     start = start.strip()
     if start == "--- {}" and not rest.strip():
@@ -341,7 +346,8 @@ def parse_yaml_mapping(text: str) -> dict[str, Any]:
         rest = text
     elif start != "---":
         raise ValueError(f"expected '---' and a mapping, not {start!r:.60}")
-    folded = re.sub(r"\\\n +|\n +", lambda m: "" if m[0][0] == "\\" else " ", rest)  # a long scalar goes on
+    # 3. An indented line continues the scalar before it: syck and psych break long ones. Then each line is an entry.
+    folded = re.sub(r"\\\n +|\n +", lambda m: "" if m[0][0] == "\\" else " ", rest)
     return dict(_parse_yaml_entry(line.rstrip(" \t\r")) for line in folded.split("\n") if line.strip(" \t\r"))
 
 
@@ -364,7 +370,7 @@ def _parse_yaml_scalar(text: str) -> Any:
         raise ValueError(f"expected plain or quoted text, not {text!r:.60}")
     if re.fullmatch("[-+]?[0-9]{1,18}", text):
         return int(text)
-    return text[1:] if text[0] == ":" else text  # a Ruby symbol is taken as its text
+    return text[1:] if text[0] == ":" else text  # a Ruby symbol becomes its text
 
 
 def _yaml_unescaped(match: re.Match[str]) -> str:
