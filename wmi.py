@@ -383,25 +383,40 @@ def _yaml_unescaped(match: re.Match[str]) -> str:
 ####################################################################################################
 # Image
 ####################################################################################################
-# An image is kept as a record: a plain dict with the fields of FIELDS, each checked, in that order.
-# The three versions of the API differ in data only: names, order, defaults and who may see what. That
-# data is the table VERSIONS; a version is a row of it, never an `if` elsewhere.
+# An image is kept as a record: a plain dict with the fields of FIELDS, each checked, in that order. The three versions
+# of the API differ in data only: names, order, defaults, and who may see what. This data is the table VERSIONS. A
+# version is a row of that table, never an `if` somewhere else.
+#
+#     {"uuid": "wmi-a", "account_id": "a-x", …}    the fields, as somebody gives them
+#         |
+#         |  image_record(): names, checks, defaults
+#         v
+#     {"id": "wmi-a", …, "os_type": "linux"}       the record, as stores keep it: all of FIELDS, in this order
+#         |
+#         |  render(): the table `fields` of one Version
+#         v
+#     {"id": "wmi-a", "uuid": "wmi-a", …}          the image, as this version shows it; Service makes JSON or YAML of it
+#
+# `source`, for example, is the dict {"uri": "file:///a.raw"} in the record; the document and 11.12 show it as text in
+# YAML; 12.03 does not show it. The record is always whole, and each version is a view of it.
 
 BOOT_DEV_SAN, BOOT_DEV_LOCAL = 1, 2  # the document's numbers: a volume on the storage network, a local file
 SYSTEM_ACCOUNT = "a-00000000"  # may show and delete any image (document and 11.12)
 STATES = ("init", "creating", "pending", "available", "deleted")
-MAX_TEXT = 150_000  # characters of an image in all: as JSON, six bytes each at worst, that is below 1 MiB
+MAX_TEXT = 150_000  # characters of all texts of an image: at six bytes each, the most in JSON, they fit in 1 MiB
 
-Check = Callable[[str, Any], Any]  # (field, value) -> the value as kept, or InvalidParameter
+# A check takes a field's name and a value, and returns the value as it is kept or raises InvalidParameter. The checks
+# are functions made from parts such as _matching and _one_of, so that the table FIELDS reads like a specification.
+Check = Callable[[str, Any], Any]
 
 
 def refuse(field: str, value: Any, allowed: str) -> InvalidParameter:
-    """Return the error for a value: it names the field, the value and what is allowed."""
+    """Return the error for a value that is not allowed; it names the field, the value and what is allowed."""
     return InvalidParameter(f"{field}: {brief(value)} is not allowed; expected {allowed}")
 
 
 def brief(value: Any) -> str:
-    """Return at most 80 characters that show a value, however deep it is nested."""
+    """Return at most 80 characters that show a value, however deeply it is nested."""
     try:
         return f"{value!r:.80}"
     except RecursionError:
@@ -418,7 +433,7 @@ def _matching(pattern: str, allowed: str) -> Check:
 
 
 def _one_of(*allowed: Any) -> Check:
-    typed = {(type(choice), choice) for choice in allowed}  # 1 and True are equal, yet not the same
+    typed = {(type(choice), choice) for choice in allowed}  # with its type: 1 == True, but they are different JSON
 
     def check(field: str, value: Any) -> Any:
         if isinstance(value, (str, int)) and (type(value), value) in typed:
@@ -439,10 +454,12 @@ def _check_text(field: str, value: Any) -> str:
 
 
 def parse_time(field: str, value: Any) -> datetime.datetime:
-    """Return an ISO 8601 time as a naive datetime in UTC; without a zone it is taken as UTC.
+    """Return an ISO 8601 time as a naive datetime in UTC; a time without a zone is taken as UTC.
 
-    Raises InvalidParameter that names the field.
+    Raises InvalidParameter, which names the field.
     """
+    # datetime.fromisoformat() takes Z and short fractions only since Python 3.11, and since then much else besides,
+    # such as 2011W471. The form is checked here, so that every Python takes the same times.
     form = r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d:\d\d)(?:\.(\d{1,6})\d*)? ?(?:Z|([+-](?:[01]\d|2[0-3])):?([0-5]\d))?)?"
     match = re.fullmatch(form, value, re.ASCII) if isinstance(value, str) else None
     try:
@@ -459,7 +476,7 @@ def _check_time(field: str, value: Any) -> str:
 
 
 def now() -> str:
-    """Return the time as the API spells it: UTC, whole seconds, 2011-11-23T07:36:00Z."""
+    """Return the present time as the API spells it: UTC, whole seconds, such as 2011-11-23T07:36:00Z."""
     return _spell_time(int(time.time()))
 
 
@@ -469,7 +486,7 @@ def _spell_time(second: int) -> str:
 
 
 def _mapping_of(**checks: Check) -> Check:
-    """Return the check of a dict, or of its text in YAML, that has these keys and no others."""
+    """Return the check of a dict, or of a dict as text in YAML, that may have these keys and no others."""
 
     def check(field: str, value: Any) -> dict[str, Any]:
         try:
@@ -491,7 +508,8 @@ _check_snapshot = _matching("snap-[a-z0-9]+", "snap- and letters a-z or digits")
 _check_backup = _matching("bo-[a-z0-9]+", "bo- and letters a-z or digits")
 _check_md5sum = _matching("[0-9A-Fa-f]{32}", "32 hex digits")
 
-# Every field of a record, in the order in which it is kept: its check and its default.
+# Every field of a record, in the order in which records are kept: its check and its default. An image that omits the
+# field gets the default, which is not checked: None there says nothing about whether null may be given.
 FIELDS: dict[str, tuple[Check, Any]] = {
     "id": (check_id, None),
     "account_id": (check_account, None),
@@ -505,7 +523,7 @@ FIELDS: dict[str, tuple[Check, Any]] = {
     "is_public": (_check_flag, False),
     "state": (_one_of(*STATES), "init"),
     "features": (_mapping_of(virtio=_check_flag, acpi=_check_flag), {}),
-    # from here on: what 12.03 added
+    # What 12.03 added.
     "file_format": (_matching("[a-z0-9]{1,255}", "letters a-z or digits, such as raw"), "raw"),
     "root_device": (_or_null(_check_text), None),
     "is_cacheable": (_check_flag, False),
@@ -517,29 +535,34 @@ FIELDS: dict[str, tuple[Check, Any]] = {
     "deleted_at": (_or_null(_check_time), None),
     "os_type": (_one_of("linux", "windows"), "linux"),
 }
-_ALWAYS_EMPTY = ("volumes", "vifs", "labels")  # 12.03 answers []: accepted, not kept
+_ALWAYS_EMPTY = ("volumes", "vifs", "labels")  # 12.03 shows them as []: so [] is accepted, but not kept
 
 
 def image_record(fields: Mapping[str, Any]) -> Record:
-    """Return a complete, checked record from some fields of an image.
+    """Return a complete, checked record made from some fields of an image.
 
-    Takes the names of FIELDS, with `uuid` as another name of `id`; account_id is required; id and
-    times are made up if absent. Raises InvalidParameter: field, value and what is allowed.
+    The names are those of FIELDS, and `uuid` is another name of `id`. Only account_id is required; an id that is
+    absent is made up, and absent times are the present. Raises InvalidParameter, which names the field, the value
+    and what is allowed.
     """
+    # 1. Resolve `uuid`, so that what any version showed can be registered again: all of them show both names.
     given = {name: value for name, value in fields.items() if name not in _ALWAYS_EMPTY or value != []}
     uuid = given.pop("uuid", None)
     if uuid is not None and given.setdefault("id", uuid) != uuid:
         raise refuse("uuid", uuid, f"the same as id, {brief(given['id'])}")
+    # 2. Refuse unknown names: a misspelled one would otherwise be dropped in silence.
     for name in given:
         if name not in FIELDS:
             raise refuse("field", name, ", ".join(FIELDS))
     if "account_id" not in given:
         raise InvalidParameter("account_id: is missing; say whose image it is, such as a-shpoolxx")
+    # 3. Add what only this moment can supply. The id is eight random letters and digits, as in the originals.
     if "id" not in given:
         letters = random.SystemRandom().choices("abcdefghijklmnopqrstuvwxyz0123456789", k=8)
         given["id"] = "wmi-" + "".join(letters)
     given.setdefault("created_at", now())
     given.setdefault("updated_at", given["created_at"])
+    # 4. Check each field, and copy each default: two records must not share one dict.
     record = {
         name: check(name, given[name]) if name in given else copy.copy(default)
         for name, (check, default) in FIELDS.items()
@@ -550,7 +573,11 @@ def image_record(fields: Mapping[str, Any]) -> Record:
 
 
 def check_agreement(record: Record) -> Record:
-    """Return the record if its fields agree with one another and are not too long. Raises InvalidParameter."""
+    """Return the record if its fields agree with one another and are not too long.
+
+    The check of a single field cannot tell, so this is called again whenever fields are changed. Raises
+    InvalidParameter.
+    """
     texts = (*record.values(), *record["source"].values())
     if sum(len(text) for text in texts if isinstance(text, str)) > MAX_TEXT:
         raise InvalidParameter(f"image: its texts have more than {MAX_TEXT:,} characters in all")
@@ -563,7 +590,7 @@ def check_agreement(record: Record) -> Record:
 
 
 def _fields(names: str, **shown: Callable[[Record], Any]) -> Mapping[str, Callable[[Record], Any]]:
-    """Return a table of fields; those not in shown are shown as they are kept."""
+    """Return what each of the named fields shows of a record; those that `shown` lacks show it as it is kept."""
     shown["uuid"] = operator.itemgetter("id")
     shown["created_at"] = lambda record: Timestamp(record["created_at"])
     shown["updated_at"] = lambda record: Timestamp(record["updated_at"])
@@ -571,31 +598,33 @@ def _fields(names: str, **shown: Callable[[Record], Any]) -> Mapping[str, Callab
 
 
 class Version:
-    """One version of the API: its path, envelope and visibility rules. This one is the document's."""
+    """One version of the API: its path, envelope and visibility rules. The defaults are those of the document."""
 
     name: str = "document"
     path: str = "/api/images"  # of the collection
-    prefix: str = "Dcmgr::Endpoints::"  # of an error's class
-    wrapped: bool = False  # the index answers an array that holds one object
-    envelope: Sequence[str] = ("owner_total", "start", "limit", "result")  # the index's keys, in order
-    default_limit: int | None = None  # also for limit=0; None is no limit
-    fields: Mapping[str, Callable[[Record], Any]] = _fields(  # of an image, in order, and what each shows
+    prefix: str = "Dcmgr::Endpoints::"  # precedes the class of an error in its answer
+    wrapped: bool = False  # the answer of the index is an array that holds one object
+    envelope: Sequence[str] = ("owner_total", "start", "limit", "result")  # keys of an index, in order
+    default_limit: int | None = None  # applies to limit=0 too; None: no limit
+    fields: Mapping[str, Callable[[Record], Any]] = _fields(  # names in order, and what each shows of a record
         "id uuid account_id created_at updated_at boot_dev_type source arch description md5sum is_public state"
         " features",
         source=lambda record: to_yaml(record["source"]),
         features=lambda record: to_yaml(record["features"]),
     )
-    index_public: bool = True  # the index lists every account's public images
-    index_deleted: bool | None = False  # and tombstones: False no, True only, None too
-    shows_deleted: bool = False  # show answers a tombstone, and deleting it again is fine
-    not_yours: type[Error] = OperationNotPermitted  # for somebody else's image
+    index_public: bool = True  # the index lists the public images of every account
+    index_deleted: bool | None = False  # tombstones in the index: False, none; True, nothing else; None, them too
+    shows_deleted: bool = False  # a tombstone can be shown, and deleted again
+    not_yours: type[Error] = OperationNotPermitted  # raised for the private image of another account
     privileged: bool = True  # SYSTEM_ACCOUNT may show and delete any image
     updatable: Sequence[str] = ()  # fields that PUT sets
-    filters: Sequence[str] = ()  # parameters of the index beside start and limit
-    no_account: str = "say who calls: send a header X-VDC-ACCOUNT-UUID, such as a-shpoolxx"  # "": the error's class
+    filters: Sequence[str] = ()  # parameters of the index besides start and limit
+    # The message when no account is given. The originals had none, so their clients see the class of the error there.
+    no_account: str = "say who calls: send a header X-VDC-ACCOUNT-UUID, such as a-shpoolxx"
 
 
 class _V1112(Version):
+    # The deployed 11.12 servers differ from the document in their envelope, and in one message.
     name = "11.12"
     path = "/api/11.12/images"
     wrapped = True
@@ -604,6 +633,8 @@ class _V1112(Version):
 
 
 class _V1203(Version):
+    # 12.03 lists an account's own images, tombstones included, and public ones of others only when asked for them. To
+    # a caller who may not see an image it denies that the image exists: 404, where the others answer 403.
     name = "12.03"
     path = "/api/12.03/images"
     prefix = "Dcmgr::Endpoints::Errors::"
@@ -638,12 +669,12 @@ _check_version = _one_of(*VERSIONS)
 
 
 def find_version(name: str) -> Version:
-    """Return the row of VERSIONS. Raises InvalidParameter."""
+    """Return the row of VERSIONS with this name. Raises InvalidParameter."""
     return VERSIONS[_check_version("version", name)]
 
 
 def render(version: Version, record: Record) -> Record:
-    """Return a record as this version shows it: its fields, in its order."""
+    """Return a record as this version shows it: the fields of the version, in the order of the version."""
     return {name: show(record) for name, show in version.fields.items()}
 
 
