@@ -681,20 +681,25 @@ def render(version: Version, record: Record) -> Record:
 ####################################################################################################
 # Storage
 ####################################################################################################
-# What a store is, the store in memory, and how a URL such as sqlite:images.db finds its backend. A
-# store keeps records by id in order of registration; rules and HTTP are none of its business. The
-# tests in backends/contract.py are this interface, for every backend of ours or of others.
+# What a store is, the store in memory, and how a URL such as sqlite:images.db finds its backend. A store keeps records
+# by id, in order of registration; it knows nothing of the API's rules or of HTTP. backends/contract.py is the same
+# interface as a set of tests, for the backends here and for those of third parties.
+#
+# A backend imports nothing from this module and inherits from nothing. It takes and returns plain dicts and raises
+# built-in exceptions, so it also works beside a renamed copy of wmi.py. One place, storage_errors, turns these
+# exceptions into the errors of this module.
 
 
 class Storage(Protocol):
-    """Keep records by id, in order of registration; records go in and come out as copies.
+    """A store of records by id, in order of registration; records go in and come out as copies.
 
-    A store looks at four fields: id, account_id, is_public and deleted_at (who has one is a
-    *tombstone*). Raises KeyError (absent), FileExistsError (the id exists), ValueError (misuse,
-    closed) and OSError (the medium failed), nothing else.
+    A store looks at four fields only: id, account_id, is_public and deleted_at (a record that has one is a
+    *tombstone*). It raises KeyError if the id is absent, FileExistsError if it is taken, ValueError for misuse and
+    after close(), OSError if the medium fails, and nothing else.
 
-    A record is in the scope of `page` and `walk` if account is None or owns it, or it is public and
-    `public` is true; and if it is a tombstone or not, as `deleted` says (None: either).
+    The *scope* of `page` and `walk` is all that `account` owns and, if `public` is true, the public records of
+    others; with the account None it is all records. `deleted` narrows it: False leaves tombstones out, True leaves
+    only them, None takes both.
     """
 
     def get(self, id: str) -> Record:
@@ -707,7 +712,10 @@ class Storage(Protocol):
         """Register all in this order, or none if one fails or the iterable raises; return how many."""
 
     def replace(self, id: str, change: Callable[[Record], Record]) -> Record:
-        """Put change(record) in its place, atomically, and return it; change may be called again."""
+        """Put change(record) in the place of the record, atomically, and return it. Raises KeyError.
+
+        A store may call `change` again, if another process was faster; what `change` raises leaves all as it was.
+        """
 
     def delete(self, id: str) -> None:
         """Remove the record altogether. Raises KeyError."""
@@ -715,45 +723,59 @@ class Storage(Protocol):
     def page(
         self, account: str | None, start: int, limit: int, *, public: bool = True, deleted: bool | None = False
     ) -> tuple[int, list[Record]]:
-        """Return the size of the scope, and limit records of it from offset start, newest first."""
+        """Return how many records are in the scope, and those from offset start, newest first, at most limit.
+
+        Only the records of the page are read: an index is what clients ask for most, and its cost must not grow with
+        the store.
+        """
 
     def walk(
         self, account: str | None = None, *, public: bool = True, deleted: bool | None = None, start: int = 0,
         oldest_first: bool = False, frozen: bool = False,
     ) -> Iterator[Record]:  # fmt: skip
-        """Yield the scope from offset start in bounded memory; frozen: as it was at one moment."""
+        """Yield the records of the scope from offset start, in bounded memory.
+
+        A frozen walk yields them as they were at one moment. A walk that is not frozen may show some changes that are
+        made meanwhile and miss others, but no record comes twice, and none that stays the same is left out.
+        """
 
     def revision(self) -> str:
-        """Return what changes whenever anything changes, by another process too; a cluster is asked for it."""
+        """Return a text that changes whenever anything changes, by another process too.
+
+        A server asks for it in every round of requests: of a file it costs next to nothing, of a cluster one question.
+        """
 
     def at_least(self, revision: str) -> Storage:
         """Return this store for reads that need not be newer than a revision that it had; a cluster is not asked."""
 
     def check(self, repair: bool = False) -> Iterator[str]:
-        """Read everything and yield a line per fault; repair what can be derived from the records."""
+        """Read everything and yield a line for each fault; repair what can be derived from the records."""
 
     def close(self) -> None:
-        """Release everything; a second time is harmless."""
+        """Release everything; a second call is harmless."""
 
     def __enter__(self) -> Storage: ...
 
     def __exit__(self, *exc: object) -> None: ...
 
 
-class _Row(types.SimpleNamespace):  # here and below, where a NamedTuple would cost each import more
+class _Row(types.SimpleNamespace):  # a NamedTuple would cost each import more time
     account: str
     public: bool
     deleted: bool
-    text: str  # the record as JSON, so that what goes out is a copy
+    text: str  # the record as JSON: reading it makes the copy that a caller gets
 
 
 class MemoryStorage:
-    """Keep records in this process, for tests and trials; see Storage for the verbs."""
+    """A store in the memory of this process, for tests and trials; Storage describes the methods."""
+
+    # A change makes another dict of rows and puts it in place of the old one, which nobody alters any more. So a walk
+    # needs no lock and is always frozen. Copying costs as much as there are records: fine for trials.
 
     def __init__(self) -> None:
-        self._rows: dict[str, _Row] = {}  # in order of registration; replaced, never changed
-        self._lock = threading.RLock()
-        self._nonce, self._changes = os.urandom(8).hex(), 0  # no other process has our revisions
+        self._rows: dict[str, _Row] = {}  # by id, in order of registration
+        self._lock = threading.RLock()  # reentrant: what replace() calls may read the store
+        self._nonce, self._changes = os.urandom(8).hex(), 0  # the nonce sets our revisions apart from other stores'
         self._closed = False
 
     def _opened(self) -> threading.RLock:
@@ -773,6 +795,7 @@ class MemoryStorage:
     def add_all(self, records: Iterable[Record]) -> int:
         """Register all in this order, or none if one fails or the iterable raises; return how many."""
         with self._opened():
+            # Popping a tombstone first makes its successor the newest: a dict keeps the place of a key that it has.
             rows, count = self._rows.copy(), 0
             for count, record in enumerate(records, 1):
                 if record["id"] in rows and not rows.pop(record["id"]).deleted:
@@ -782,7 +805,7 @@ class MemoryStorage:
             return count
 
     def replace(self, id: str, change: Callable[[Record], Record]) -> Record:
-        """Put change(record) in its place, atomically, and return it."""
+        """Put change(record) in the place of the record, atomically, and return it. Raises KeyError."""
         with self._opened():
             row = _encoded(change(_decoded(self._rows[id])))
             if _decoded(row)["id"] != id:
@@ -803,7 +826,7 @@ class MemoryStorage:
     def page(
         self, account: str | None, start: int, limit: int, *, public: bool = True, deleted: bool | None = False
     ) -> tuple[int, list[Record]]:
-        """Return the size of the scope, and limit records of it from offset start, newest first."""
+        """Return how many records are in the scope, and those from offset start, newest first, at most limit."""
         if start < 0 or limit < 0:
             raise ValueError("start or limit is negative")
         rows = list(self._scope(account, public, deleted))
@@ -813,7 +836,7 @@ class MemoryStorage:
         self, account: str | None = None, *, public: bool = True, deleted: bool | None = None, start: int = 0,
         oldest_first: bool = False, frozen: bool = False,
     ) -> Iterator[Record]:  # fmt: skip
-        """Yield the scope from offset start, always as it was at one moment."""
+        """Yield the records of the scope from offset start, always as they were at one moment."""
         if start < 0:
             raise ValueError("start is negative")
         rows = self._scope(account, public, deleted, oldest_first)
@@ -823,14 +846,14 @@ class MemoryStorage:
         self, account: str | None, public: bool, deleted: bool | None, oldest_first: bool = False
     ) -> Iterator[_Row]:
         with self._opened():
-            rows = self._rows.values()  # of this moment: a change makes another dict
+            rows = self._rows.values()
         for row in rows if oldest_first else reversed(rows):
             mine = account is None or row.account == account or (public and row.public)
             if mine and (deleted is None or row.deleted == deleted):
                 yield row
 
     def revision(self) -> str:
-        """Return what changes whenever anything changes."""
+        """Return a text that changes whenever anything changes."""
         with self._opened():
             return f"{self._nonce}.{self._changes}"
 
@@ -839,12 +862,12 @@ class MemoryStorage:
         return self
 
     def check(self, repair: bool = False) -> Iterator[str]:
-        """Yield nothing: there is nothing derived that could be wrong."""
+        """Yield nothing: nothing is derived from the records, so nothing can disagree with them."""
         with self._opened():
             return iter(())
 
     def close(self) -> None:
-        """Forget everything; a second time is harmless."""
+        """Forget everything; a second call is harmless."""
         self._closed, self._rows = True, {}
 
     def __enter__(self) -> MemoryStorage:
@@ -856,7 +879,7 @@ class MemoryStorage:
 
 def _encoded(record: Record) -> _Row:
     text = json.dumps(record, ensure_ascii=False, allow_nan=False)
-    text.encode("utf-8")  # a lone surrogate is a ValueError here, not at the reader's
+    text.encode("utf-8")  # raises ValueError for a lone surrogate now, rather than later when somebody reads it
     deleted = record["deleted_at"] is not None
     return _Row(account=record["account_id"], public=record["is_public"], deleted=deleted, text=text)
 
@@ -871,17 +894,19 @@ _openers: dict[str, Opener] = {"memory": lambda location: MemoryStorage()}
 
 
 def register_backend(scheme: str, opener: Opener) -> None:
-    """Let open_storage call opener(location) for this scheme, before any file or entry point."""
+    """Make open_storage call opener(location) for this scheme, before it looks for a file or an entry point."""
     _openers[scheme] = opener
 
 
 def open_storage(url: str) -> Storage:
-    """Open the store that a URL such as sqlite:images.db, json:images.json or memory: names.
+    """Return the store that a URL such as sqlite:images.db, json:images.json or memory: names, opened.
 
-    The scheme is looked up, only now, among the registered ones, then as backends/SCHEME_store.py
-    beside this file, then as an entry point of the group wmi.backends. Raises InvalidParameter for a
-    scheme that nobody knows, and DatabaseError.
+    The scheme is looked up among the registered ones, then as backends/SCHEME_store.py beside this file, then among
+    the entry points of the group wmi.backends. Raises InvalidParameter if it is nowhere, and DatabaseError if the
+    store cannot be opened.
     """
+    # Nothing is imported, and no package is searched, before its scheme is asked for. The scheme becomes the name of
+    # a module, so it may hold nothing but letters and digits.
     scheme, colon, location = url.partition(":")
     named = colon and re.fullmatch("[a-z][a-z0-9]*", scheme)
     opener = (_openers.get(scheme) or _backend_file(scheme) or _entry_points().get(scheme)) if named else None
@@ -896,23 +921,23 @@ def _backend_file(scheme: str) -> Opener | None:
     try:
         opener: Opener = importlib.import_module(name).open_storage
     except ModuleNotFoundError as error:
-        if error.name != name:
+        if error.name != name:  # the file is there, but something that it imports is not
             raise
         return None
     return opener
 
 
 def _entry_points() -> dict[str, Opener]:
-    """Return the openers that installed packages declare, none of them imported yet."""
-    from importlib.metadata import entry_points  # here: it costs more to import than all of wmi
+    """Return the openers that installed packages declare; a package is imported when its opener is called."""
+    from importlib.metadata import entry_points  # here: it takes longer to import than all of wmi
 
-    found: Any = entry_points()  # Python 3.9 has a dict of groups, later ones a selection
+    found: Any = entry_points()  # a dict of groups in Python 3.9, an object with select() in later ones
     group = found.select(group="wmi.backends") if hasattr(found, "select") else found.get("wmi.backends", ())
     return {entry.name: functools.partial(lambda entry, location: entry.load()(location), entry) for entry in group}
 
 
 def _known_schemes() -> str:
-    import pkgutil  # here: only an error asks; it looks into a zip as well
+    import pkgutil  # here: only an error message needs it; unlike os.listdir it looks into a zip as well
 
     files = [module.name for module in pkgutil.iter_modules(__path__)]
     stores = [name[: -len("_store")] for name in files if name.endswith("_store")]
@@ -920,7 +945,7 @@ def _known_schemes() -> str:
 
 
 class storage_errors:  # noqa: N801  # used as a function; a generator would cost each request a microsecond
-    """Turn what a store raises into errors of this module, in this one place."""
+    """Context manager that turns what a store raises into errors of this module; the only place that does."""
 
     def __init__(self, id: str = "") -> None:
         self._id = id
