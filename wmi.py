@@ -972,14 +972,25 @@ _STORE_SAYS = {  # what the caller is told about an OSError of a store, by its e
 ####################################################################################################
 # Catalog
 ####################################################################################################
-# The rules: who sees what, who may delete, how a list is paged, filtered and sorted. On a store; no
-# HTTP, no files. Every difference between the versions is a column of VERSIONS.
+# The rules on a store: who sees what, who may delete, how a list is paged, filtered and sorted. There is no HTTP here
+# and no file. Where the versions of the API differ, the rules ask the table VERSIONS.
+#
+# The index has three ways to its images. The first that applies is taken:
+#
+#     asked for             way                                              reads               holds
+#     sort_by               walk once, keep the sort keys and ids of the     all of the scope    start + limit keys
+#                           first ones, then get these images by id
+#     any other filter      walk once to count, and once more to yield       all of the scope    one image
+#     neither of them       a page of the store; if it is long, its first    only the images     PAGE_AT_ONCE images
+#                           images for the total, then a walk from `start`   asked for
+#
+# What the scope of a store can express is no filter in this sense: is_public=true, and a state of alive or deleted.
 
-PAGE_AT_ONCE = 50  # images read in one piece, each up to 150 KB; longer lists are walked, in bounded memory
-IMAGES_A_CALL = 1000  # asked of an index by images()
-SORTED_AT_MOST = 10_000  # start + limit with sort_by: so many keys are held in memory
-SORTED_BY = 255  # characters of a text that it is sorted by; MySQL took its first 1024 bytes
-PULSE = 1000  # records walked between two calls of a catalog's pulse
+PAGE_AT_ONCE = 50  # images read in one piece, each up to 150 KB; a longer list is walked, in bounded memory
+IMAGES_A_CALL = 1000  # the limit with which images() calls an index
+SORTED_AT_MOST = 10_000  # the highest start + limit with sort_by, since this many keys are held in memory
+SORTED_BY = 255  # leading characters by which a text is sorted; MySQL took the first 1024 bytes
+PULSE = 1000  # records between two calls of a catalog's pulse, in a walk with filters
 
 
 class Page(NamedTuple):
@@ -988,15 +999,15 @@ class Page(NamedTuple):
     total: int
     start: int
     limit: int | None  # None: no limit
-    images: Iterable[Record]  # a list; of many images an iterator
+    images: Iterable[Record]  # a list if it is short, otherwise an iterator that reads the store as it goes
 
 
 class Catalog:
     """The images of a store as one account sees them, by the rules of one version of the API.
 
-    The account None is the operator at the machine itself, who may see and change everything; a server
-    always names an account. Every method raises errors of this module only, DatabaseError included.
-    While all images are walked, pulse is called now and then; what it raises ends the walk.
+    The account None is the operator at the machine itself, who may see and change everything; a server always names
+    an account. Every method raises errors of this module only, DatabaseError included. During a walk with filters,
+    `pulse` is called every PULSE records; what it raises ends the walk.
     """
 
     def __init__(
@@ -1019,8 +1030,9 @@ class Catalog:
     def index(self, start: int | str = 0, limit: int | str | None = None, **filters: Any) -> Page:
         """Return the page of images from offset start, at most limit of them, newest first.
 
-        limit None or 0 is the version's default; filters are the parameters of 12.03, by their names; `filter`
-        may be a list, of which all must hold. Raises InvalidParameter whose message is the parameter's name.
+        A limit of None or 0 is the default of the version. The filters are the parameters of 12.03, by their names;
+        `filter` may be a list of tests, all of which must hold. Raises InvalidParameter, whose message is the name
+        of the parameter.
         """
         first = whole_number("start", start)
         size = whole_number("limit", 0 if limit is None else limit) or self.version.default_limit
@@ -1030,9 +1042,12 @@ class Catalog:
         with storage_errors():
             if filters.get("sort_by"):
                 return self._sorted(matching, filters["sort_by"], first, size)
+            # The total stands before the images in an answer, so what matches is counted first and read again after.
+            # To hold it instead would take memory without bounds.
             if conditions:
                 total = sum(1 for _ in matching())
                 return Page(total, first, size, _guarded(itertools.islice(matching(), first, size and first + size)))
+            # Nearly every call ends here: one page of the store is the answer, or the rest of the scope fits in it.
             at_once = PAGE_AT_ONCE if size is None else min(size, PAGE_AT_ONCE)
             total, images = self.storage.page(self.account, first, at_once, public=public, deleted=deleted)
             if at_once == size or first + at_once >= total:
@@ -1052,12 +1067,14 @@ class Catalog:
                 yield record
 
     def _sorted(self, matching: Callable[..., Iterator[Record]], sort_by: str, start: int, limit: int | None) -> Page:
-        """Sort by holding keys and ids only; equal keys stay in order of registration."""
+        """Return a sorted page; images with equal keys stand in order of registration, for desc the newest first."""
+        # nsmallest and nlargest leave equal keys in the order in which they came, so the walk has the right direction.
+        # Entries are compared by their keys alone: by their ids, a tie would depend on how an id is spelled.
         field, _, order = sort_by.partition(".")
         end = start + (limit or SORTED_AT_MOST)
         if end > SORTED_AT_MOST:
             raise InvalidParameter("limit")
-        count = itertools.count()  # of what was walked, so in the end the total
+        count = itertools.count()  # numbers what is walked: the next number after the walk is the total
         walked = matching(oldest_first=order == "asc")
         keys = ((_sort_key(self.version, field, record), next(count), record["id"]) for record in walked)
         pick = heapq.nsmallest if order == "asc" else heapq.nlargest
@@ -1082,14 +1099,14 @@ class Catalog:
         return id
 
     def update(self, id: str, **fields: Any) -> Record:
-        """Set fields that the version's PUT sets, and return the image. Raises as show does."""
+        """Set fields that PUT of this version sets, and return the image. Raises as show does."""
         check_updatable(self.version, fields)
         return self._change(id, functools.partial(_amended, fields))
 
     def register(self, fields: Mapping[str, Any]) -> str:
-        """Register an image, as image_record takes it, and return its id; for the operator.
+        """Register an image, given as for image_record, and return its id; for the operator.
 
-        Raises InvalidParameter and DuplicateUUID; a tombstone with this id gives way.
+        A tombstone with this id gives way. Raises InvalidParameter and DuplicateUUID.
         """
         self._check_operator()
         record = image_record(fields)
@@ -1098,7 +1115,7 @@ class Catalog:
         return str(record["id"])
 
     def modify(self, id: str, **fields: Any) -> Record:
-        """Set any fields but id and times, and return the image; for the operator. Raises as show does."""
+        """Set any fields but the id and times, and return the image; for the operator. Raises as show does."""
         self._check_operator()
         for name in fields:
             if name not in FIELDS or name in ("id", "created_at", "updated_at", "deleted_at"):
@@ -1107,6 +1124,8 @@ class Catalog:
 
     def set_features(self, id: str, **given: bool) -> Record:
         """Set or clear features, leave the others, and return the image; for the operator. Raises as show does."""
+        # Not by modify(), whose `features` replaces all of them: here the record is read and changed in one step, so
+        # that two people who set two features at the same moment both succeed.
         self._check_operator()
 
         def change(record: Record) -> Record:
@@ -1121,6 +1140,7 @@ class Catalog:
     def _change(self, id: str, change: Callable[[Record], Record]) -> Record:
         check_id_syntax(id)
 
+        # The permission is checked on the record that is replaced: one that was read before may be out of date.
         def permitted(record: Record) -> Record:
             self._permit(record, public=False)
             return change(record)
@@ -1129,7 +1149,8 @@ class Catalog:
             return self.storage.replace(id, permitted)
 
     def _permit(self, record: Record, public: bool) -> None:
-        """Raise unless the account may see the record or, where public is false, change it."""
+        """Raise unless the account may have the record; whether it is `public` helps to see it, not to change it."""
+        # A tombstone comes first: where it is not shown, it is absent for its owner too.
         version, id = self.version, record["id"]
         if record["deleted_at"] is not None and not version.shows_deleted:
             raise UnknownUUIDResource(id)
@@ -1139,33 +1160,35 @@ class Catalog:
 
 
 def whole_number(name: str, value: int | str) -> int:
-    """Return a parameter that must be a whole number of at most 18 digits. Raises InvalidParameter."""
+    """Return the value of a parameter that must be a whole number of at most 18 digits. Raises InvalidParameter."""
+    # 18 digits fit into 64 bits. The pattern is stricter than int(), which takes signs, blanks, "1_0" and the digits
+    # of every script; bool is an int, and is refused by its type.
     if type(value) in (int, str) and re.fullmatch("[0-9]{1,18}", str(value)):
         return int(value)
     raise InvalidParameter(name)
 
 
 def every_image(index: Callable[..., Page], filters: Mapping[str, Any]) -> Iterator[Record]:
-    """Yield every image of an index, a catalog's or a client's, page by page."""
+    """Yield every image of an index, which is that of a catalog or a client, page by page."""
     start, total = 0, 1
     while start < total:
         total, _, _, images = index(start, IMAGES_A_CALL, **filters)
         before = start
         for start, image in enumerate(images, start + 1):
             yield image
-        if start == before:  # images went away meanwhile
+        if start == before:  # images were deleted meanwhile, and a page without any would be asked for again and again
             return
 
 
 def check_updatable(version: Version, fields: Iterable[str]) -> None:
-    """Raise InvalidParameter for a field that the version's PUT does not set."""
+    """Raise InvalidParameter if PUT of this version does not set one of the fields."""
     for name in fields:
         if name not in version.updatable:
             raise refuse("field", name, " or ".join(version.updatable) or f"none: {version.name} has no PUT")
 
 
 def check_id_syntax(id: str) -> None:
-    """Raise InvalidParameter, in the originals' words, for what cannot be an id."""
+    """Raise InvalidParameter, in the words of the originals, for a text that cannot be an id."""
     try:
         check_id("id", id)
     except InvalidParameter as error:
@@ -1173,32 +1196,36 @@ def check_id_syntax(id: str) -> None:
 
 
 def _buried(record: Record) -> Record:
-    """Return the tombstone of a record; a tombstone stays as it is."""
+    """Return the tombstone of a record; a tombstone is returned as it is."""
     moment = now()
     gone = {"state": "deleted", "deleted_at": moment, "updated_at": moment}
     return record if record["deleted_at"] is not None else {**record, **gone}
 
 
 def _amended(fields: Mapping[str, Any], record: Record) -> Record:
-    """Return the record with fields set and checked; where nothing differs it stays as it is."""
+    """Return the record with fields set and checked; if nothing differs, updated_at stays as well."""
     checked = {name: FIELDS[name][0](name, value) for name, value in fields.items()}
     if checked.get("state", "deleted") != "deleted":
-        checked["deleted_at"] = None  # a tombstone that gets another state is back
+        checked["deleted_at"] = None  # giving a tombstone another state brings the image back
     amended = {**record, **checked}
     return record if amended == record else check_agreement({**amended, "updated_at": now()})
 
 
 def _guarded(images: Iterable[Record]) -> Iterator[Record]:
-    """Yield images while a store is read, its failures turned into errors of this module."""
+    """Yield images that are read from a store only now, its failures turned into errors of this module."""
     with storage_errors():
         yield from images
 
 
 # ---- the filters of 12.03 ----
 
+# A store answers some filters by itself, as part of a scope; filter_scope finds these. The others are conditions on
+# each record; filter_conditions makes these. An unknown value is an error that names the parameter, as it was in the
+# originals: to ignore it would return images that were not asked for.
+
 Condition = Callable[[Record], bool]
 _CHOICES: dict[str, set[str]] = {
-    "is_public": {"true", "1", "false", "0", ""},  # the originals took an empty one as not given
+    "is_public": {"true", "1", "false", "0", ""},  # the originals took an empty value for one that is not given
     "service_type": {"std", "lb"},
     "state": {"alive", "alive_with_deleted", "available", "deleted"},
     "sort_by": {f"{field}.{order}" for field in _V1203.fields for order in ("asc", "desc")},
@@ -1207,9 +1234,9 @@ _CHOICES: dict[str, set[str]] = {
 
 
 def filter_scope(version: Version, filters: Mapping[str, Any]) -> tuple[bool, bool | None]:
-    """Return what of the filters a store answers by itself: public and deleted.
+    """Return the part of the filters that a store answers by itself, as `public` and `deleted` of its scope.
 
-    Raises InvalidParameter, the parameter's name, for one that is unknown or has an unknown value.
+    Raises InvalidParameter, with the name of the parameter, if a parameter or its value is unknown.
     """
     for name, value in filters.items():
         values = value if name == "filter" and isinstance(value, list) else [value]
@@ -1221,7 +1248,7 @@ def filter_scope(version: Version, filters: Mapping[str, Any]) -> tuple[bool, bo
 
 
 def filter_conditions(filters: Mapping[str, Any]) -> list[Condition]:
-    """Return what of the filters is asked of each record. Raises InvalidParameter."""
+    """Return the part of the filters that is asked of each record. Raises InvalidParameter."""
     conditions: list[Condition] = []
     if _spelled(filters.get("is_public")) in ("false", "0"):
         conditions.append(lambda record: not record["is_public"])
@@ -1236,7 +1263,7 @@ def filter_conditions(filters: Mapping[str, Any]) -> list[Condition]:
         if since or until:
             conditions.append(functools.partial(_is_between, f"{field}_at", since or "", until or "~"))
     tests = filters.get("filter", [])
-    distinct = {tests} if isinstance(tests, str) else set(tests)  # a test that is repeated costs nothing more
+    distinct = {tests} if isinstance(tests, str) else set(tests)  # so that repeating a test costs nothing
     return conditions + [functools.partial(_is_null, *test.split(".")) for test in distinct]
 
 
@@ -1249,7 +1276,7 @@ def _is_between(field: str, since: str, until: str, record: Record) -> bool:
 
 
 def _filter_time(name: str, filters: Mapping[str, Any]) -> str | None:
-    """Return the time as text that sorts with a record's, without its Z."""
+    """Return the time as text that compares with the times of records, both without Z; None if it is not given."""
     try:
         return parse_time(name, filters[name]).isoformat() if name in filters else None
     except InvalidParameter as error:
@@ -1257,17 +1284,18 @@ def _filter_time(name: str, filters: Mapping[str, Any]) -> str | None:
 
 
 def _spelled(value: Any) -> str:
-    """Return a parameter's value as it stands in a query."""
+    """Return the value of a parameter as a query spells it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _sort_key(version: Version, field: str, record: Record) -> tuple[bool, Any]:
-    """Return what a record is sorted by: null first, text without regard to case; id is the registration."""
-    if field == "id":  # the originals' id was the number of the row, not the uuid
+    """Return what a record is sorted by: null comes first, and the case of a text does not matter."""
+    # To the originals `id` was the number of a row, not the uuid: with equal keys, the order of registration stays.
+    if field == "id":
         return False, ""
     value = version.fields[field](record)
     text = json.dumps(value) if isinstance(value, (dict, list)) else value
-    return value is not None, text[:SORTED_BY].upper() if isinstance(text, str) else text  # as utf8_general_ci does
+    return value is not None, text[:SORTED_BY].upper() if isinstance(text, str) else text  # as in utf8_general_ci
 
 
 ####################################################################################################
