@@ -2040,55 +2040,65 @@ def parse_update(request: Request, known: Sequence[str]) -> dict[str, Any]:
 ####################################################################################################
 # Connections
 ####################################################################################################
-# The engine. One rule: a turn never waits for a client. It does what can be done now, and returns what has to
-# come next. The life of a connection, with what advance() returns:
+# The engine. It has one rule: a turn never waits for a client. A turn, which is a call of Connection.advance(), does
+# what can be done now and returns what has to come next: READ, WRITE, WORK or CLOSE. The life of a connection:
 #
-#     accept --> waiting for a request --- all of it is here: WORK ---> answering
-#                 ^  ^   |                                                  |
-#                 |  +---+ READ, until it is whole                          | its answer, or a piece of it
-#                 |                                                         v
-#                 +------- the answer is sent ----------------------- sending <---+
-#                                                                      |  |  ^    | WRITE, until the client
-#         lingering <--- the last answer is sent ----------------------+  |  |    | takes more
-#          READ: what still comes is dropped                              +--+----+
-#                                                        WORK: the next piece of a long body
+#            READ, until it is whole          WRITE, until the client takes more
+#                    +---+                           +---+
+#                    |   v                           |   v
+#     accept -----> reading ---- kept, refused ---> sending ---- the last one is sent ----> lingering
+#                    ^   |                          ^ | | ^                           READ: what still comes is dropped
+#                    |   |                          | | | |
+#                    |   +--- WORK ---> answering --+ | +-+ WORK, for the next piece of a long body
+#                    |                                |
+#                    +------- the answer is sent -----+
 #
-# CLOSE ends it anywhere: the client hung up, or a deadline passed.
+# An answer is sent without WORK if it is kept (see Service), or if it refuses a request that breaks the rules of HTTP.
+# Nothing is read while an answer is made or sent: a client that sends requests but reads no answers costs nothing.
+# CLOSE can come anywhere, when the client has hung up. When a deadline passes (see expired()), an idle connection is
+# closed, an unfinished request is answered 408, and an unfinished answer is cut off with a reset.
 #
-# One thread, the leader, serves all connections in rounds (_serve_round). It takes what every client has sent, looks
-# once at the store, and gives each connection its turn: what is known is answered. The others want work, and are
-# queued for it. Only work may wait, and only on our side: for a locked file, or a network. When it takes more than
-# TURN_SECONDS, serve_forever starts another leader; the thread that was held up hands it the result, and ends.
+# One thread, the leader, serves all connections in rounds (see _serve_round). It receives what every client has sent,
+# looks once at the revision of the store, and gives each connection its turn, which answers what is kept. Connections
+# that want WORK are queued for it. Only work may wait, and only for our side: for a locked file, say, or a network.
+# When work takes longer than TURN_SECONDS, serve_forever starts another leader. The thread that was held up finishes
+# this one piece of work, hands the result to the new leader, and ends.
 #
-# Who may touch what: the selector, `_queue` and all connections belong to the leader. work() only reads its
-# connection, which is `queued` and so has no turn meanwhile. `_arrived` takes results from any thread. `_lock`
-# guards who leads, at what work and since when, and which threads are held up.
+# Who may touch what:
 #
-# Of http.server's HTTPServer we take what people know: its constructor, serve_forever, shutdown, server_close,
-# server_address, service_actions, handle_error, and its table of reasons. Replaced are its loop, which serves one
-# client at a time, and its handler, which takes most of what RFC 9112 forbids.
+#     the selector, `_queue`, all connections    the leader alone. work() reads its connection, and may send a piece of
+#                                                its body; the connection is `queued`, so it has no turn meanwhile
+#     `_arrived`                                 any thread appends a connection and a result; the leader takes them
+#     `_leader`, `_working`, `_held`             any thread that holds `_lock`; only the leader begins work, so it sets
+#                                                `_working` without the lock
+#     `_lines`                                   any thread appends; the one that has `_log_lock` takes and writes them
+#     `stopping`                                 any thread sets it; nobody clears it
+#
+# From HTTPServer of http.server we take what people know: the constructor, serve_forever, shutdown, server_close,
+# server_address, service_actions, handle_error, and the table of reasons. Two things are replaced: its loop, which
+# serves one client at a time, and its handler, which accepts most of what RFC 9112 forbids.
 
-MAX_CONNECTIONS = 1000  # a process; each costs a few KB and a descriptor
-IDLE_SECONDS = 15  # between two requests; proxies commonly wait longer, so they close first
-HEAD_SECONDS = 10  # for a whole head, from its first bytes; for a TLS handshake
+MAX_CONNECTIONS = 1000  # per process; each costs a few KB and a descriptor
+IDLE_SECONDS = 15  # between two requests; Apache waits 5 s, nginx 75 s
+HEAD_SECONDS = 10  # for a whole head, from its first byte on; for a TLS handshake
 BODY_SECONDS = 30  # for a whole body
-SEND_SECONDS = 30  # until a client takes more of its answer
+SEND_SECONDS = 30  # for a client to take any more of its answer: what counts is progress, not speed
 TRIM_SECONDS = 5  # between two times that freed memory is given back to the system
-SPARE_DESCRIPTORS = 24  # that connections leave to the store, the log and the selector
-STORE_SECONDS = 10  # for the work of one turn; the stores themselves give up before
+SPARE_DESCRIPTORS = 24  # descriptors that are left to the store, the log and the selector
+STORE_SECONDS = 10  # for the work of one turn; the stores here give up earlier, after 8 s
 LINGER_SECONDS = 1  # for a client to read the last answer
-GRACE_SECONDS = 10  # to finish what runs when told to stop
-TURN_SECONDS = 0.05  # that work may hold up the leader
-LOOK_SECONDS = 0.05  # between two looks for deadlines that have passed
-YIELD_SECONDS = 0.0002  # of work, then other processes may run: the slowest of 100 answers comes 3 times as soon
-SHARE_SECONDS = 0.002  # in which a worker with fewer connections may take a new one
-STALLED_SECONDS = 2  # a head or a body that is not whole by then gives way, if every place is taken
+GRACE_SECONDS = 10  # for running requests to end when the server is told to stop
+TURN_SECONDS = 0.05  # for which work may hold up the leader, before another thread takes the lead
+LOOK_SECONDS = 0.05  # between two checks of deadlines
+YIELD_SECONDS = 0.0002  # of work, then other processes may run: the slowest of 100 answers takes a third of the time
+SHARE_SECONDS = 0.002  # for which a new connection is left to workers that have fewer
+STALLED_SECONDS = 2  # after which an unfinished request gives way to a new connection, if every place is taken
 HELD_SECONDS = 0.005  # between two looks for the results of threads that are held up
-HELD_AT_MOST = 4 << 20  # bytes of requests that are not whole, and of answers that are not taken
-LOGGED = 2048  # characters of a target, or of a failure
+HELD_AT_MOST = 4 << 20  # bytes in all of unfinished requests, and of answers that clients do not take
+LOGGED = 2048  # characters of a target or a failure in the log
 LOGGED_METHOD = 32  # characters of a method
-LOG_LINES = 4096  # that wait to be written; those beyond are counted and dropped
-PIPE_BUF = 4096  # bytes: on Linux so much is one write, also to a pipe, and the lines of processes never mix
+LOG_LINES = 4096  # lines that may wait to be written; further ones are counted and dropped
+PIPE_BUF = 4096  # bytes: Linux writes up to this many to a pipe in one piece, so lines of two processes never mix
 
 class LogFormat(NamedTuple):
     """How a line of the log is spelled."""
@@ -2108,32 +2118,36 @@ Result = Union[Answer, bytes, int, Exception]  # of work: an answer, or what Bod
 
 
 class Connection:
-    """One client: what it has sent, and the one answer that it is sent."""
+    """One client: what it has sent, and the one answer that is sent to it."""
 
     def __init__(self, stream: socket.socket, address: Any, server: Server) -> None:
         self.socket, self.server = stream, server
         self.client = address[0] if isinstance(address, tuple) else "unix"
-        self.watched = 0  # what the selector watches for: READ, WRITE, or nothing while another thread has it
-        self.queued = False  # it is in _arrived or _queue, and what the selector says of it can wait
+        self.watched = 0  # what the selector watches for: READ, WRITE, or 0 while another thread works for it
+        self.queued = False  # it is in _arrived or _queue: what the selector says of it can wait
+        # Input. A client is received from, unless an answer is made or sent.
         self.reader = Reader()
-        self.receiving = True  # what arrives is taken; not so while a request is answered
-        self.lingering = False  # the last answer is sent, and the client may still read it
-        self.request: Request | None = None  # that is answered; None also where what came could not be read
-        self.status = self.sent = self.head_size = 0  # of the answer that is sent: 0 if there is none; bytes
+        self.receiving = True
+        self.lingering = False  # the last answer is sent, and the client may still be reading it
+        # The answer, from the moment when its request is read to the moment when its last byte is sent.
+        self.request: Request | None = None  # None too if what came broke the rules, and is refused
+        self.status = self.sent = self.head_size = 0  # status 0: no answer is being sent; the others are in bytes
         self.keep_alive = self.chunked = False
         self.unsent: bytes | memoryview = b""
-        self.body: Body | None = None  # where more comes from
-        self.phase = IDLE  # what is waited for, by the deadline; the first bytes of the request came at `began`
-        self.began = self.since = server.moment  # since: the client has been waited for
+        self.body: Body | None = None  # the source of more bytes to send, as long as it has any
+        # Times. The request began with its first bytes, and the log counts from there. The client has been waited for
+        # since `since`, and is until `deadline`; `phase` is what for: IDLE, HEAD or BODY.
+        self.began = self.since = server.moment
+        self.phase = IDLE
         self.deadline = server.moment + IDLE_SECONDS
 
     @property
     def is_idle(self) -> bool:
-        """Say whether nothing has arrived that will be answered."""
+        """Whether nothing has arrived that will be answered."""
         return self.lingering or (self.receiving and self.reader.is_empty and self.reader.waits_for == IDLE)
 
     def receive(self) -> int:
-        """Take what has arrived, and return what has to come next. Raises OSError."""
+        """Take what has arrived, and return what has to come next; WORK is a turn. Raises OSError."""
         try:
             piece = self.socket.recv(PIECE)
         except BlockingIOError:
@@ -2146,10 +2160,10 @@ class Connection:
     def advance(self, result: Result | None = None) -> int:
         """Do what can be done now, and return what has to come next: READ, WRITE, WORK or CLOSE.
 
-        `result` is what work() returned, or an Error to refuse the client with.
+        `result` is what work() returned, or an Error with which to refuse the client.
         """
         try:
-            # 1. Take what work has made.
+            # 1. Take the result of work: an answer, or the next piece of its body.
             if isinstance(result, Answer):
                 self._begin(result)
             elif result is not None:
@@ -2158,10 +2172,10 @@ class Connection:
                 # 2. Send what there is, as far as the client takes it.
                 if self.unsent and (wants := self._send()):
                     return wants
-                # 3. Of a long body more has to be fetched.
+                # 3. If there is more of a long body, let work() fetch it.
                 if self.body is not None:
                     return WORK
-                # 4. The answer is sent.
+                # 4. If an answer was sent, all of it is sent now.
                 if self.status:
                     self._log_answer()
                     if not self.keep_alive:
@@ -2174,6 +2188,7 @@ class Connection:
                 except Error as error:
                     self._begin(self.server.service.refuse(error))
                     continue
+                # 6. Answer it, if the answer is kept. All of the request had arrived by `moment`.
                 if self.request is not None:
                     self.request = self.server.service.identify(self.request)
                     self.phase, self.receiving = IDLE, False
@@ -2182,16 +2197,18 @@ class Connection:
                         return WORK
                     self._begin(answer)
                     continue
+                # 7. It is not whole. Ask for its body if the client waits for that, and wait.
                 if not self.reader.owes_continue:
                     return self._await_input()
                 self.unsent, self.reader.owes_continue = b"HTTP/1.1 100 Continue\r\n\r\n", False
-        except BlockingIOError:  # the body could not be sent on now
+        except BlockingIOError:  # from work(): the client took nothing of a body that sends itself
             return WRITE
         except Exception as error:
             return self._cut(error)
 
     def work(self) -> Result:
-        """Do what may have to wait on our side: answer the request, or get more of the body."""
+        """Do what may have to wait for our side: answer the request, or get more of the body. Return the result."""
+        # A failure is returned, not raised: it is a result too, of which the leader tells the client.
         try:
             if self.body is not None:
                 return self.body.more(self.socket)
@@ -2201,7 +2218,8 @@ class Connection:
             return error
 
     def _check_alive(self) -> None:
-        """Raise Unreachable if the client has hung up, or said that it sends no more, as nginx takes it."""
+        """Raise Unreachable if the client has hung up. A client that sends no more counts as gone, as in nginx."""
+        # The recv of a plain socket: that of an SSLSocket does not peek.
         try:
             if socket.socket.recv(self.socket, 1, socket.MSG_PEEK):
                 return
@@ -2212,11 +2230,11 @@ class Connection:
         raise Unreachable("the client has hung up")
 
     def expired(self) -> Exception:
-        """Return what advance() has to take at the deadline: the client hung up, as it were, or was too slow."""
+        """Return the result with which advance() ends a connection at its deadline: closed if idle, or refused."""
         return ConnectionAbortedError() if self.is_idle else RequestTimeout("the request, or its reader, took too long")
 
     def _take(self, result: bytes | int | Exception) -> None:
-        """Take a piece of a body, or a failure, which is raised if the client cannot be told of it any more."""
+        """Take a piece of a body, or a failure. Raises a failure of which the client cannot be told any more."""
         if isinstance(result, Exception):
             if self.status or not isinstance(result, Error):
                 raise result
@@ -2233,7 +2251,7 @@ class Connection:
         request, body = self.request, answer.body
         minor = request.minor if request else 1
         endless = not isinstance(body, bytes) and body.length is None
-        self.chunked = endless and minor > 0  # in HTTP/1.0 only the end shows the end
+        self.chunked = endless and minor > 0  # HTTP/1.0 has no chunks: there the connection ends with the body
         self.keep_alive = (request is not None and request.keep_alive and not self.server.stopping
                            and self.chunked == endless)  # fmt: skip
         head = _first_lines(answer.status, int(time.time())) + answer.head
@@ -2249,7 +2267,7 @@ class Connection:
             self._close_body()
 
     def _send(self) -> int:
-        """Send what there is; return 0 if that was all, else what has to come before the rest. Raises OSError."""
+        """Send what there is; return 0 if that was all, or what has to come before the rest. Raises OSError."""
         try:
             count = self.socket.send(self.unsent)
         except BlockingIOError:
@@ -2259,7 +2277,9 @@ class Connection:
         return WRITE if self.unsent else 0
 
     def _await_input(self) -> int:
-        """Set the deadline of what the reader waits for; bytes that keep coming do not extend it."""
+        """Set the deadline for what the reader waits for, and return what has to come next."""
+        # A deadline is set when the wait begins, and not again when bytes come: a client that sends a byte now and
+        # then must not hold a place for hours.
         waits_for = self.reader.waits_for
         if waits_for == IDLE:
             self.deadline = self.server.moment + IDLE_SECONDS
@@ -2271,7 +2291,8 @@ class Connection:
         return CLOSE if self.reader.ended else READ
 
     def _end(self) -> int:
-        """Send no more, and let the client read what was sent: to close now may be a reset (RFC 9112, 9.6)."""
+        """Send no more, and let the client read what was sent."""
+        # A close at once may be a reset, which would take from the client what it has not read yet (RFC 9112, 9.6).
         if self.server.stopping:
             return CLOSE
         self.socket.shutdown(socket.SHUT_WR)
@@ -2280,8 +2301,9 @@ class Connection:
         return READ
 
     def _cut(self, error: Exception) -> int:
-        """End in the midst of an answer, with a reset: in HTTP/1.0 it would look whole."""
-        if not isinstance(error, (OSError, RequestTimeout)):  # those are the client's doing
+        """Log a failure, make close() send a reset if an answer is unfinished, and return CLOSE."""
+        # Without the reset an unfinished answer in HTTP/1.0 would look whole.
+        if not isinstance(error, (OSError, RequestTimeout)):  # these are the doing of the client
             self.server.report(f"connection: {error!r}: {error.__cause__!r}")
         if self.status:
             with contextlib.suppress(OSError):
@@ -2290,7 +2312,7 @@ class Connection:
         return CLOSE
 
     def _log_answer(self) -> None:
-        """Log the answer, which is sent or cut, and make room for the next."""
+        """Log the answer, which was sent or cut off, and make room for the next one."""
         request, milliseconds = self.request, (time.monotonic() - self.began) * 1000
         asked = (request.account, request.method[:LOGGED_METHOD], request.target[:LOGGED]) if request else ("-",) * 3
         size = max(0, self.sent - self.head_size)
@@ -2303,7 +2325,7 @@ class Connection:
             self.body = None
 
     def close(self) -> None:
-        """Close the socket, and the body of an answer that was cut."""
+        """Close the socket, and the body of an answer that was cut off."""
         self._close_body()
         self.socket.close()
 
@@ -2317,11 +2339,11 @@ def _first_lines(status: int, second: int) -> bytes:
 class Server(http.server.HTTPServer):
     """A server of one store.
 
-    Use it as any HTTPServer: serve_forever() and, in another thread, shutdown(), then stop(). Or as a context
-    manager, which serves in a thread of its own until the block ends. `log` takes text, one or more lines with
-    their ends, as sys.stderr.write does; without it nothing is logged. `tls` is the context of an HTTPS server.
-    On a loopback address only loopback hosts are served, and `host_names`; with None every Host is. `files` is the
-    directory of image files, `tokens` says who may call.
+    Use it like any HTTPServer: serve_forever() and, in another thread, shutdown(), then stop(). Or use it as a
+    context manager, which serves in a thread of its own until the block ends. `log` is called with one or more whole
+    lines, as sys.stderr.write could be; without it nothing is logged. `tls` is the context of an HTTPS server. On a
+    loopback address, requests are served for a loopback Host and for `host_names` only; with None, for any Host.
+    `files` is the directory of image files, `tokens` says who may call.
     """
 
     def __init__(
@@ -2333,61 +2355,61 @@ class Server(http.server.HTTPServer):
         self._form = LOG_FORMATS[log_format]  # first: whatever fails is reported
         listener = listener or listen(host, port)
         self.service = Service(storage, unversioned, self.report, served_hosts(listener, host_names), files, tokens)
-        self.tls = tls  # of the connections to come: another may be put in its place
+        self.tls = tls  # for new connections; another context may be put in its place
         self.service.secure = tls is not None
         self.stopping = False
-        self.parent = 0  # process that supervises this one
-        self.moment = time.monotonic()  # when this round's input was taken, or a change made: see Service
+        self.parent = 0  # the process that supervises this one; 0: none
+        self.moment = time.monotonic()  # when the input of this round was taken, or a change made: see Service
         super().__init__(listener.getsockname(), http.server.BaseHTTPRequestHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener  # bound already: server_bind would ask the DNS for our own name
-        self.socket.setblocking(False)  # processes may race for one connection
-        self.watched = 0  # as of a Connection
-        self.counts, self.number = memoryview(bytearray(2)).cast("H"), 0  # connections of each worker; which we are
+        self.socket.setblocking(False)  # another process may accept the connection that select() saw
+        self.watched = 0  # like that of a Connection: the selector holds the listener too
+        self.counts, self.number = memoryview(bytearray(2)).cast("H"), 0  # connections of all workers; which is ours
         descriptors = (_descriptors() - SPARE_DESCRIPTORS) // (2 if files else 1)  # an answer may hold an open file
         self._max_connections = min(max_connections, max(1, descriptors))
         self._connections: set[Connection] = set()
         self._selector = selectors.DefaultSelector()
-        self._arrived: collections.deque[tuple[Connection, Result | None]] = collections.deque()  # to have a turn
-        self._queue: collections.deque[Connection] = collections.deque()  # that want work
-        self._offered = 0.0  # when a connection was first left to other workers
+        self._arrived: collections.deque[tuple[Connection, Result | None]] = collections.deque()  # want a turn
+        self._queue: collections.deque[Connection] = collections.deque()  # want work
+        self._offered = 0.0  # when the connection that waits was first left to other workers; 0: none was
         self.trim: Callable[[], object] = lambda: None  # gives freed memory back: see Processes
         self._trimmed = time.monotonic()
-        self._looked = self._yielded = 0.0  # when deadlines were looked at, and the processor was offered to others
+        self._looked = self._yielded = 0.0  # when deadlines were checked, and when other processes could last run
         self._lock = threading.Lock()
         self._leader: threading.Thread | None = None
-        self._working: tuple[Connection | None, float] | None = None  # for whom the leader works, since when
-        self._held: dict[threading.Thread, tuple[Connection | None, float]] = {}  # leaders that were held up
+        self._working: tuple[Connection | None, float] | None = None  # for whom the leader works, and since when
+        self._held: dict[threading.Thread, tuple[Connection | None, float]] = {}  # the same of leaders held up
         self._ended = threading.Event()  # the last connection is closed
         self._log, self._log_lock = log, threading.Lock()
-        self._lines: collections.deque[str] = collections.deque()  # that are not written yet
+        self._lines: collections.deque[str] = collections.deque()  # lines of the log that are not written yet
         self._clock, self._lost_lines = now(), 0
-        ascii("é")  # PyPy imports a codec for it, which report() could not do without descriptors
+        ascii("é")  # PyPy imports a codec for this, which fails later in report() if no descriptor is free
 
     @property
     def url(self) -> str:
-        """Return the base URL for clients."""
+        """The base URL for clients."""
         return address_of(self.socket, "https" if self.tls else "http")
 
     def serve_forever(self, poll_interval: float = TURN_SECONDS) -> None:
-        """Serve until shutdown(). Other threads do; this one looks after them each so many seconds."""
+        """Serve until shutdown(). Other threads do the serving; this one looks after them every poll_interval."""
         while not self.stopping:
             self.service_actions()
             time.sleep(poll_interval / 5 if self._working else poll_interval)
 
     def shutdown(self) -> None:
-        """Accept no more, and have serve_forever return; stop() waits for what still runs."""
+        """Accept no more connections, and make serve_forever return; stop() then waits for running requests."""
         self.stopping = True
 
     def stop(self, seconds: float = GRACE_SECONDS) -> bool:
-        """Let running requests end, close everything, and return whether they did in so many seconds."""
+        """Let running requests end, for at most `seconds`; close everything, and return whether all have ended."""
         self.stopping, until = True, time.monotonic() + seconds
         if not self._leader:
             self._close()
         while not self._ended.wait(HELD_SECONDS) and time.monotonic() < until:
             self.service_actions()
         self.socket.close()
-        if self._log_lock.acquire(timeout=LINGER_SECONDS):  # a thread that the log's reader held up may be writing
+        if self._log_lock.acquire(timeout=LINGER_SECONDS):  # a thread may still be writing to a log nobody reads
             self._log_lock.release()
         self._write_log()
         return self._ended.is_set()
@@ -2407,10 +2429,10 @@ class Server(http.server.HTTPServer):
         """Log what serving a connection raised; the server goes on."""
         self.report(f"connection: {sys.exc_info()[1]!r}")
 
-    # What serve_forever does meanwhile.
+    # What serve_forever does while the leader serves.
 
     def service_actions(self) -> None:
-        """Let another thread lead if work holds up the leader; stop when the supervising process is gone."""
+        """Let another thread lead if work holds up the leader; stop if the supervising process is gone."""
         with self._lock:
             held_up = self._working and time.monotonic() - self._working[1] > TURN_SECONDS
             if held_up or not (self._leader or self._ended.is_set()):
@@ -2423,14 +2445,15 @@ class Server(http.server.HTTPServer):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _start_leader(self) -> None:
-        """Start a thread that leads, in place of the one that is held up. The caller holds the lock."""
+        """Start a thread that leads in place of the one that is held up. The caller holds the lock."""
         before, working = self._leader, self._working
         self._leader = threading.Thread(None, self._lead, "wmi-leader", [working and working[0]], daemon=True)
-        if before and working:  # before the start, or what the new leader works at would be taken for this
+        # This comes before the start: a new leader that has begun to work already would be taken for the old one.
+        if before and working:
             self._held[before], self._working = working, None
         try:
             self._leader.start()
-        except RuntimeError:  # no thread to be had: all wait for this work
+        except RuntimeError:  # the system has no more threads: everybody has to wait for this work
             self._leader, self._working = before, working
             self._held.pop(before, None)  # type: ignore[arg-type]
         self.service.waiting = len(self._held)
@@ -2438,10 +2461,13 @@ class Server(http.server.HTTPServer):
     # What the leader does.
 
     def _lead(self, held: Connection | None) -> None:
-        """Lead until work holds up this thread and another one leads, or all is done."""
+        """Lead until another thread does, because work held this one up, or until all is done.
+
+        `held` is the connection for which the leader before this one still works.
+        """
         me = threading.current_thread()
         try:
-            if held:  # its result comes back some time
+            if held:  # not watched until its result comes: input that is not taken would wake the selector all the time
                 self._watch(held, 0)
             while self._leader is me and not (self.stopping and not self._connections):
                 self._serve_round(me)
@@ -2455,16 +2481,16 @@ class Server(http.server.HTTPServer):
                     self._leader = self._working = None
 
     def _serve_round(self, me: threading.Thread) -> None:
-        """Take what has arrived, answer what is known, then work for one connection after the other."""
-        # 1. Receive from all before any is answered, and look at the store once for all of them.
+        """Take what has arrived, answer what is kept, then work for one connection after the other."""
+        # 1. Receive from all clients before any is answered, so that one look at the store serves all of them.
         if not self._arrived:
             self._receive()
         if self._arrived and not self._work(me, None, self.service.look)[0]:
             return
-        # 2. Give each its turn. What can be answered without the store is not kept waiting by what cannot.
+        # 2. Give each connection its turn. What needs no work does not wait for what does.
         while self._arrived:
             self._take_turn(*self._arrived.popleft())
-        # 3. Work, yet not so long that those who have sent something meanwhile would notice.
+        # 3. Work, but not for so long that clients which have sent something meanwhile would notice.
         while self._queue and time.monotonic() - self.moment < TURN_SECONDS:
             connection = self._queue.popleft()
             leads, result = self._work(me, connection, connection.work)
@@ -2473,14 +2499,15 @@ class Server(http.server.HTTPServer):
             if connection.request and connection.request.method not in ("GET", "HEAD"):
                 self.moment = time.monotonic()  # what is answered from now on shows this change
             self._take_turn(connection, result)
-        # 4. Keep answers, write the log, and do what is due now and then.
+        # 4. Keep answers, write the log, and check deadlines now and then.
         if self._lines and not self._work(me, None, self._end_round)[0]:
             return
         if self.stopping or self.moment - self._looked > LOOK_SECONDS:
             self._look()
 
     def _receive(self) -> None:
-        """Wait for clients, and take what each has sent."""
+        """Wait for clients, and take what each of them has sent."""
+        # Clients and other workers may share this processor. To yield it costs nothing if nobody else wants it.
         if time.monotonic() - self._yielded > YIELD_SECONDS:
             _yield_processor()
             self._yielded = time.monotonic()
@@ -2493,7 +2520,7 @@ class Server(http.server.HTTPServer):
                 self._receive_from(connection)
         self.moment = time.monotonic()
         self._clock = now()
-        if accepting:  # last, as it may close whoever is idle
+        if accepting:  # last, as it may close an idle connection, whose input is taken by now
             self._accept()
 
     def _receive_from(self, connection: Connection) -> None:
@@ -2502,7 +2529,7 @@ class Server(http.server.HTTPServer):
             wants = connection.receive() if connection.receiving and not connection.unsent else WORK
         except Error as error:
             wants, result = WORK, error
-        except (OSError, MemoryError):  # the client hung up, which is no error, or there is no room
+        except (OSError, MemoryError):  # the client hung up, which is not a failure, or memory is short
             wants = CLOSE
         if wants == WORK:
             connection.queued = True
@@ -2512,7 +2539,9 @@ class Server(http.server.HTTPServer):
 
     def _take_turn(self, connection: Connection, result: Result | None) -> None:
         """Let a connection do what it can; one that wants work is queued behind the others."""
-        if result is not None and connection.watched == 0:  # of a thread that was held up: it may have made a change
+        # A result for a connection that is not watched comes from a thread that was held up. It may be a change, which
+        # what is answered from now on has to show.
+        if result is not None and connection.watched == 0:
             self.moment = time.monotonic()
         wants = connection.advance(result)
         connection.queued = wants == WORK
@@ -2522,9 +2551,10 @@ class Server(http.server.HTTPServer):
             self._settle(connection, wants)
 
     def _work(self, me: threading.Thread, connection: Connection | None, work: Callable[[], Any]) -> tuple[bool, Any]:
-        """Do work that may hold up this thread; return whether it still leads, and if so the result."""
+        """Do work that may hold up this thread; return whether the thread still leads, and if so the result."""
         self._working = connection, time.monotonic()
         result = work()
+        # Under the lock the thread either still leads, or finds itself among those held up: see _start_leader.
         with self._lock:
             if self._leader is me:
                 self._working = None
@@ -2534,19 +2564,21 @@ class Server(http.server.HTTPServer):
         if owner:
             self._arrived.append((owner, result))
         elif isinstance(result, Answer) and not isinstance(result.body, bytes):
-            result.body.close()  # the client was told meanwhile that this takes too long
+            result.body.close()  # nobody wants it: the client was told that the store takes too long
         return False, None
 
     def _end_round(self) -> None:
         """Keep the answers of this round, and write the log."""
         if self.service.fresh:
-            with contextlib.suppress(Exception):  # whatever a store raises: then they are not kept
+            with contextlib.suppress(Exception):  # whatever the store raises: the answers are just not kept
                 self.service.keep()
         self._write_log()
 
     def _accept(self) -> None:
-        """Accept a connection. With every place taken, the one that is idle longest gives way."""
-        if self.counts[self.number] > min(self.counts):  # a worker that has fewer may take it first
+        """Accept a connection. If every place is taken, the connection that has been idle longest gives way."""
+        # All workers wait at one listener, and the first to wake up would take every connection. So a worker leaves
+        # a new one for SHARE_SECONDS to those that have fewer.
+        if self.counts[self.number] > min(self.counts):
             self._offered = self._offered or self.moment
             if self.moment - self._offered < SHARE_SECONDS:
                 return
@@ -2558,13 +2590,13 @@ class Server(http.server.HTTPServer):
             stream, address = self.get_request()
         except OSError as error:
             if error.errno in _NO_ROOM and not self._evict():
-                self._watch(self, 0)  # until _look(): the listener stays ready, and this would spin
+                self._watch(self, 0)  # until _look(): the listener stays ready, so that this would spin
                 self.report(f"accept: {error}")
             return
         try:
             stream.setblocking(False)
             if stream.family in (socket.AF_INET, socket.AF_INET6):
-                stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # otherwise some answers take 40 ms
+                stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # otherwise some answers wait 40 ms
             connection = (TLSConnection if self.tls else Connection)(stream, address, self)
         except (OSError, ValueError):  # the client is gone already
             stream.close()
@@ -2574,10 +2606,11 @@ class Server(http.server.HTTPServer):
         self._settle(connection, READ)
 
     def _evict(self) -> bool:
-        """Close the connection that is idle longest, or has been silent for long; return whether there was one.
+        """Close the connection that has been idle longest, or else stalled longest; return whether there is one.
 
-        One that came or was served just now is spared, as its request may be on its way.
+        A connection that was accepted or served just now is spared: its request may be on its way.
         """
+        # With a cap of 64 connections and no such rule, 200 idle sockets locked everybody out for 40 s.
         spared = {True: LOOK_SECONDS, False: STALLED_SECONDS}
         waiting = [each for each in self._connections if each.receiving and not each.queued]
         waiting = [each for each in waiting if self.moment - each.since > spared[each.is_idle]]
@@ -2586,8 +2619,8 @@ class Server(http.server.HTTPServer):
         return bool(waiting)
 
     def _settle(self, connection: Connection, wants: int) -> None:
-        """Have the selector watch for what a connection waits for, or close it."""
-        with contextlib.suppress(OSError, ValueError):  # the selector takes no more
+        """Make the selector watch for what a connection waits for, or close the connection."""
+        with contextlib.suppress(OSError, ValueError):  # the selector takes no more: then the connection is closed
             if wants != CLOSE:
                 self._watch(connection, wants)
                 return
@@ -2609,24 +2642,28 @@ class Server(http.server.HTTPServer):
             owner.watched = wants
 
     def _look(self) -> None:
-        """Do what is due: at deadlines that have passed, for work that takes too long, and once told to stop."""
+        """End what is past its deadline, holds too many bytes or works too long, and at a stop all that idles."""
+        # 1. Connections whose deadline has passed get a turn, with the reason as its result.
         self._looked = self.moment
         resting = [each for each in self._connections if each.watched and not each.queued]
         for each in resting:
             if each.deadline <= self.moment or (self.stopping and each.is_idle):
                 each.queued = True
                 self._arrived.append((each, each.expired()))
+        # 2. So do those that hold too many bytes together. Those that made progress last come first, and are spared.
         held = 0
         for each in sorted(resting, key=lambda each: -each.deadline):
             held += len(each.unsent) + each.reader.size
-            if held > HELD_AT_MOST and not each.is_idle and not each.queued:  # who made progress last may go on
+            if held > HELD_AT_MOST and not each.is_idle and not each.queued:
                 each.queued = True
                 self._arrived.append((each, RequestTimeout("too much waits to be read")))
+        # 3. Work that takes too long is answered 503. Its thread cannot be stopped, and its result will be dropped.
         with self._lock:
             for thread, (connection, since) in self._held.items():
                 if connection and self.moment - since > STORE_SECONDS:
                     self._held[thread] = None, since
                     self._arrived.append((connection, DatabaseError("the store takes too long; try again")))
+        # 4. Accept connections again, if there was no room for them before; or no more, at a stop.
         self._watch(self, 0 if self.stopping else READ)
         if self.stopping:
             self.socket.close()
@@ -2655,10 +2692,10 @@ class Server(http.server.HTTPServer):
             self._lost_lines += 1
 
     def _write_log(self) -> None:
-        """Write the lines that wait, unless a thread is still held up by whoever reads the log."""
+        """Write the lines that wait, unless another thread is writing: the reader of the log may be holding it up."""
         if not self._log_lock.acquire(blocking=False):
             return
-        with contextlib.suppress(Exception):  # a log that fails, on a full disk say, must not stop the answers
+        with contextlib.suppress(Exception):  # a log that fails, perhaps on a full disk, must not stop the server
             lost, self._lost_lines = self._lost_lines, 0
             lines = [self._lines.popleft() for _ in range(len(self._lines))]
             lines += [self._form.failure(now(), f"{lost} lines of the log are lost")] if lost else []
@@ -2671,7 +2708,7 @@ class Server(http.server.HTTPServer):
 def _descriptors() -> int:
     """Return how many descriptors this process may have."""
     try:
-        import resource  # here: not every system has it
+        import resource  # here: only POSIX systems have it
     except ImportError:
         return sys.maxsize
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -2679,9 +2716,9 @@ def _descriptors() -> int:
 
 
 def listen(host: str = "127.0.0.1", port: int = 9001, unix_socket: str | None = None) -> socket.socket:
-    """Return a listening socket; port 0 lets the system choose. Raises OSError.
+    """Return a listening socket; with port 0 the system chooses the port. Raises OSError.
 
-    A socket that systemd hands over (sd_listen_fds(3)) is taken before any other.
+    A socket that systemd hands over, see sd_listen_fds(3), is taken before any other.
     """
     if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS", "0") != "0":
         return socket.socket(fileno=3)
@@ -2694,7 +2731,7 @@ def listen(host: str = "127.0.0.1", port: int = 9001, unix_socket: str | None = 
         try:
             probe.connect(unix_socket)
         except ConnectionRefusedError:
-            if stat.S_ISSOCK(os.stat(unix_socket).st_mode):  # nobody listens any more: what a crash left
+            if stat.S_ISSOCK(os.stat(unix_socket).st_mode):  # nobody listens there: a crash left it behind
                 os.unlink(unix_socket)
     listener = socket.socket(socket.AF_UNIX)
     try:
@@ -2707,10 +2744,10 @@ def listen(host: str = "127.0.0.1", port: int = 9001, unix_socket: str | None = 
 
 
 def served_hosts(listener: socket.socket, names: Sequence[str] | None) -> Container[str] | None:
-    """Return the hosts that a server on this socket serves; None is any.
+    """Return the hosts that a server on this socket serves; None means any.
 
-    A page in a browser may reach a server on loopback under a name that its author lets point there (DNS
-    rebinding), so there the Host has to be ours.
+    The author of a web page can make a name point to 127.0.0.1, and so let the page reach a server on loopback in its
+    visitor's browser (DNS rebinding). So a server on loopback answers only to names of its own.
     """
     address: Any = listener.getsockname()
     if names is None or not isinstance(address, tuple) or not (address[0].startswith("127.") or address[0] == "::1"):
@@ -2719,7 +2756,7 @@ def served_hosts(listener: socket.socket, names: Sequence[str] | None) -> Contai
 
 
 def address_of(listener: socket.socket, scheme: str = "http") -> str:
-    """Return where a socket listens, as the base URL for clients or unix:PATH."""
+    """Return where a socket listens: the base URL for clients, or unix:PATH."""
     address: Any = listener.getsockname()
     if not isinstance(address, tuple):
         return f"unix:{address}"
