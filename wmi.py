@@ -2767,32 +2767,49 @@ def address_of(listener: socket.socket, scheme: str = "http") -> str:
 ####################################################################################################
 # Processes
 ####################################################################################################
-# One process, or a parent that forks workers and replaces those that die. SIGTERM or SIGINT stops gracefully: the
-# parent closes its listener and tells each worker; a worker stops accepting, finishes what runs, and exits. A
-# second signal ends everything at once. SIGHUP renews what was read at the start, a certificate: the parent
-# passes it on. A worker whose parent is gone stops by itself.
+# One process, or a parent that forks workers and replaces those that die. The parent serves nobody. Workers share the
+# listener and a few bytes of memory with their counts of connections, and nothing of a store.
+#
+#     signal             the parent                                    a worker, or the only process
+#     SIGTERM            closes its listener, sends SIGTERM to each    accepts no more, lets running requests end for
+#                        worker, and waits until all have ended        GRACE_SECONDS at most, and exits
+#     SIGINT             the same as SIGTERM                           a worker ignores it: Ctrl-C in a terminal goes to
+#                                                                      all processes, and the parent tells the workers
+#     a second of them   sends SIGKILL to each worker                  the only process exits at once; a worker goes on,
+#                                                                      as systemd may tell it besides the parent
+#     SIGALRM            the same as a second one; the parent sets     -
+#                        it for the end of the grace, in case a
+#                        worker hangs
+#     SIGHUP             renews what it read at the start, such as     renews it for new connections
+#                        a certificate, for workers to come; then
+#                        sends SIGHUP to each worker
+#     the parent died    -                                             a worker sees it by getppid(), sends SIGTERM to
+#                                                                      itself, and gives running requests one second
+#
+# Signals that stop are blocked around each fork: otherwise one could come when the parent has a child that it does not
+# know yet, and this child would never be told.
 
-Renew = Callable[["Server | None"], None]  # of a server's certificate; None: of the workers to come
-Place = tuple[int, memoryview, int]  # of a worker: its parent, the connections of each worker, its number
+Renew = Callable[["Server | None"], None]  # renews the certificate of a server, or with None that of workers to come
+Place = tuple[int, memoryview, int]  # what a worker is told: its parent, the counts of all workers, its own number
 _STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 def block_stops(block: bool) -> None:
-    """Hold signals that stop back until somebody handles them, or let them come."""
+    """Block the signals that stop a server, or let them come, with those that came meanwhile."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK if block else signal.SIG_UNBLOCK, _STOPS)
 
 
 def memory_trimmer() -> Callable[[], object]:
-    """Return what has the C library give freed memory back to the system, which takes about a millisecond.
+    """Return a function that makes the C library give freed memory back to the system, in about a millisecond.
 
-    Without it a process keeps what an attack once needed: 62 MB after a minute, in place of 46.
+    Without it a process keeps the memory that an attack once took: 62 MB a minute later, instead of 46.
     """
     try:
-        import ctypes  # here: whoever embeds a server decides about its memory
+        import ctypes  # here: a program that embeds a server decides about memory by itself, and needs no ctypes
 
         return functools.partial(ctypes.CDLL(None).malloc_trim, 0)
-    except (ImportError, OSError, AttributeError, TypeError):  # another C library, or none that is asked so
+    except (ImportError, OSError, AttributeError, TypeError):  # a C library that has no such function
         return lambda: None
 
 
@@ -2800,29 +2817,29 @@ def run_server(
     make_server: Callable[[], Server], workers: int = 1, listener: socket.socket | None = None,
     announce: Callable[[], None] = lambda: None, renew: Renew | None = None,
 ) -> int:  # fmt: skip
-    """Serve until SIGTERM or SIGINT, here or in so many forked processes, and return 0.
+    """Serve until SIGTERM or SIGINT, in this process or in several forked ones, and return 0.
 
-    make_server is called after the fork, so that processes share the listener and nothing of a store; announce
-    once signals are handled; renew at each SIGHUP, in each process. A worker that dies is replaced.
+    make_server is called in each process that serves, after the fork; announce is called once, when signals are
+    handled; renew is called in each process at SIGHUP. A worker that dies is replaced.
     """
     if workers == 1:
         return _run_here(make_server, announce, renew)
     import mmap  # here: one process has nothing to share
 
     parent, counts = os.getpid(), memoryview(mmap.mmap(-1, 2 * workers)).cast("H")
-    children: dict[int, int] = {}  # each has a place among the counts
-    signals: list[int] = []
+    children: dict[int, int] = {}  # process id -> number of the worker, which is its place among the counts
+    signals: list[int] = []  # those that stop, as they came
 
     def stop(signum: int, frame: Any) -> None:
         signals.append(signum)
         if listener:
-            listener.close()  # ours is the last: from now on connections are refused
+            listener.close()  # otherwise it would stay open, and take connections, when the workers have closed theirs
         tell(signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)
-        signal.alarm(GRACE_SECONDS + 2)  # then they are killed
+        signal.alarm(GRACE_SECONDS + 2)  # a little later than the workers give up
 
     def hang_up(signum: int, frame: Any) -> None:
         assert renew is not None
-        with contextlib.suppress(Error):  # each worker says so
+        with contextlib.suppress(Error):  # the workers fail too, and report it
             renew(None)
         tell(signum)
 
@@ -2838,21 +2855,23 @@ def run_server(
     block_stops(False)
     announce()
     while children or not signals:
+        # 1. Fork the workers that are missing. The child unblocks the signals itself, once it handles them.
         while len(children) < workers and not signals:
-            block_stops(True)  # until the child is known, and knows them itself
+            block_stops(True)
             number = min({*range(workers)} - {*children.values()})
-            if not signals:
+            if not signals:  # one may have come before they were blocked
                 children[os.fork() or _exit_as_worker(make_server, renew, (parent, counts, number))] = number
             block_stops(False)
+        # 2. Wait until one of them ends. If that comes soon, it may be unable to start: then do not fork in a spin.
         waited = time.monotonic()
         children.pop(os.wait()[0], None)
         if not signals and time.monotonic() - waited < 1:
-            time.sleep(1)  # one that cannot start must not be forked in a spin
+            time.sleep(1)
     return 0
 
 
 def _exit_as_worker(make_server: Callable[[], Server], renew: Renew | None, place: Place) -> int:
-    """Run a forked worker to its end: nothing of the parent's stack may run after it."""
+    """Run a forked worker, and exit: nothing on the stack of the parent may run in the worker too."""
     try:
         os._exit(_run_here(make_server, lambda: None, renew, place))
     except BaseException as error:
@@ -2875,7 +2894,7 @@ def _run_here(
         signals.append(signum)
         if len(signals) > 1 and not place:
             os._exit(128 + signum)
-        server.stopping = True  # a worker may be told twice, by systemd and by its parent, which kills if need be
+        server.stopping = True
 
     def hang_up(signum: int, frame: Any) -> None:
         assert renew is not None
@@ -2885,13 +2904,13 @@ def _run_here(
             server.report(f"not renewed: {error}")
 
     signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN if place else stop)  # a terminal's goes to all, the parent tells us
+    signal.signal(signal.SIGINT, signal.SIG_IGN if place else stop)
     if renew:
         signal.signal(signal.SIGHUP, hang_up)
     block_stops(False)
     announce()
     server.serve_forever()
-    server.stop(1 if place and os.getppid() != place[0] else GRACE_SECONDS)  # nobody supervises it any more
+    server.stop(1 if place and os.getppid() != place[0] else GRACE_SECONDS)  # 1 s: nobody supervises it any more
     return 0
 
 
