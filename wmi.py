@@ -2681,7 +2681,7 @@ class Server(http.server.HTTPServer):
 
     def report(self, text: str) -> None:
         """Log a failure, in one line of visible ASCII."""
-        # Not by a codec: it would be imported first, which fails without a free descriptor.
+        # By ascii() and not by encode(): a codec has to be imported first, which fails if no descriptor is free.
         self._add_line(self._form.failure(self._clock, ascii(text)[1:-1][:LOGGED]))
 
     def _add_line(self, line: str) -> None:
@@ -2917,26 +2917,26 @@ def _run_here(
 ####################################################################################################
 # Client
 ####################################################################################################
-# The catalog's verbs and errors over HTTP, so that a script works alike on a store and on a server.
-# Reads the documented answers and those of the deployed servers, and trusts neither:
+# The verbs and errors of the catalog over HTTP, so that a script works in the same way on a store and on a server. The
+# client reads the answers of the document and those of the deployed servers, and trusts neither:
 #
-#   _call        tries until an answer counts; the deadline bounds all tries together
-#   _send        one try with its redirects, none of which carries the account to another host
-#   _Connection  every wait ends at the deadline, and every byte that arrives is counted
-#   _body_sizes  a body is framed strictly or refused
+#     _call          tries again until there is an answer; the deadline bounds all tries together
+#     _send          makes one try and follows its redirects, none of which takes the account to another host
+#     _Connection    ends each wait at the deadline, and counts each byte that arrives
+#     _body_sizes    reads the framing of a body strictly, or refuses it
 #
-# urllib knows about proxies, and http.client reads heads. Bodies are read here, since http.client takes
-# a chunk of size -1 for one without end, and a Content-Length that is not a number for none.
+# urllib is used for proxies, and http.client for heads. Bodies are read here, because http.client takes a chunk of
+# size -1 for a body without end, and a Content-Length that is not a number for none.
 
 _ERRORS = {error.__name__: error for error in Error.__subclasses__()}
 _PAUSE_AT_MOST = 5.0  # seconds between two tries, whatever Retry-After asks for
 _REDIRECTS_AT_MOST = 5
-_HEAD_AT_MOST = 65536  # bytes, interim answers included; common servers send at most 8 KiB
-_YAML_AT_MOST = 65536  # characters of `source` or `features`: a server takes no more, and parsing takes memory
+_HEAD_AT_MOST = 65536  # bytes, with those of interim answers (1xx); common servers send at most 8 KiB
+_YAML_AT_MOST = 65536  # characters of `source` or `features`: no real one is longer, and parsing takes memory
 _UNTIL_CLOSE = float("inf")  # the size of a body that ends with its connection
 _WHOLE = functools.partial(whole_number, "a number is negative, a fraction or too long")  # 10**6 digits take minutes
 _JSON = json.JSONDecoder(parse_int=_WHOLE, parse_float=_WHOLE, parse_constant=_WHOLE)
-# The type of each field of an image, beside null. Not the values: another server may know more of them.
+# The type of each field of an image, apart from null. Values are not checked: another server may know more of them.
 _TYPES = {name: str if default is None else type(default) for name, (_, default) in FIELDS.items()}
 _TYPES.update({"uuid": str, **dict.fromkeys(_ALWAYS_EMPTY, list)})
 _LOOPBACK = r"https?://(127(\.[0-9]+){3}|\[::1\]|localhost)(:|/|$)"
@@ -2944,15 +2944,15 @@ _check_url = _matching(r"https?://[^/?#@\s]+(/[^?#\s]*)?", "http://HOST:PORT or 
 
 
 class Client:
-    """A server of this API, called as one account, with the verbs and errors of Catalog.
+    """A server of this API as one account sees it, with the verbs and errors of Catalog.
 
-    `url` is the server's base, such as http://127.0.0.1:9001. Each wait is at most `timeout` seconds, a
-    whole call with its retries at most `deadline` (but looking up a host name takes as long as the system
-    lets it). An answer over `max_answer` bytes is refused. The proxies of the environment are used only if
-    `proxies` is true. Over https, `cafile` is a file of PEM certificates to trust instead of the system's.
+    `url` is the base of the server, such as http://127.0.0.1:9001. Each wait takes at most `timeout` seconds, and a
+    whole call with its retries at most `deadline` seconds (except that to look up a host name takes as long as the
+    system allows). An answer over `max_answer` bytes is refused. The proxies of the environment are used only if
+    `proxies` is true. Over https, `cafile` is a file of PEM certificates to trust instead of those of the system.
 
-    `token` proves the account, which then need not be named. Over plain http it is sent to loopback only, unless
-    `plain_token` is true: who is on the way could read it.
+    `token` proves the account, which then need not be named. Over plain http it is sent to loopback only, because
+    others could read it on its way; `plain_token` allows that.
     """
 
     def __init__(
@@ -2981,7 +2981,7 @@ class Client:
         given = [(name, _spelled(value)) for name, value in params.items() if value is not None]
         answer = self._call("GET", f".json?{urllib.parse.urlencode(given + tests)}")
         try:
-            body = answer[0] if isinstance(answer, list) else answer  # deployed servers wrap it
+            body = answer[0] if isinstance(answer, list) else answer  # the deployed servers wrap it in an array
             total = body["owner_total"] if "owner_total" in body else body["total"]
             images = body["result"] if "result" in body else body["results"]
             page = Page(total, body["start"], body["limit"], images)
@@ -2996,7 +2996,7 @@ class Client:
         return every_image(self.index, filters)
 
     def show(self, id: str) -> Record:
-        """Return the image, source and features as dicts; see Catalog.show."""
+        """Return the image, with source and features as dicts; see Catalog.show."""
         check_id_syntax(id)
         return _shown_record(self._call("GET", f"/{id}.json"))
 
@@ -3023,16 +3023,18 @@ class Client:
         return stranger
 
     def _call(self, method: str, path: str, form: bytes | None = None) -> Any:
-        """Send a request, again where that is safe, and return what its answer holds."""
+        """Send a request, if need be several times, and return what its answer holds."""
+        # Every verb may be sent again. GET reads, and PUT sets the same values; a DELETE whose answer was lost finds
+        # no image the second time, which then counts as done.
         until = time.monotonic() + self._deadline
-        lost = False  # an earlier try may have been done, though its answer never came
+        lost = False  # an earlier try may have been carried out, although its answer never came
         for attempt in itertools.count():
             try:
                 return self._send(method, self._url + path, self._read, until, form)
             except Error as error:
                 if method == "DELETE" and lost and isinstance(error, UnknownUUIDResource):
                     return None
-                # A 503 says that nothing was done. Nor was it where urllib raised URLError: the request was not sent.
+                # Nothing was done if the answer is 503, or if urllib raised URLError: then the request was not sent.
                 lost |= error.status in (502, 504) and not isinstance(error.__cause__, urllib.error.URLError)
                 growing = random.uniform(0.05, 0.1) * 2**attempt  # random, so that clients do not march in step
                 pause = min(_PAUSE_AT_MOST, max(growing, error.retry_after))
@@ -3045,7 +3047,7 @@ class Client:
         self, method: str, url: str, read: Callable[[Any], Any], until: float, form: bytes | None = None,
         fields: Mapping[str, str] = types.MappingProxyType({}),
     ) -> Any:  # fmt: skip
-        """Return what read() makes of the answer to one try; every failure is one of our errors."""
+        """Return what read() makes of the answer to one try. Raises errors of this module only."""
 
         def wait() -> float:
             left = min(self._timeout, until - time.monotonic())
@@ -3055,13 +3057,14 @@ class Client:
 
         try:
             for _ in range(1 + _REDIRECTS_AT_MOST):
-                # A new request each time, since ProxyHandler changes it. urllib hands `wait` on to the connection.
+                # A new request each time, because ProxyHandler changes it. urllib passes `wait` on to the connection.
                 request = urllib.request.Request(url, form, {**self._fields, **fields}, method=method)
                 with self._opener.open(request, timeout=wait) as answer:  # type: ignore[arg-type]
                     if answer.status not in (301, 302, 303, 307, 308):
                         return read(answer)
                     target = urllib.parse.urljoin(url, answer.headers.get("Location", ""))
-                if method != "GET" or target.split("/")[:3] != url.split("/")[:3]:  # scheme, host and port
+                # Only on the same scheme, host and port: nobody else should see the account.
+                if method != "GET" or target.split("/")[:3] != url.split("/")[:3]:
                     raise BadAnswer(f"the server redirects {method} to {brief(target)}, which is not followed")
                 url = target
             raise BadAnswer(f"the server redirects more than {_REDIRECTS_AT_MOST} times")
@@ -3075,7 +3078,7 @@ class Client:
             raise Unreachable(message) from error
 
     def _read(self, answer: Any) -> Any:
-        """Return the JSON of an answer, or raise the error that it holds, in the class that the catalog raises."""
+        """Return what an answer holds in JSON, or raise the error in it, as the same class that the catalog raises."""
         succeeded, body = 200 <= answer.status < 300, self._read_body(answer)
         try:
             shown = _JSON.decode(body.decode("utf-8-sig"))
@@ -3084,7 +3087,7 @@ class Client:
             name, message, code = (str(shown[key]) for key in ("error", "message", "code"))
         except (ValueError, TypeError, KeyError, RecursionError, InvalidParameter) as error:
             if succeeded:
-                coding = answer.headers.get("Content-Encoding", "none")  # none is what was asked for
+                coding = answer.headers.get("Content-Encoding", "none")  # no compression was asked for
                 raise BadAnswer(f"the answer is not JSON: {error} (compression: {brief(coding)})") from error
             reason = http.client.responses.get(answer.status, "")
             name, message, code = "", f"{answer.status} {reason} from {answer.url}", str(answer.status)
@@ -3094,7 +3097,7 @@ class Client:
         raise found
 
     def _read_body(self, answer: Any) -> bytearray:
-        """Return the whole body. Raises ConnectionError for one that is cut, BadAnswer for one that is too large."""
+        """Return the whole body. Raises ConnectionError if it is cut short, BadAnswer if it is too large."""
         body = bytearray()
         for piece in _body_pieces(answer, self._max_answer):
             body += piece
@@ -3126,29 +3129,29 @@ def _body_pieces(answer: Any, most: int) -> Iterator[bytes]:
 
 
 def _body_sizes(answer: Any) -> Iterator[float]:
-    """Yield how many bytes of the body to read, then how many more (RFC 9112, 6.3 and 7.1).
+    """Yield how many bytes of the body to read next, until its end (RFC 9112, 6.3 and 7.1).
 
-    Raises ConnectionError if the answer is cut or a chunk has no size, BadAnswer if its framing is not clear.
+    Raises ConnectionError if the answer is cut short or a chunk has no size, BadAnswer if its framing is not clear.
     """
     lengths, codings = (answer.headers.get_all(name, []) for name in ("Content-Length", "Transfer-Encoding"))
     if [coding.lower() for coding in codings] == ["chunked"] and not lengths:
-        # int() alone would read -1, +1, 0x1 and 1_0 as well. What comes after the last chunk means nothing here.
+        # int() alone would take -1, +1, 0x1 and 1_0 as well. What follows the last chunk is not read.
         form = rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?\r\n"
         while (line := re.fullmatch(form, answer.fp.readline(PIECE))) and int(line[1], 16):
             yield int(line[1], 16)
-            answer.fp.read(2)  # CRLF; where it is something else, a size is missing
+            answer.fp.read(2)  # CRLF; if it is something else, what follows is not the line of a size
         if not line:
             raise ConnectionError("the answer is cut, or a chunk has no size")
     elif len(lengths) == 1 and re.fullmatch("[0-9]{1,18}", lengths[0]) and not codings:
         yield int(lengths[0])
     elif lengths or codings:
         raise BadAnswer(f"the answer does not say clearly how long it is: {brief(lengths + codings)}")
-    elif answer.length != 0:  # 0: http.client knows the statuses that have no body
+    elif answer.length != 0:  # http.client sets 0 for statuses that have no body
         yield _UNTIL_CLOSE
 
 
 class _BoundedHTTP(urllib.request.HTTPHandler):
-    """Handler of http and https that opens one kind of connection: a client never changes its scheme."""
+    """Handler of http and https that opens one kind of connection, as the scheme of a client never changes."""
 
     https_request = urllib.request.HTTPHandler.http_request
 
@@ -3163,15 +3166,15 @@ class _BoundedHTTP(urllib.request.HTTPHandler):
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection whose timeout is not a number but a function, asked before each wait how long that may be.
+    """A connection whose timeout is a function, which returns before each wait how long that may take.
 
-    A socket's own timeout bounds one wait only: a server that sends a byte now and then would outlast it.
+    The timeout of a socket bounds a single wait: a server that sends a byte now and then could keep a client forever.
     """
 
     def connect(self) -> None:
         self._wait = cast("Callable[[], float]", self.timeout)
         self.timeout = self._wait() / len(socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM))
-        super().connect()  # to each address in turn until one answers
+        super().connect()  # to each address in turn, until one answers: so each has its share of the time
         self.sock.settimeout(self._wait())  # for the handshake
 
     def send(self, data: Any) -> None:
@@ -3181,9 +3184,10 @@ class _Connection(http.client.HTTPConnection):
             super().send(data[start : start + PIECE])
 
     def response_class(self, sock: Any, **options: Any) -> Any:  # type: ignore[override]
-        """Return the answer, read from a file that asks how long to wait and counts what it receives."""
+        """Return the answer, which reads from a file that bounds each wait and counts what it receives."""
+        # http.client calls response_class like a class, and offers no other place to step in.
         answer: Any = http.client.HTTPResponse(sock, **options)
-        answer.budget = budget = [_HEAD_AT_MOST]  # shared, without a cycle that would keep the socket open
+        answer.budget = budget = [_HEAD_AT_MOST]  # a list: readinto() with a reference to answer would be a cycle
         wait = self._wait
 
         def readinto(buffer: Any) -> int:
@@ -3194,12 +3198,12 @@ class _Connection(http.client.HTTPConnection):
                 raise BadAnswer("the head or the chunks of the answer are too long")
             return count
 
-        answer.fp.raw.readinto = readinto  # of the socket's file, below its buffer
+        answer.fp.raw.readinto = readinto  # answer.fp is a buffer on top of the file of the socket
         return answer
 
 
 def _shown_record(shown: Any) -> Record:
-    """Return an image that a server showed, source and features as dicts. Raises BadAnswer."""
+    """Return an image that a server showed, with source and features as dicts. Raises BadAnswer."""
     try:
         check_id("id", shown["id"])
         image = dict(shown)
@@ -3212,7 +3216,7 @@ def _shown_record(shown: Any) -> Record:
         for name, value in image.items():
             if value is not None and type(value) is not _TYPES.get(name, type(value)):
                 raise refuse(name, value, f"null or {_TYPES[name].__name__}")
-        json.dumps(image, ensure_ascii=False).encode()  # no half of a surrogate pair, no bottomless nesting
+        json.dumps(image, ensure_ascii=False).encode()  # fails for lone surrogates and bottomless nesting
     except (TypeError, AttributeError, KeyError, ValueError, RecursionError, InvalidParameter) as error:
         raise BadAnswer(f"the answer is not an image: {error!r}") from error
     return image
