@@ -124,8 +124,7 @@ class StorageContract(Base):
         for n, text in enumerate(HOSTILE):
             store.add(image(n, description=text, extra={text: [text]}))
         for n, text in enumerate(HOSTILE):
-            self.assertEqual(store.get(f"wmi-{n:08x}"),
-                             image(n, description=text, extra={text: [text]}))
+            self.assertEqual(store.get(f"wmi-{n:08x}"), image(n, description=text, extra={text: [text]}))
 
     def test_hostile_ids_are_told_apart(self) -> None:
         """An id is compared exactly, never as a pattern, number or path."""
@@ -361,12 +360,9 @@ class StorageContract(Base):
     def test_a_scope_is_own_and_public_once(self) -> None:
         """An own public image is listed once; `public=False` leaves others' away."""
         store = self.open()
-        store.add_all([image(1), image(2, is_public=True), image(3, BOB),
-                       image(4, BOB, is_public=True)])
-        self.assertEqual(ids(store.page(ALICE, 0, 9)[1]),
-                         ["wmi-00000004", "wmi-00000002", "wmi-00000001"])
-        self.assertEqual(ids(store.page(ALICE, 0, 9, public=False)[1]),
-                         ["wmi-00000002", "wmi-00000001"])
+        store.add_all([image(1), image(2, is_public=True), image(3, BOB), image(4, BOB, is_public=True)])
+        self.assertEqual(ids(store.page(ALICE, 0, 9)[1]), ["wmi-00000004", "wmi-00000002", "wmi-00000001"])
+        self.assertEqual(ids(store.page(ALICE, 0, 9, public=False)[1]), ["wmi-00000002", "wmi-00000001"])
         self.assertEqual(ids(store.page(CAROL, 0, 9)[1]), ["wmi-00000004", "wmi-00000002"])
         self.assertEqual(store.page(None, 0, 0)[0], 4)
 
@@ -403,10 +399,10 @@ class StorageContract(Base):
             deleted_at=TIME if chance.random() < .3 else None,
         )
         old = next((record for record in model if record["id"] == new["id"]), None)
-        if old is None or (old["deleted_at"] and chance.random() < .5):
-            store.add(new) if chance.random() < .5 else store.add_all([new])
+        if old is None or (old["deleted_at"] and chance.random() < 0.5):
+            store.add(new) if chance.random() < 0.5 else store.add_all([new])
             model[:] = [record for record in model if record is not old] + [new]
-        elif chance.random() < .7:
+        elif chance.random() < 0.7:
             store.replace(new["id"], lambda record: new)
             model[model.index(old)] = new
         else:
@@ -423,9 +419,7 @@ class StorageContract(Base):
                     self.assertEqual(store.page(account, start, limit, **scope),
                                      (len(want), want[start:start + limit]))
                 self.assertEqual(list(store.walk(account, start=start, **scope)), want[start:])
-                self.assertEqual(
-                    list(store.walk(account, start=start, oldest_first=True, **scope)),
-                    want[::-1][start:])
+                self.assertEqual(list(store.walk(account, start=start, oldest_first=True, **scope)), want[::-1][start:])
             self.assertEqual(list(store.walk(account, frozen=True, **scope)), want)
 
     def test_many_records_page_as_they_walk(self) -> None:
@@ -435,11 +429,10 @@ class StorageContract(Base):
         for n in range(0, 700, 7):
             store.delete(f"wmi-{n:08x}")
         want = ids(store.walk(ALICE))
-        got = [id for start in range(0, len(want), 40)
-               for id in ids(store.page(ALICE, start, 40, deleted=None)[1])]
+        got = [id for start in range(0, len(want), 40) for id in ids(store.page(ALICE, start, 40, deleted=None)[1])]
         self.assertEqual(got, want)
         for start in range(0, len(want), 13):
-            self.assertEqual(ids(store.page(ALICE, start, 1)[1]), want[start:start + 1])
+            self.assertEqual(ids(store.page(ALICE, start, 1)[1]), want[start : start + 1])
 
     # ---- walks ----
 
@@ -449,8 +442,7 @@ class StorageContract(Base):
         store.add_all(image(n) for n in range(5))
         for frozen in (True, False):
             self.assertEqual(list(store.walk(frozen=frozen, start=3)), [image(1), image(0)])
-            self.assertEqual(list(store.walk(frozen=frozen, start=3, oldest_first=True)),
-                             [image(3), image(4)])
+            self.assertEqual(list(store.walk(frozen=frozen, start=3, oldest_first=True)), [image(3), image(4)])
 
     def test_a_walk_under_change_keeps_its_promise(self) -> None:
         """Nothing comes twice, and nothing that stayed the same is left out."""
@@ -462,8 +454,7 @@ class StorageContract(Base):
         base, store = 10_000 * oldest_first, self.open()
         for record in list(store.walk()):
             store.delete(record["id"])
-        store.add_all(image(base + n, deleted_at=TIME if n % 4 == 1 else None)
-                      for n in range(1200))
+        store.add_all(image(base + n, deleted_at=TIME if n % 4 == 1 else None) for n in range(1200))
         seen = []
         for turn, record in enumerate(store.walk(oldest_first=oldest_first)):
             seen.append(record["id"])
@@ -686,8 +677,7 @@ class StorageContract(Base):
 
         self.gather(change, check)
         want = [image(n, n=int(n < 30 and n % 3 == 0)) for n in range(300) if n >= 30 or n % 3 != 1]
-        self.assertEqual(list(store.walk(oldest_first=True)),
-                         want + [image(1000 + n) for n in range(0, 30, 3)])
+        self.assertEqual(list(store.walk(oldest_first=True)), want + [image(1000 + n) for n in range(0, 30, 3)])
 
     # ---- threads ----
 
@@ -745,8 +735,7 @@ class StorageContract(Base):
                 done.set()
 
         self.gather(write_all, read, read)
-        want = {f"wmi-{100 * f + n:08x}" for f in range(THREADS - 2) for n in range(15)
-                if (100 * f + n) % 3}
+        want = {f"wmi-{100 * f + n:08x}" for f in range(THREADS - 2) for n in range(15) if (100 * f + n) % 3}
         self.assertEqual(set(ids(store.walk())), want)
 
     def test_one_thread_wins_an_id(self) -> None:
@@ -833,8 +822,7 @@ class StorageContract(Base):
         self.only_shared()
         store = self.open()
         store.add(image(1, n=0))
-        self.spawn("for _ in range(25):\n"
-                   "  store.replace('wmi-00000001', lambda r: {**r, 'n': r['n'] + 1})")
+        self.spawn("for _ in range(25):\n  store.replace('wmi-00000001', lambda r: {**r, 'n': r['n'] + 1})")
         self.assertEqual(store.get("wmi-00000001")["n"], 25 * PROCESSES)
 
     def test_processes_add_and_delete_at_once(self) -> None:

@@ -141,19 +141,18 @@ class JsonStorage:
             del rows[id]
 
     def page(
-        self, account: str | None, start: int, limit: int, *,
-        public: bool = True, deleted: bool | None = False,
+        self, account: str | None, start: int, limit: int, *, public: bool = True, deleted: bool | None = False
     ) -> tuple[int, list[Record]]:
         """Return how many records belong to the scope, and `limit` of them from `start` on."""
         if start < 0 or limit < 0:
             raise ValueError(f"start {start} and limit {limit} must not be negative")
         lines = _view(self._current(), (account, public, deleted))
-        return len(lines), [_decode(line) for line in lines[start:start + limit]]
+        return len(lines), [_decode(line) for line in lines[start : start + limit]]
 
     def walk(
-        self, account: str | None = None, *, public: bool = True, deleted: bool | None = None,
-        start: int = 0, oldest_first: bool = False, frozen: bool = False,
-    ) -> Iterator[Record]:
+        self, account: str | None = None, *, public: bool = True, deleted: bool | None = None, start: int = 0,
+        oldest_first: bool = False, frozen: bool = False,
+    ) -> Iterator[Record]:  # fmt: skip
         """Yield the scope's records as they are now; changes made meanwhile are not seen."""
         if start < 0:
             raise ValueError(f"start {start} must not be negative")
@@ -281,8 +280,7 @@ def _encode(record: Record) -> tuple[str, _Row]:
         line = _encode_text(record).encode()
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"not a record: {error!r}") from error
-    if not (type(id) is type(account) is str and type(public) is bool
-            and (gone is None or type(gone) is str)):
+    if not (type(id) is type(account) is str and type(public) is bool and (gone is None or type(gone) is str)):
         raise ValueError(f"not a record: id, account_id, is_public or deleted_at of {id!r}")
     return id, _Row(line, account, public, gone is not None)
 
@@ -375,8 +373,7 @@ def _digest(text: bytes) -> str:
 
 def _busy(path: str) -> OSError:
     return OSError(
-        f"{path}: locked by another program for {BUSY_S:g} s; nothing was changed:"
-        " try again, or end that program"
+        f"{path}: locked by another program for {BUSY_S:g} s; nothing was changed: try again, or end that program"
     )
 
 
@@ -419,9 +416,7 @@ def _is_at(path: str, file: int) -> bool:
 
 
 @_medium
-def _save(
-    path: str, lock: int, rows: dict[str, _Row], change: int
-) -> tuple[int | None, _State]:
+def _save(path: str, lock: int, rows: dict[str, _Row], change: int) -> tuple[int | None, _State]:
     """Write all rows so that after a crash the file has the old content or the new one."""
     text = HEAD.format(change).encode() + b",\n".join([r.line for r in rows.values()]) + TAIL
     new = path + ".new"  # always this name, so that the next change finds what a crash left
@@ -451,7 +446,7 @@ def _save(
 def _write(file: int, text: bytes) -> None:
     rest = memoryview(text)
     while rest:
-        rest = rest[os.write(file, rest):]
+        rest = rest[os.write(file, rest) :]
 
 
 def _inherit(new: int | str, old: os.stat_result) -> None:
@@ -480,9 +475,9 @@ def _parse(path: str, text: bytes) -> tuple[dict[str, _Row], int]:
     try:
         whole = json.loads(text.decode())
     except UnicodeDecodeError as error:
-        raise _fault(path, text[:error.start].decode(), "this is not UTF-8") from error
+        raise _fault(path, text[: error.start].decode(), "this is not UTF-8") from error
     except json.JSONDecodeError as error:
-        raise _fault(path, error.doc[:error.pos], error.msg) from error
+        raise _fault(path, error.doc[: error.pos], error.msg) from error
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond all measure
         raise _fault(path, "", str(error)) from error
     if fault := _head_fault(whole):

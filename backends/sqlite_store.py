@@ -199,8 +199,7 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
                 raise KeyError(id)
 
     def page(
-        self, account: str | None, start: int, limit: int, *,
-        public: bool = True, deleted: bool | None = False,
+        self, account: str | None, start: int, limit: int, *, public: bool = True, deleted: bool | None = False
     ) -> tuple[int, list[Record]]:
         """Return how many records belong to the scope, and `limit` of them from `start` on."""
         if start < 0 or limit < 0:
@@ -213,9 +212,9 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
         return total, [self._decode(text) for _, text in rows]
 
     def walk(
-        self, account: str | None = None, *, public: bool = True, deleted: bool | None = None,
-        start: int = 0, oldest_first: bool = False, frozen: bool = False,
-    ) -> Iterator[Record]:
+        self, account: str | None = None, *, public: bool = True, deleted: bool | None = None, start: int = 0,
+        oldest_first: bool = False, frozen: bool = False,
+    ) -> Iterator[Record]:  # fmt: skip
         """Yield the scope's records. Those of a frozen walk are all of one revision."""
         if start < 0:
             raise ValueError(f"start {start} must not be negative")
@@ -248,7 +247,7 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
             db.execute("CREATE TEMP TABLE frozen (serial, record)")
             db.allow()
             db.execute("INSERT INTO frozen " + select, values)
-            yield from (text for text, in db.execute("SELECT record FROM frozen ORDER BY rowid"))
+            yield from (text for (text,) in db.execute("SELECT record FROM frozen ORDER BY rowid"))
 
     def revision(self) -> str:
         """Return a text that differs after every change. Usually it costs one `stat`."""
@@ -258,8 +257,8 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
             now = time.time_ns()
             with self._reads as db:
                 self._end_still(self._still)
-                (revision,), = db.execute("SELECT revision FROM state").fetchall()
-                (mode,), = db.execute("PRAGMA journal_mode").fetchall()
+                ((revision,),) = db.execute("SELECT revision FROM state").fetchall()
+                ((mode,),) = db.execute("PRAGMA journal_mode").fetchall()
                 if found[-2] + SETTLED_NS < now and mode == "delete":  # a WAL leaves the file alone
                     self._revision = found, revision
                     with suppress(sqlite3.Error):  # no descriptor is free: go on with locks
@@ -335,8 +334,7 @@ class _Database(sqlite3.Connection):
 
     def is_unsafe(self) -> bool:
         """Return whether the file is in WAL mode, in which this SQLite may only read it."""
-        return sqlite3.sqlite_version_info < WAL_SAFE and (
-            self.execute("PRAGMA journal_mode").fetchall() == [("wal",)])
+        return sqlite3.sqlite_version_info < WAL_SAFE and (self.execute("PRAGMA journal_mode").fetchall() == [("wal",)])
 
     def change(self, *statements: str) -> None:
         """Execute statements as one change."""
@@ -503,8 +501,7 @@ def _row(record: Record) -> Row:
         text = _encode(record).encode().decode()  # a lone surrogate is refused
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"not a record: {error!r}") from error
-    if not (type(id) is type(account) is str and type(public) is bool
-            and (gone is None or type(gone) is str)):
+    if not (type(id) is type(account) is str and type(public) is bool and (gone is None or type(gone) is str)):
         raise ValueError(f"not a record: id, account_id, is_public or deleted_at of {id!r}")
     return id, account, public, gone is not None, text
 
@@ -562,7 +559,7 @@ def _connect(path: str, deadline: float) -> _Database:
                 db.execute("PRAGMA journal_mode = DELETE").fetchall()  # else PyPy has it unfinished
         if version < len(MIGRATIONS):
             db.begin()
-            for statement in chain(*MIGRATIONS[_version(db):]):  # another process may be first
+            for statement in chain(*MIGRATIONS[_version(db) :]):  # another process may be first
                 db.execute(statement)
             db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
             db.execute("COMMIT")
@@ -575,7 +572,7 @@ def _connect(path: str, deadline: float) -> _Database:
 
 def _version(db: _Database) -> int:
     """Return the schema version, 0 for an empty file. Raises OSError unless it is ours."""
-    (owner, version, _), = db.execute(VERSION).fetchall()
+    ((owner, version, _),) = db.execute(VERSION).fetchall()
     if os.stat(db.path).st_size == 0:  # SQLite takes a file cut down to some bytes for empty too
         return 0
     if owner != APPLICATION_ID:
@@ -590,7 +587,7 @@ def _version(db: _Database) -> int:
 
 def _faults(db: _Database, repair: bool) -> Iterator[str]:
     """Yield a line per fault. Repair indexes, then counts, then columns: each needs the former."""
-    indexes = [fault for fault, in db.execute("PRAGMA integrity_check") if fault != "ok"]
+    indexes = [fault for (fault,) in db.execute("PRAGMA integrity_check") if fault != "ok"]
     yield from indexes
     if repair and indexes:
         db.change("REINDEX")
