@@ -2,24 +2,23 @@
 
 How it works:
 
-1. The file is one JSON object: a head line, then one image per line, the oldest first.
-2. In memory each image is its encoded line and the few values that decide who sees it.
-   Handing out a record decodes its line, so every caller has a copy of its own.
-3. A state of the file is never changed once it is made. Readers take the newest and need
-   no lock; a walk simply goes on with the one that it began with.
-4. A change copies the table of lines, alters one, and writes all of it: a new file beside
-   the old one, fsync, rename over the old one, fsync of the directory. Only then is it done.
-5. Writers of all processes take a lock (flock) of the file itself. They ask for it again and
-   again instead of waiting in the system, which knows no limit: whoever may read the file can
-   hold that lock for as long as they like. Readers need no lock.
-6. One `stat` a call shows what other processes, or an editor, did. The state's own file is
-   held open, so that its inode number cannot come back with other content. Two edits within
-   one tick of the file system's clock look alike to `stat`: until the file is older than a
-   tick its content is compared as well.
-7. A file that cannot be understood is refused with line and column, and never overwritten.
+1. The file is one JSON object: a head line, then a line for each image, the oldest first.
+2. In memory an image is its encoded line, and the few values that decide who sees it. To hand out a record is to
+   decode its line, so every caller gets a copy.
+3. A state, which is one content of the file, never changes once it is made. Readers take the newest state and need
+   no lock; a walk stays with the state that it began with.
+4. A change copies the table of lines, alters the copy, and writes all of it to a new file. That file is synced to the
+   disk, renamed over the old one, and the directory is synced. Only then is the change done.
+5. Writers in all processes take a lock (flock) of the file itself. They try again and again, instead of waiting in the
+   system, because waiting there has no limit: whoever may read the file may hold this lock, for as long as they like.
+6. Each call looks once at the times of the file (`stat`), and so notices what another process or an editor has written.
+   The file of the state in memory stays open, so that its inode number cannot return with other content. Two edits
+   within one tick of the file system's clock look the same to `stat`; so until the file is older than a tick, its
+   content is compared as well.
+7. A file that cannot be parsed is refused, with line and column, and never overwritten.
 
-Left out: anything that would make a change cheaper than writing the whole file. Ten
-thousand images are fine; beyond that use sqlite.
+Left out: anything that would make a change cheaper than writing the whole file. Ten thousand images are fine; for more
+there is sqlite.
 """
 
 from __future__ import annotations
@@ -47,14 +46,14 @@ else:
 FORMAT, VERSION = "wmi-images", 1
 HEAD = f'{{{{"format": "{FORMAT}", "version": {VERSION}, "change": {{}},\n"images": [\n'
 TAIL = b"\n]}\n"
-BUSY_S = 8.0  # a call waits for locks no longer than this in total; a server gives up at 10 s
-MODE = 0o640  # of a new file, less the umask: whoever may read the file may lock it
-PAUSE_S, LONGEST_PAUSE_S = 0.005, 0.05  # between two attempts to get the lock
-SETTLED_NS = 3 * 10**9  # longer than a tick of any file system's clock: FAT's takes 2 s
-TICK_NS = 500 * 10**6  # longer than a tick of the system's clock, on a busy virtual machine too
-VIEWS = 32  # lists kept per state: enough for the accounts that are busy between two changes
-POSIX = sys.platform != "win32"  # elsewhere a file that is open cannot be renamed over
-BINARY = getattr(os, "O_BINARY", 0)  # Windows alone would translate line ends
+BUSY_S = 8.0  # for which a call waits for locks, in all; a server gives up after 10 s
+MODE = 0o640  # of a new file, less the umask: not readable for all, because who may read the file may lock it
+PAUSE_S, LONGEST_PAUSE_S = 0.005, 0.05  # between two attempts to get the lock, the first and the longest
+SETTLED_NS = 3 * 10**9  # longer than a tick of the clock of any file system: that of FAT takes 2 s
+TICK_NS = 500 * 10**6  # longer than a tick of the system's clock, even on a busy virtual machine
+VIEWS = 32  # lists cached per state: enough for the accounts that are busy between two changes
+POSIX = sys.platform != "win32"  # Windows cannot rename over a file that is open
+BINARY = getattr(os, "O_BINARY", 0)  # without it, Windows would translate the ends of lines
 
 Record = dict[str, Any]
 Scope = tuple["str | None", bool, "bool | None"]
@@ -63,7 +62,7 @@ _encode_text = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 class _Row(NamedTuple):
-    """One image: its line in the file and what decides who sees it."""
+    """One image: its line in the file, and what decides who sees it."""
 
     line: bytes
     account: str
@@ -72,18 +71,18 @@ class _Row(NamedTuple):
 
 
 class _State(NamedTuple):
-    """One content of the file. Its rows never change; a change makes another state."""
+    """One content of the file. Its rows never change: a change makes another state."""
 
     rows: dict[str, _Row]  # by id, in order of registration
-    change: int
-    revision: str
-    identity: tuple[int, ...]
+    change: int  # number of the change, written into the file: so no content ever comes back
+    revision: str  # digest of the content
+    identity: tuple[int, ...]  # of the file: device, inode, size and times
     settled: bool  # a later change of the file is certain to show in its times
-    views: dict[Scope, list[bytes]]
+    views: dict[Scope, list[bytes]]  # the lines of some scopes, newest first: the only thing that is added later
 
 
 def open_storage(location: str) -> JsonStorage:
-    """Open the store in the file `location`. One that does not exist is made by the first write."""
+    """Return the store in the file `location`, opened. If the file does not exist, the first change makes it."""
     return JsonStorage(location)
 
 
@@ -91,8 +90,8 @@ class JsonStorage:
     """A store in one JSON file. Threads may share it; processes each open their own."""
 
     def __init__(self, path: str) -> None:
-        """Open and read the file. Raises OSError if it is there and not ours."""
-        self._path = os.path.realpath(path)  # a symbolic link stays one: its target is replaced
+        """Open and read the file. Raises OSError if it is there, but not a store of images."""
+        self._path = os.path.realpath(path)  # the target of a symbolic link is replaced, not the link
         self._closed = self._drafting = False
         self._loading, self._writing = threading.Lock(), threading.RLock()
         self._pin: int | None = None
@@ -105,14 +104,16 @@ class JsonStorage:
         return _decode(self._current().rows[id].line)
 
     def add(self, record: Record) -> None:
-        """Add a record as the newest, also over a tombstone. Raises FileExistsError."""
+        """Register a record as the newest, also over a tombstone. Raises FileExistsError."""
         id, row = _encode(record)
         with self._change() as rows:
             _register(rows, id, row)
 
     def add_all(self, records: Iterable[Record]) -> int:
-        """Add all records or none, the last one as the newest. Return how many."""
-        staged: dict[str, _Row] = {}  # pulled without a lock: the source may be slow
+        """Register all in this order, or none if one fails or the iterable raises; return how many."""
+        # 1. Take all records without a lock, since their source may be slow. An id that exists is noticed at once: the
+        #    caller reports the line of its input that was read last.
+        staged: dict[str, _Row] = {}
         count = 0
         for record in records:
             id, row = _encode(record)
@@ -121,13 +122,14 @@ class JsonStorage:
                 raise FileExistsError(id)
             _register(staged, id, row)
             count += 1
+        # 2. Register them. Each id is checked again, because others may have made changes meanwhile.
         with self._change() as rows:
             for id, row in staged.items():
                 _register(rows, id, row)
         return count
 
     def replace(self, id: str, change: Callable[[Record], Record]) -> Record:
-        """Put what `change` makes of the record in its place. Return a copy of it."""
+        """Put change(record) in the place of the record, atomically, and return it. Raises KeyError."""
         with self._change() as rows:
             new, row = _encode(change(_decode(rows[id].line)))
             if new != id:
@@ -143,7 +145,7 @@ class JsonStorage:
     def page(
         self, account: str | None, start: int, limit: int, *, public: bool = True, deleted: bool | None = False
     ) -> tuple[int, list[Record]]:
-        """Return how many records belong to the scope, and `limit` of them from `start` on."""
+        """Return how many records are in the scope, and those from offset start, newest first, at most limit."""
         if start < 0 or limit < 0:
             raise ValueError(f"start {start} and limit {limit} must not be negative")
         lines = _view(self._current(), (account, public, deleted))
@@ -153,14 +155,14 @@ class JsonStorage:
         self, account: str | None = None, *, public: bool = True, deleted: bool | None = None, start: int = 0,
         oldest_first: bool = False, frozen: bool = False,
     ) -> Iterator[Record]:  # fmt: skip
-        """Yield the scope's records as they are now; changes made meanwhile are not seen."""
+        """Yield the records of the scope from offset start, always as they were at the moment of the call."""
         if start < 0:
             raise ValueError(f"start {start} must not be negative")
         lines = _view(self._current(), (account, public, deleted))
         return map(_decode, islice(reversed(lines) if oldest_first else lines, start, None))
 
     def revision(self) -> str:
-        """Return a text that differs whenever the file does."""
+        """Return a text that changes whenever the file does."""
         return self._current().revision
 
     def at_least(self, revision: str) -> JsonStorage:
@@ -168,7 +170,7 @@ class JsonStorage:
         return self
 
     def check(self, repair: bool = False) -> Iterator[str]:
-        """Read the file anew and yield what is wrong. There is nothing derived to repair."""
+        """Read the file again and yield what is wrong. Nothing is derived from the records that could be repaired."""
         if self._closed:
             raise ValueError(f"closed: {self._path}")
         try:
@@ -178,7 +180,7 @@ class JsonStorage:
         return iter([])
 
     def close(self) -> None:
-        """Give the file back. Every later call but this one raises ValueError."""
+        """Close the file; a second call is harmless. Every other call raises ValueError from now on."""
         with self._writing, self._loading:
             self._closed, self._state = True, None
             _release(self._pin)
@@ -191,7 +193,8 @@ class JsonStorage:
         self.close()
 
     def _current(self) -> _State:
-        """Return the newest state, read anew only when the file is, or may be, another one."""
+        """Return the newest state. The file is read again only if it has changed, or may have."""
+        # The state is looked at again under the lock: of many threads that find it old, one reads the file.
         state = self._state
         if not self._is_newest(state):
             with self._loading:
@@ -207,9 +210,9 @@ class JsonStorage:
         return bool(state and state.settled and state.identity == _identify(self._path))
 
     def _sweep(self) -> None:
-        """Remove what a crash left of a change; the lock tells it from one that is being written."""
+        """Remove the new file of a change that a crash interrupted. Whoever is writing one holds the lock."""
         if os.path.lexists(self._path + ".new"):
-            with suppress(OSError):  # a file that may only be read, or somebody is writing
+            with suppress(OSError):  # somebody is writing, or the file may only be read
                 lock = _lock(self._path, time.monotonic())
                 try:
                     os.unlink(self._path + ".new")
@@ -217,27 +220,30 @@ class JsonStorage:
                     os.close(lock)
 
     def _install(self, pin: int | None, state: _State) -> _State:
-        """Make a state the current one and keep its file open; the caller holds `_loading`."""
+        """Make a state the current one, and keep its file open. The caller holds `_loading`."""
         _release(self._pin)
         self._pin, self._state = pin, state
         return state
 
     @contextmanager
     def _change(self) -> Iterator[dict[str, _Row]]:
-        """Hand out a copy of the rows, and write it unless the body raises."""
+        """Yield a copy of the rows to alter, and write it unless the body raises."""
+        # 1. Wait for the other threads, then for the other processes, until one deadline.
         deadline = time.monotonic() + BUSY_S
         if not self._writing.acquire(timeout=BUSY_S):
             raise _busy(self._path)
         try:
             if self._drafting:
                 raise ValueError("a change cannot be made inside another one")
-            self._current()  # a closed store, or a file that is not ours, is not even locked
+            self._current()  # raises if the store is closed, or the file is not a store: then it is not even locked
             lock = _lock(self._path, deadline)
             self._drafting = True
             try:
+                # 2. Alter the newest state, which others may have written while this call waited.
                 state = self._current()
                 rows = state.rows.copy()
                 yield rows
+                # 3. Write it. Readers see the old state until the new one is on the disk.
                 written = _save(self._path, lock, rows, state.change + 1)
                 with self._loading:
                     self._install(*written)
@@ -249,7 +255,7 @@ class JsonStorage:
 
 
 def _register(rows: dict[str, _Row], id: str, row: _Row) -> None:
-    """Put a row at the end. Raises FileExistsError unless its id is free or a tombstone's."""
+    """Put a row at the end. Raises FileExistsError if its id is taken, but not by a tombstone."""
     known = rows.pop(id, None)
     if known and not known.deleted:
         raise FileExistsError(id)
@@ -257,7 +263,7 @@ def _register(rows: dict[str, _Row], id: str, row: _Row) -> None:
 
 
 def _view(state: _State, scope: Scope) -> list[bytes]:
-    """Return the lines of a scope, newest first, made once per state."""
+    """Return the lines of a scope, newest first; they are cached in the state."""
     lines = state.views.get(scope)
     if lines is None:
         account, public, deleted = scope
@@ -273,7 +279,7 @@ def _view(state: _State, scope: Scope) -> list[bytes]:
 
 
 def _encode(record: Record) -> tuple[str, _Row]:
-    """Return a record's id and row. Raises ValueError for what JSON or UTF-8 cannot hold."""
+    """Return the id and row of a record. Raises ValueError for what JSON or UTF-8 cannot hold."""
     try:
         id, account, public = record["id"], record["account_id"], record["is_public"]
         gone = record["deleted_at"]
@@ -294,14 +300,14 @@ def _decode(line: bytes) -> Record:
 
 
 def _medium(step: Callable[..., T]) -> Callable[..., T]:
-    """Make errors of the system name the store's file, the step's first argument."""
+    """Make errors of the system name the file of the store, which is the first argument of the step."""
 
     @functools.wraps(step)
     def wrapped(path: str, *rest: Any) -> T:
         try:
             return step(path, *rest)
         except OSError as error:
-            if error.errno is None:  # one of ours, which says path, line and column
+            if error.errno is None:  # one of this file, which names path, line and column
                 raise
             raise OSError(f"{path}: {error.strerror}") from error
 
@@ -310,7 +316,7 @@ def _medium(step: Callable[..., T]) -> Callable[..., T]:
 
 @_medium
 def _identify(path: str) -> tuple[int, ...]:
-    """Return what tells one state of the file from another; nothing for a missing file."""
+    """Return what tells one state of the file from another; an empty tuple for a missing file."""
     try:
         return _identity(os.stat(path))
     except FileNotFoundError:
@@ -323,14 +329,14 @@ def _identity(found: os.stat_result) -> tuple[int, ...]:
 
 @_medium
 def _load(path: str, known: _State | None = None) -> tuple[int | None, _State]:
-    """Read the file. Return it, still open, and its state; a missing or empty one is empty."""
+    """Return the file, open if it has to stay so, and its state. A missing or empty file is an empty store."""
     now = time.time_ns()
     try:
         file = os.open(path, os.O_RDONLY | BINARY)
     except FileNotFoundError:
         return None, _State({}, 0, _digest(b""), (), True, {})
     try:
-        identity = _identity(os.fstat(file))  # before reading: a later change shows
+        identity = _identity(os.fstat(file))  # before the file is read, so that a later change shows
         with open(file, "rb", closefd=False) as stream:
             text = stream.read()
         revision = _digest(text)
@@ -344,18 +350,18 @@ def _load(path: str, known: _State | None = None) -> tuple[int | None, _State]:
 
 
 def _is_settled(identity: tuple[int, ...], now: int) -> bool:
-    """Return whether any change of the file after the moment `now` shows in its times.
+    """Return whether any change of the file after the moment `now` will show in its times.
 
-    It does not if the clock that stamps the file still stands where it stood at the last change.
-    A time that is no whole number of milliseconds tells that this clock ticks often.
+    It may not as long as the clock that stamps files has not ticked since the last change. If a time of the file is
+    not a whole number of milliseconds, that clock ticks often, and less patience is enough.
     """
-    last = max(identity[-2:])  # mtime can be put back, ctime cannot
-    quick = POSIX and identity[-1] % 10**6  # elsewhere ctime is the time of creation
+    last = max(identity[-2:])  # anybody can set mtime back, but not ctime
+    quick = POSIX and identity[-1] % 10**6  # on Windows ctime is the time of creation
     return now > last + (TICK_NS if quick else SETTLED_NS)
 
 
 def _keep(file: int) -> int | None:
-    """Keep a file open so that its inode number cannot be given to another one."""
+    """Return the file, still open, so that its inode number is not given to another one; on Windows close it."""
     if POSIX:
         return file
     os.close(file)
@@ -379,12 +385,12 @@ def _busy(path: str) -> OSError:
 
 @_medium
 def _lock(path: str, deadline: float) -> int:
-    """Wait until this process alone may change the file. Return what holds the lock."""
+    """Wait until only this process may change the file, and return the open file that holds the lock."""
     pause = PAUSE_S
     while True:
         file = os.open(path if POSIX else path + ".lock", os.O_RDWR | os.O_CREAT, MODE)
         try:
-            # A file that was replaced while we waited is another one: its lock protects nothing.
+            # If the file was replaced while this call waited, the lock is that of the old one, and protects nothing.
             if _try_lock(file) and (not POSIX or _is_at(path, file)):
                 return file
         except BaseException:
@@ -398,7 +404,7 @@ def _lock(path: str, deadline: float) -> int:
 
 
 def _try_lock(file: int) -> bool:
-    """Lock a file unless somebody else has. Return whether it is locked."""
+    """Lock a file, and return true, unless somebody else has locked it."""
     try:
         if sys.platform == "win32":
             msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
@@ -417,22 +423,25 @@ def _is_at(path: str, file: int) -> bool:
 
 @_medium
 def _save(path: str, lock: int, rows: dict[str, _Row], change: int) -> tuple[int | None, _State]:
-    """Write all rows so that after a crash the file has the old content or the new one."""
+    """Write all rows such that after a crash the file has either the old content or the new one."""
     text = HEAD.format(change).encode() + b",\n".join([r.line for r in rows.values()]) + TAIL
-    new = path + ".new"  # always this name, so that the next change finds what a crash left
+    new = path + ".new"  # always the same name, so that the next change finds what a crash left behind
     pin: int | None = None
     try:
+        # 1. Write the new file. O_EXCL follows no link that somebody may have put there.
         with suppress(FileNotFoundError):
             os.unlink(new)
-        pin = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY, 0o600)  # follows no link
+        pin = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY, 0o600)
         _write(pin, text)
         _inherit(pin if POSIX else new, os.fstat(lock))
-        os.fsync(pin)  # the content before the name: else a power cut leaves an empty file
+        # 2. Sync it before it is renamed: otherwise a power failure could leave an empty file under the old name.
+        os.fsync(pin)
         pin = _keep(pin)
+        # 3. Rename it, but not over a file that an editor has put there after the lock was taken.
         if POSIX and not _is_at(path, lock):
             raise OSError(f"{path}: replaced or removed meanwhile; nothing was changed")
         os.replace(new, path)
-        new = ""  # from here on a file of that name would be another process's
+        new = ""  # from now on a file of that name belongs to the next writer
         _sync_directory(os.path.dirname(path))
         identity = _identity(os.stat(path) if pin is None else os.fstat(pin))
     except BaseException:
@@ -450,7 +459,7 @@ def _write(file: int, text: bytes) -> None:
 
 
 def _inherit(new: int | str, old: os.stat_result) -> None:
-    """Give the new file the owner and mode of the old: root's command must not take it away."""
+    """Give the new file the owner and mode of the old one: a change by root must not lock out its owner."""
     if hasattr(os, "chown"):
         with suppress(PermissionError):
             os.chown(new, old.st_uid, old.st_gid)
@@ -458,7 +467,7 @@ def _inherit(new: int | str, old: os.stat_result) -> None:
 
 
 def _sync_directory(path: str) -> None:
-    """Make the rename last. Windows has no such call."""
+    """Make a rename in the directory survive a power failure. Windows has no such call."""
     if POSIX:
         directory = os.open(path, os.O_RDONLY)
         try:
@@ -471,14 +480,14 @@ def _sync_directory(path: str) -> None:
 
 
 def _parse(path: str, text: bytes) -> tuple[dict[str, _Row], int]:
-    """Return the rows and the change counter. Raises OSError with line and column."""
+    """Return the rows and the counter of changes. Raises OSError with line and column."""
     try:
         whole = json.loads(text.decode())
     except UnicodeDecodeError as error:
         raise _fault(path, text[: error.start].decode(), "this is not UTF-8") from error
     except json.JSONDecodeError as error:
         raise _fault(path, error.doc[: error.pos], error.msg) from error
-    except (ValueError, RecursionError) as error:  # a number or a nesting beyond all measure
+    except (ValueError, RecursionError) as error:  # a number too long, or nested too deeply
         raise _fault(path, "", str(error)) from error
     if fault := _head_fault(whole):
         raise _fault(path, "", fault)
@@ -495,7 +504,7 @@ def _parse(path: str, text: bytes) -> tuple[dict[str, _Row], int]:
 
 
 def _head_fault(whole: Any) -> str:
-    """Say why a parsed file is not ours; nothing if it is."""
+    """Return why a parsed file is not a store of images, or an empty text if it is one."""
     if type(whole) is not dict or whole.get("format") != FORMAT:
         return f'not a file of images: "format" is not "{FORMAT}"'
     version, change = whole.get("version"), whole.get("change")
@@ -509,7 +518,7 @@ def _head_fault(whole: Any) -> str:
 
 
 def _before(text: str, n: int) -> str:
-    """Return the text before the n-th image; only errors pay for finding it."""
+    """Return the text before the n-th image. It is searched for only when there is an error to report."""
     found = re.compile(r'"images"\s*:\s*\[\s*').search(text)
     at = found.end() if found else 0
     for _ in range(n):
@@ -519,6 +528,6 @@ def _before(text: str, n: int) -> str:
 
 
 def _fault(path: str, before: str, why: str) -> OSError:
-    """Return the error that says where in the file reading stopped."""
+    """Return an error that tells where in the file parsing stopped."""
     line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
     return OSError(f"{path}:{line}:{column}: {why}")
