@@ -2,28 +2,39 @@
 
 How it works:
 
-1. One row per image: a serial number in order of registration, the columns that decide who
-   sees it, and the whole record as JSON. `json_extract(record, '$.arch')` reaches the rest.
-2. Who sees what is a union of keys (account, is_public, deleted) that exclude one another:
-   "own and public" is own private images plus everybody's public ones. Each key has an
-   index that ends in the serial, so SQLite merges a page out of indexes and sorts nothing.
-3. `tally` counts, for each key, the images per block of 16,384 serials and per block of 128.
-   Triggers keep it, in the transaction that makes the change. A total is a sum of large
-   blocks. A page's first row is found in the list of large blocks, then among 128 small
-   ones, then by stepping over fewer than 128 index entries: it costs the same anywhere.
-4. A trigger draws a new random revision for every change, also for one by the sqlite3 shell.
-5. Durability is left to SQLite: rollback journal, full synchronisation. A change begins with
-   BEGIN IMMEDIATE, because a transaction that began by reading may not wait for its turn. A
-   file that another program keeps in WAL mode is only read, by an SQLite that may damage it.
-6. Two connections a process, one reading, one writing, each under a lock. They are opened
-   anew after a fork, and when another file stands at the path. One deadline a call bounds the
-   wait for that lock and for the locks of the file.
-7. A file that nobody writes is read through a third one, which takes no locks of the file:
-   they cost more than the search. One `stat` afterwards says whether the reading was good.
-8. Many records are first put into a temporary table, so that a slow source holds no lock.
+1. Each image is a row: a serial number in order of registration, the columns that decide who sees it, and the whole
+   record as JSON. `json_extract(record, '$.arch')` reaches the other fields.
+2. A scope is a union of keys (account, is_public, deleted) which exclude each other: "own and public" is the private
+   images of the account plus the public ones of everybody. Each key has an index that ends in the serial, so SQLite
+   merges a page from indexes and sorts nothing.
+3. The table `tally` counts the images of each key, by blocks of serials. Triggers update the counts in the transaction
+   that makes the change, whoever makes it. See "Counts" below.
+4. A trigger draws a new random revision for every change, even one that is made with the sqlite3 shell.
+5. Durability is left to SQLite, with a rollback journal and full synchronisation. A change begins with BEGIN IMMEDIATE,
+   because a transaction that has begun by reading cannot wait for its turn to write. If another program keeps the file
+   in WAL mode, and this version of SQLite might damage it there, the file is only read.
+6. A process has two connections, one to read and one to write, each under a lock. They are opened again after a fork,
+   and when another file stands at the path. One deadline per call bounds the wait for that lock and for the locks of
+   the file.
+7. A file that nobody writes is read through a third connection, which takes no locks of the file: they cost more than
+   the search. One `stat` afterwards tells whether the file was still the same.
+8. Many records at once first go into a temporary table, so that no lock is held while their source is slow.
 
-Left out: search in fields (see 1), and a pool of connections (the interpreter lock makes
-readers queue anyway).
+Counts. OFFSET alone would step over every image before a page: for the last page of a million images, over a million.
+So the images of each key are counted by blocks, large ones of 2**14 = 16,384 serials and small ones of 2**7 = 128:
+
+    large blocks       0: 9,012          1: 16,102          2: 301        their sum is the total of the key
+                                         |
+    small blocks       128: 128   129: 97   130: 119   …   255: 128       the 128 small ones in large block 1
+                                  |
+    serials            16,512   16,513   16,515   …   16,639              the 97 images in small block 129
+
+To find the image at an offset, go through the large blocks and subtract their counts, as long as the offset is not
+less than the next count. Go through the small blocks of that large one in the same way. Step over the rest, fewer
+than 128 images, with OFFSET. This reads a count for every 16,384 images, and then up to 128 counts, for each of the
+two or four keys of a scope. The cost is the same for a page at the beginning, in the middle and at the end.
+
+Left out: search in fields (but see 1), and a pool of connections: the interpreter lock makes readers queue anyway.
 """
 
 from __future__ import annotations
@@ -39,17 +50,20 @@ from itertools import chain
 from typing import Any
 from urllib.parse import quote
 
-BUSY_S = 8.0  # a call waits for locks no longer than this in total; a server gives up at 10 s
-CACHE_KIB, LOAD_CACHE_KIB = 1000, 64_000  # small in a server; an index of a million fits the other
-CHUNK, CHUNK_TEXT = 256, 64 * 1024  # rows read at once, and their text: no lock is held between
-LARGE, SMALL = 14, 7  # a block of counts covers 2**14 or 2**7 serials
-LAST = 2**63 - 1  # the highest serial SQLite can give
-EVERYBODY = b""  # stands where an account would: a blob equals no text, not even an empty one
-SETTLED_NS = 3 * 10**9  # a file this old gets a new time from the next write, on any file system
-LOCKED = "database is locked"  # SQLite's words, and ours:
+BUSY_S = 8.0  # for which a call waits for locks, in all; a server gives up after 10 s
+CACHE_KIB, LOAD_CACHE_KIB = 1000, 64_000  # little in a server; to load, an index of a million images fits in it
+CHUNK, CHUNK_TEXT = 256, 64 * 1024  # rows of a walk that are read at once, and characters; no lock is held in between
+LARGE, SMALL = 14, 7  # a block of counts covers 2**14 or 2**7 serials; the SQL below spells them out
+LAST = 2**63 - 1  # the highest serial that SQLite can give
+EVERYBODY = b""  # in place of an account, in `tally`: a blob equals no text, not even an empty one
+SETTLED_NS = 3 * 10**9  # the next write gives a file of this age another time, on any file system
+LOCKED = "database is locked"  # in the words of SQLite, and in ours:
 BUSY = "locked by another program for {:g} s; nothing was changed: try again, or end that program"
-NEEDED, WAL_SAFE = (3, 24, 0), (3, 51, 3)  # upsert; earlier ones can corrupt a WAL of many writers
+NEEDED, WAL_SAFE = (3, 24, 0), (3, 51, 3)  # the first with upsert; the first in which a WAL of many writers is safe
 APPLICATION_ID = 0x776D6931  # "wmi1" at offset 68 of the file tells it from other databases
+
+# The schema. A change of an image adds 1 to four counts, two blocks of its own key and two of everybody's, or takes 1
+# from them. A count of 0 is removed, so that `tally` does not grow with what has been deleted.
 
 COUNT = """INSERT INTO tally VALUES
     ({row}.account_id, {row}.is_public, {row}.deleted, 14, {row}.serial >> 14, {n}),
@@ -66,7 +80,7 @@ COLUMNS = """(serial INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
     NOT NULL, is_public INTEGER NOT NULL, deleted INTEGER NOT NULL, record TEXT NOT NULL)"""
 TOMBSTONE = """TRIGGER {name} BEFORE INSERT ON {table}
     BEGIN DELETE FROM {table} WHERE id = NEW.id AND deleted; END"""
-MIGRATIONS = (  # a file of schema version N is brought up to date by MIGRATIONS[N:]
+MIGRATIONS = (  # MIGRATIONS[N:] bring a file of schema version N up to date
     (
         f"PRAGMA application_id = {APPLICATION_ID}",
         f"CREATE TABLE image {COLUMNS}",
@@ -84,7 +98,7 @@ MIGRATIONS = (  # a file of schema version N is brought up to date by MIGRATIONS
 )
 
 VERSION = """SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master)
-    FROM pragma_application_id, pragma_user_version"""  # the table makes it one reading
+    FROM pragma_application_id, pragma_user_version"""  # sqlite_master makes SQLite read the file, under one lock
 GET = "SELECT serial, record FROM image WHERE id = ?"
 ADD = "INSERT INTO {} (id, account_id, is_public, deleted, record) VALUES (?, ?, ?, ?, ?)"
 REPLACE = """UPDATE image SET id = ?, account_id = ?, is_public = ?, deleted = ?, record = ?
@@ -113,13 +127,13 @@ Row = tuple[str, str, bool, bool, str]
 Key = tuple["str | bytes", bool, bool]
 Span = tuple[int, int]
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-_parse_json: Callable[[str], Record] = json.JSONDecoder().decode  # json.loads looks around first
+_parse_json: Callable[[str], Record] = json.JSONDecoder().decode  # json.loads() would look at its options first
 _making = threading.Lock()
-_inherited: list[Any] = []  # a parent's connections: closing them in a child could harm its files
+_inherited: list[Any] = []  # connections of a parent process: to close them in the child could harm its files
 
 
 def open_storage(location: str) -> SqliteStorage:
-    """Open the store in the file `location`, made if it does not exist."""
+    """Return the store in the file `location`, opened. If the file does not exist, it is made."""
     return SqliteStorage(location)
 
 
@@ -127,15 +141,15 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
     """A store in an SQLite file. Threads may share it; processes each open their own."""
 
     def __init__(self, path: str) -> None:
-        """Open the file. Raises OSError if it is there and not ours."""
+        """Open the file. Raises OSError if it is there, but not a store of images."""
         self._path = os.path.abspath(path)
         self._revision: tuple[object, str] = None, ""
         self._still: _Still | None = None
         if sqlite3.sqlite_version_info < NEEDED:
             raise OSError(f"{path}: SQLite {sqlite3.sqlite_version} is too old, 3.24 is needed")
-        # SQLite would let everybody read a new file. Only here, and by one thread at a time: to
-        # close a file is to lose every lock that this process has on it.
-        with _making, suppress(OSError):  # it is there, or SQLite will say why it cannot be
+        # SQLite would make the file readable for all. So it is made here, by one thread at a time, and only if there
+        # is none: closing a file makes a process lose every lock that it has on that file.
+        with _making, suppress(OSError):  # the file exists, or SQLite will report why it cannot be made
             os.close(os.open(os.path.realpath(path), os.O_CREAT | os.O_EXCL, 0o640))
         _connect(self._path, _deadline()).close()
         self._reads, self._writes = _Connection(self._path), _Connection(self._path)
@@ -153,15 +167,17 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
         return self._decode(found[0][1])
 
     def add(self, record: Record) -> None:
-        """Add a record as the newest, also over a tombstone. Raises FileExistsError."""
+        """Register a record as the newest, also over a tombstone. Raises FileExistsError."""
         with self._writes as db:
             db.begin()
             _insert(db, "image", _row(record))
 
     def add_all(self, records: Iterable[Record]) -> int:
-        """Add all records or none, the last one as the newest. Return how many."""
+        """Register all in this order, or none if one fails or the iterable raises; return how many."""
         count = 0
         with self._private() as db:
+            # 1. Stage all records without a lock, since their source may be slow. An id that exists is noticed at
+            #    once: the caller reports the line of its input that was read last.
             db.execute(f"PRAGMA cache_size = -{LOAD_CACHE_KIB}")
             db.execute(f"CREATE TEMP TABLE staged {COLUMNS}")
             db.execute("CREATE TEMP " + TOMBSTONE.format(name="restage", table="staged"))
@@ -170,16 +186,17 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
                 if db.execute(LIVE, (row[0],)).fetchall():
                     raise FileExistsError(row[0])
                 _insert(db, "staged", row)
-            db.begin(_deadline())  # anew: the source may have been slow
+            # 2. Register them, with time to wait for locks: the source may have taken more than one call may.
+            db.begin(_deadline())
             try:
                 db.execute(PUBLISH)
-            except sqlite3.IntegrityError:  # another process was faster
+            except sqlite3.IntegrityError:  # another process has registered one of the ids meanwhile
                 raise FileExistsError(db.execute(KNOWN).fetchall()[0][0]) from None
             db.execute("COMMIT")
         return count
 
     def replace(self, id: str, change: Callable[[Record], Record]) -> Record:
-        """Put what `change` makes of the record in its place. Return a copy of it."""
+        """Put change(record) in the place of the record, atomically, and return it. Raises KeyError."""
         with self._writes as db:
             db.begin()
             found = db.execute(GET, (id,)).fetchall()
@@ -201,12 +218,12 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
     def page(
         self, account: str | None, start: int, limit: int, *, public: bool = True, deleted: bool | None = False
     ) -> tuple[int, list[Record]]:
-        """Return how many records belong to the scope, and `limit` of them from `start` on."""
+        """Return how many records are in the scope, and those from offset start, newest first, at most limit."""
         if start < 0 or limit < 0:
             raise ValueError(f"start {start} and limit {limit} must not be negative")
         keys = _keys(account, public, deleted)
         with self._reads as db:
-            db.execute("BEGIN")  # the counts and the rows of one state
+            db.execute("BEGIN")  # so that the counts and the rows are of one state
             total, serials, skip = _seek(db, keys, start, "DESC")
             rows = db.execute(*_query(keys, "DESC", serials, min(limit, total), skip)).fetchall()
         return total, [self._decode(text) for _, text in rows]
@@ -215,20 +232,21 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
         self, account: str | None = None, *, public: bool = True, deleted: bool | None = None, start: int = 0,
         oldest_first: bool = False, frozen: bool = False,
     ) -> Iterator[Record]:  # fmt: skip
-        """Yield the scope's records. Those of a frozen walk are all of one revision."""
+        """Yield the records of the scope from offset start; those of a frozen walk are all of one revision."""
         if start < 0:
             raise ValueError(f"start {start} must not be negative")
         keys, order = _keys(account, public, deleted), "ASC" if oldest_first else "DESC"
-        with self._reads:  # a closed store is refused now, not when the walk begins
+        with self._reads:  # raises if the store is closed: now, and not when the walk begins
             return map(self._decode, (self._copied if frozen else self._chunks)(keys, order, start))
 
     def _chunks(self, keys: list[Key], order: str, start: int) -> Iterator[str]:
-        """Yield texts in chunks, each of them one reading."""
+        """Yield the texts of records. They are read in chunks, and no lock is held between two chunks."""
+        # 1. Find the first serial. What is registered later has a higher serial than `last`, and is not seen.
         with self._reads as db:
             db.execute("BEGIN")
             _, (first, last), skip = _seek(db, keys, start, order)
-            # What is added later is not seen.
             last = min(last, *db.execute("SELECT ifnull(max(serial), 0) FROM image").fetchall()[0])
+        # 2. Read a chunk, and go on behind its last serial.
         while first <= last:
             with self._reads as db:
                 rows = _fetch(db.execute(*_query(keys, order, (first, last), CHUNK, skip)))
@@ -236,12 +254,12 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
             if not rows:
                 return
             end, skip = rows[-1][0], 0
-            if not first <= end <= last:  # the table is out of order: go on, and it never ends
+            if not first <= end <= last:  # the table is out of order: this might never end
                 raise OSError(f"{self._path}: the images are damaged, check says where")
             first, last = (end + 1, last) if order == "ASC" else (first, end - 1)
 
     def _copied(self, keys: list[Key], order: str, start: int) -> Iterator[str]:
-        """Yield texts from a temporary table: writers wait for the copying only."""
+        """Yield the texts of records from a temporary table, so that writers wait only while it is filled."""
         with self._private() as db:
             select, values = _query(keys, order, (0, LAST), -1, start)
             db.execute("CREATE TEMP TABLE frozen (serial, record)")
@@ -250,7 +268,9 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
             yield from (text for (text,) in db.execute("SELECT record FROM frozen ORDER BY rowid"))
 
     def revision(self) -> str:
-        """Return a text that differs after every change. Usually it costs one `stat`."""
+        """Return a text that changes with every change. Usually it costs one `stat`."""
+        # The revision is remembered for a file that has settled. Before that, a write might leave its times as they
+        # are. In WAL mode a change goes into another file, so nothing is remembered.
         found = _identify(self._path)
         known, revision = self._revision
         if found != known:
@@ -259,9 +279,9 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
                 self._end_still(self._still)
                 ((revision,),) = db.execute("SELECT revision FROM state").fetchall()
                 ((mode,),) = db.execute("PRAGMA journal_mode").fetchall()
-                if found[-2] + SETTLED_NS < now and mode == "delete":  # a WAL leaves the file alone
+                if found[-2] + SETTLED_NS < now and mode == "delete":
                     self._revision = found, revision
-                    with suppress(sqlite3.Error):  # no descriptor is free: go on with locks
+                    with suppress(sqlite3.Error):  # no descriptor is free: then get() takes locks
                         self._still = _Still(self._path, found) if os.name == "posix" else None
         return str(revision)
 
@@ -270,7 +290,7 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
         return self
 
     def check(self, repair: bool = False) -> Iterator[str]:
-        """Yield each fault; repair indexes, counts and columns by the records."""
+        """Read everything and yield a line for each fault; repair indexes, counts and columns from the records."""
         try:
             with self._private() as db:
                 yield from (f"{self._path}: {fault}" for fault in _faults(db, repair))
@@ -278,7 +298,7 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
             yield str(error)
 
     def close(self) -> None:
-        """Close every connection. Every later call but this one raises ValueError."""
+        """Close every connection; a second call is harmless. Every other call raises ValueError from now on."""
         self._reads.close()
         self._writes.close()
         self._end_still(self._still)
@@ -294,8 +314,8 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
 
     @contextmanager
     def _private(self) -> Iterator[_Database]:
-        """Open a connection for one long work: its cache and temporary tables go with it."""
-        with self._reads as reads:  # a closed store is refused, a file gone is not made anew
+        """Open a connection for one long task; its cache and its temporary tables are gone when it is closed."""
+        with self._reads as reads:  # raises if the store is closed, or its file is gone, which is not made again
             db = _connect(self._path, reads.deadline)
         try:
             yield db
@@ -312,25 +332,27 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
 
 
 class _Database(sqlite3.Connection):
-    """A connection whose statements together wait no longer for locks than until a deadline."""
+    """A connection whose statements wait for locks until one deadline, all of them together."""
 
     path, deadline, allowed = "", 0.0, -1
 
     def allow(self) -> None:
         """Let the next statement wait for as long as is left."""
+        # fetchall(), here and wherever nobody needs the rows: PyPy resets an unfinished statement later, from another
+        # thread, and crashes.
         if (left := max(0, round(1000 * (self.deadline - time.monotonic())))) != self.allowed:
-            self.execute(f"PRAGMA busy_timeout = {left}").fetchall()  # else PyPy has it unfinished
+            self.execute(f"PRAGMA busy_timeout = {left}").fetchall()
             self.allowed = left
 
     def begin(self, deadline: float = 0.0) -> None:
-        """Begin a change. Raises OSError in WAL mode where writing is not safe."""
+        """Begin a change. Raises OSError if the file is in WAL mode, and to write it is not safe."""
         self.deadline = deadline or self.deadline
         self.allow()
         self.execute("BEGIN IMMEDIATE")
         if self.is_unsafe():
             raise OSError(f"{self.path}: another program has it open in WAL mode, in which this"
                           f" SQLite, {sqlite3.sqlite_version}, may damage it: close that program")
-        self.allow()  # COMMIT waits for readers
+        self.allow()  # for COMMIT, which waits for readers
 
     def is_unsafe(self) -> bool:
         """Return whether the file is in WAL mode, in which this SQLite may only read it."""
@@ -344,9 +366,9 @@ class _Database(sqlite3.Connection):
 
 
 class _Connection:
-    """A connection under a lock, opened when first needed, after a fork, for another file.
+    """A connection under a lock. It is opened when it is first needed, after a fork, and when the file is another one.
 
-    `with` yields it, ends a transaction that the body began, and turns errors into OSError.
+    `with` yields the connection, ends the transaction that the body began, and turns the errors of SQLite into OSError.
     """
 
     def __init__(self, path: str) -> None:
@@ -362,14 +384,14 @@ class _Connection:
             if self._closed:
                 raise ValueError(f"closed: {self._path}")
             found = _identify(self._path)
-            if found[:3] != self._seen[:3]:
+            if found[:3] != self._seen[:3]:  # another process, device or inode
                 self._drop()
             db = self._db = self._db or _connect(self._path, deadline)
             if db.in_transaction:
                 raise ValueError("a change cannot be made inside another one")
             self._changed, self._seen = found != self._seen, found
-            if self._changed:  # SQLite may not notice a backup that was copied over the file
-                db.execute("PRAGMA shrink_memory").fetchall()  # forget what was read
+            if self._changed:  # SQLite may not notice that a backup was copied over the file: empty its cache
+                db.execute("PRAGMA shrink_memory").fetchall()
             db.deadline = deadline
             db.allow()
             return db
@@ -380,12 +402,12 @@ class _Connection:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             if self._db and self._changed and self._db.is_unsafe():
-                self._drop()  # the file can leave WAL mode only when nobody has it open
+                self._drop()  # the file can leave WAL mode only if nobody has it open
             elif self._db and self._db.in_transaction:
                 self._db.execute("ROLLBACK" if kind else "COMMIT")
         except sqlite3.Error as failed:
             error = error or failed
-            self._drop()  # closing rolls back, whatever state this left
+            self._drop()  # closing the connection rolls back, whatever state it is in
         finally:
             self._lock.release()
         if isinstance(error, sqlite3.Error):
@@ -403,11 +425,11 @@ class _Connection:
 
 
 class _Still:
-    """Read one state of the file without its locks.
+    """A connection that reads one state of the file without taking its locks.
 
-    SQLite neither locks an "immutable" file nor looks whether it changed. That is right as long
-    as nobody writes, and whoever writes changes the times of a file that had settled, before
-    others can read what was written. So a reading is good if afterwards the times are the same.
+    SQLite neither locks an "immutable" file nor looks for changes of it, which is right as long as nobody writes. To
+    write a file that has settled is to change its times, before others can read what was written. So what was read is
+    good if the times are the same afterwards.
     """
 
     def __init__(self, path: str, state: tuple[int, ...]) -> None:
@@ -417,13 +439,13 @@ class _Still:
         self._cursor = self._db.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
 
     def get(self, id: str) -> list[tuple[int, str]] | None:
-        """Return the rows that GET finds, None if the file has changed since it was this state."""
-        if self._state[0] != os.getpid():
+        """Return the rows that GET finds, or None if the file is no longer in this state."""
+        if self._state[0] != os.getpid():  # opened by the parent, and of no use after a fork
             return None
         with self._lock:
             try:
                 found = self._cursor.execute(GET, (id,)).fetchall()
-            except sqlite3.Error:  # half of a change, or closed meanwhile
+            except sqlite3.Error:  # it read half of a change, or was closed meanwhile
                 return None
         return found if _identify(self._path) == self._state else None
 
@@ -433,7 +455,7 @@ class _Still:
 
 
 def _close(db: sqlite3.Connection, pid: int) -> None:
-    """Close a connection, unless another process opened it: that could harm its files."""
+    """Close a connection, unless another process opened it: to close it here could harm its files."""
     if pid == os.getpid():
         db.close()
     else:
@@ -444,7 +466,7 @@ def _close(db: sqlite3.Connection, pid: int) -> None:
 
 
 def _keys(account: str | None, public: bool, deleted: bool | None) -> list[Key]:
-    """Return the keys that make up a scope. No image has two of them."""
+    """Return the keys that make up a scope. They exclude each other, so no image is found twice."""
     owner = EVERYBODY if account is None else account
     others = EVERYBODY if public else owner
     gone = (False, True) if deleted is None else (deleted,)
@@ -452,18 +474,21 @@ def _keys(account: str | None, public: bool, deleted: bool | None) -> list[Key]:
 
 
 def _query(keys: list[Key], order: str, serials: Span, limit: int, skip: int) -> tuple[str, Any]:
-    """Return the statement, and its values, that merges the keys' rows in order of serials."""
+    """Return the statement that merges the rows of the keys in order of their serials, and its values."""
     selects = [ANYBODY if key[0] == EVERYBODY else OWN for key in keys]
     values = [(*(key[1:] if key[0] == EVERYBODY else key), *serials) for key in keys]
     return " UNION ALL ".join(selects) + ORDER.format(order), (*chain(*values), limit, skip)
 
 
 def _seek(db: _Database, keys: list[Key], start: int, order: str) -> tuple[int, Span, int]:
-    """Return the total, the serials that the place `start` is in, and how many to skip there."""
+    """Return the total, a span of serials, and how many images to skip in it to be at offset `start`."""
+    # 1. The total, from the large blocks. To begin with the first image, nothing has to be found. The span of an
+    #    offset past the end is empty.
     counts = _count(db, keys, LARGE, 0, LAST)
     total = sum(counts.values())
     if not 0 < start < total:  # from the first one on, or nothing
         return total, (1, 0) if start else (0, LAST), 0
+    # 2. The large block that holds the image, then the small one within it. Its first or last serial begins the span.
     large, skip = _find(counts, start, order)
     first = large << LARGE - SMALL
     last = first + (1 << LARGE - SMALL) - 1
@@ -473,7 +498,7 @@ def _seek(db: _Database, keys: list[Key], start: int, order: str) -> tuple[int, 
 
 
 def _count(db: _Database, keys: list[Key], shift: int, first: int, last: int) -> dict[int, int]:
-    """Add up what the keys count in each of the blocks from `first` to `last`."""
+    """Return the sum of the counts of the keys, for each of the blocks from `first` to `last`."""
     counts: dict[int, int] = {}
     for key in keys:
         for block, n in db.execute(BLOCKS, (*key, shift, first, last)):
@@ -482,23 +507,23 @@ def _count(db: _Database, keys: list[Key], shift: int, first: int, last: int) ->
 
 
 def _find(counts: dict[int, int], start: int, order: str) -> tuple[int, int]:
-    """Return the block that holds the place `start`, and the place within it."""
+    """Return the block that holds the image at offset `start`, and its offset within the block."""
     for block in sorted(counts, reverse=order == "DESC"):
         if start < counts[block]:
             return block, start
         start -= counts[block]
-    return 0, 0  # only if the counts are damaged: `check` finds that
+    return 0, 0  # only if the counts are damaged, which `check` finds
 
 
 # ---- rows ----
 
 
 def _row(record: Record) -> Row:
-    """Return a record's columns. Raises ValueError for what JSON or UTF-8 cannot hold."""
+    """Return the columns of a record. Raises ValueError for what JSON or UTF-8 cannot hold."""
     try:
         id, account, public = record["id"], record["account_id"], record["is_public"]
         gone = record["deleted_at"]
-        text = _encode(record).encode().decode()  # a lone surrogate is refused
+        text = _encode(record).encode().decode()  # raises for a lone surrogate
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"not a record: {error!r}") from error
     if not (type(id) is type(account) is str and type(public) is bool and (gone is None or type(gone) is str)):
@@ -507,7 +532,7 @@ def _row(record: Record) -> Row:
 
 
 def _insert(db: _Database, table: str, row: Row) -> None:
-    """Add a row; a trigger makes room in place of a tombstone. Raises FileExistsError."""
+    """Insert a row; a trigger removes a tombstone with this id. Raises FileExistsError."""
     try:
         db.execute(ADD.format(table), row)
     except sqlite3.IntegrityError:
@@ -515,12 +540,12 @@ def _insert(db: _Database, table: str, row: Row) -> None:
 
 
 def _fetch(cursor: sqlite3.Cursor) -> list[Any]:
-    """Return the first rows, as many as hold about CHUNK_TEXT of text in their last column."""
+    """Return the next rows, until the texts in their last column have CHUNK_TEXT characters."""
     rows, size = [], 0
     while size < CHUNK_TEXT and (row := cursor.fetchone()):
         rows.append(row)
-        size += len(str(row[-1]))  # in a damaged file it may be anything
-    cursor.close()  # what is left unread would keep writers waiting
+        size += len(str(row[-1]))  # in a damaged file it may be of any type
+    cursor.close()  # rows that are left unread would keep writers waiting
     return rows
 
 
@@ -536,7 +561,7 @@ def _failure(path: str, why: object) -> OSError:
 
 
 def _identify(path: str) -> tuple[int, ...]:
-    """Return what tells one state of the file from another, and our process from its parent."""
+    """Return what tells one state of the file from another, and this process from its parent."""
     try:
         s = os.stat(path)
     except OSError as error:
@@ -545,21 +570,21 @@ def _identify(path: str) -> tuple[int, ...]:
 
 
 def _connect(path: str, deadline: float) -> _Database:
-    """Open the file, make or migrate what it holds. Raises OSError unless it is ours."""
+    """Return a connection to the file, its schema up to date. Raises OSError unless it is a store of images."""
     db = None
     try:
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, factory=_Database)
         db.path, db.deadline = path, deadline
         db.allow()
         db.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
-        db.execute("PRAGMA synchronous = EXTRA")  # FULL, and the journal's removal is synced too
+        db.execute("PRAGMA synchronous = EXTRA")  # FULL, and the removal of the journal is synced as well
         version = _version(db)
         if db.is_unsafe():
-            with suppress(sqlite3.OperationalError):  # another program has it open: only read
-                db.execute("PRAGMA journal_mode = DELETE").fetchall()  # else PyPy has it unfinished
+            with suppress(sqlite3.OperationalError):  # another program has the file open: then it is only read
+                db.execute("PRAGMA journal_mode = DELETE").fetchall()
         if version < len(MIGRATIONS):
             db.begin()
-            for statement in chain(*MIGRATIONS[_version(db) :]):  # another process may be first
+            for statement in chain(*MIGRATIONS[_version(db) :]):  # asked again: another process may have been first
                 db.execute(statement)
             db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
             db.execute("COMMIT")
@@ -571,9 +596,9 @@ def _connect(path: str, deadline: float) -> _Database:
 
 
 def _version(db: _Database) -> int:
-    """Return the schema version, 0 for an empty file. Raises OSError unless it is ours."""
+    """Return the version of the schema, 0 for an empty file. Raises OSError unless it is a store of images."""
     ((owner, version, _),) = db.execute(VERSION).fetchall()
-    if os.stat(db.path).st_size == 0:  # SQLite takes a file cut down to some bytes for empty too
+    if os.stat(db.path).st_size == 0:  # not by what SQLite says: it takes a file of a few bytes for empty, too
         return 0
     if owner != APPLICATION_ID:
         raise OSError(f"{db.path}: not a store of images but another program's database")
@@ -586,19 +611,22 @@ def _version(db: _Database) -> int:
 
 
 def _faults(db: _Database, repair: bool) -> Iterator[str]:
-    """Yield a line per fault. Repair indexes, then counts, then columns: each needs the former."""
+    """Yield a line for each fault, and repair them in this order, since each step needs the one before."""
+    # 1. Indexes, from the tables.
     indexes = [fault for (fault,) in db.execute("PRAGMA integrity_check") if fault != "ok"]
     yield from indexes
     if repair and indexes:
         db.change("REINDEX")
+    # 2. Counts, from the columns.
     counts = [f"the count of {key} is wrong" for key in db.execute(MISCOUNTED)]
     yield from counts
     if repair and counts:
         db.change("DELETE FROM tally", "INSERT INTO tally " + RECOUNT, RENEW)
+    # 3. Columns, from the records, chunk by chunk. What is written depends on what was read, so both are in one
+    #    transaction.
     last, rows = -1, [(0,)]
     while rows and rows[-1][0] > last:  # in a damaged table the images may be out of order
         last = rows[-1][0]
-        # What is written follows from what the same transaction has read.
         db.begin(_deadline()) if repair else db.execute("BEGIN")
         rows = _fetch(db.execute(IMAGES_AFTER, (last, CHUNK)))
         wrong = [fault for row in rows for fault in _check_row(db, repair, *row)]
@@ -607,7 +635,7 @@ def _faults(db: _Database, repair: bool) -> Iterator[str]:
 
 
 def _check_row(db: _Database, repair: bool, serial: int, *columns: Any) -> Iterator[str]:
-    """Yield a fault if a record does not parse or disagrees with its columns."""
+    """Yield a fault if a record does not parse, or does not agree with its columns."""
     try:
         row = _row(json.loads(columns[-1]))
         if row[:-1] != columns[:-1]:
