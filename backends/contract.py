@@ -1,4 +1,4 @@
-"""What every store must do, as tests that a third party can run on its own.
+"""What every store must do, as tests that third parties can run on their own stores.
 
     import unittest
     from wmi.contract import StorageContract        # or: from wmi_backends.contract import …
@@ -11,9 +11,8 @@
         def setUp(self):
             self.location = …           # a fresh one for each test
 
-It runs with `python -m unittest` and with pytest and needs only the standard library. Of a
-shared store the contract also opens the location twice, and in other processes; there the
-opener is imported by its module and name.
+They run with `python -m unittest` and with pytest, and need only the standard library. If a store is shared, they also
+open its location twice, and in other processes, which import the opener by its module and name.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def ids(records: Iterable[Record]) -> list[str]:
 
 
 def belongs(record: Record, account: str | None, public: bool, deleted: bool | None) -> bool:
-    """Say whether a record is in a scope: the rule that stores must follow."""
+    """Return whether a record is in a scope: the rule that every store must follow."""
     seen = account is None or record["account_id"] == account or (public and record["is_public"])
     return bool(seen) and (deleted is None or (record["deleted_at"] is not None) == deleted)
 
@@ -76,14 +75,14 @@ SCOPES = [
 
 
 class StorageContract(Base):
-    """The contract. A subclass says how to open a store, and what kind it is."""
+    """The tests of the contract. A subclass sets how a store is opened, and whether it is shared."""
 
     opener: Callable[[str], Any]
     location: str = ""
     shared = False
 
     def open(self) -> Any:
-        """Return a store; a second call in one test returns another object, same location."""
+        """Return a store; a second call in the same test returns another object at the same location."""
         store = self.opener(self.location)
         self.addCleanup(store.close)
         return store
@@ -107,7 +106,7 @@ class StorageContract(Base):
             self.assertEqual(caught.exception.args, (id,))
 
     def test_unknown_fields_are_kept(self) -> None:
-        """A store carries every JSON type, nested, without knowing the field."""
+        """A store keeps every type of JSON, nested, in fields that it does not know."""
         strange: dict[str, Any] = {
             "z": [1, -1, 0, 2**53 + 1, 10**30, 0.1, -1e-300, 1e300], "a": None, "t": [True, False],
             "": {"": {"": []}}, "deep": [[[[[[{"x": [None]}]]]]]], "serial": 7, "record": "{}",
@@ -119,7 +118,7 @@ class StorageContract(Base):
         self.assertEqual(json.dumps(got), json.dumps(image(1, **strange)))
 
     def test_hostile_texts_are_kept(self) -> None:
-        """No text harms a store or is changed by it, as a value or as a key."""
+        """No text harms a store, and none is changed by it, neither as a value nor as a key."""
         store = self.open()
         for n, text in enumerate(HOSTILE):
             store.add(image(n, description=text, extra={text: [text]}))
@@ -127,7 +126,7 @@ class StorageContract(Base):
             self.assertEqual(store.get(f"wmi-{n:08x}"), image(n, description=text, extra={text: [text]}))
 
     def test_hostile_ids_are_told_apart(self) -> None:
-        """An id is compared exactly, never as a pattern, number or path."""
+        """An id is compared exactly, and never taken as a pattern, a number or a path."""
         store = self.open()
         store.add_all(image(0, id=text) for text in HOSTILE)
         for text in HOSTILE:
@@ -191,7 +190,7 @@ class StorageContract(Base):
     # ---- add, replace, delete ----
 
     def test_an_id_is_added_once(self) -> None:
-        """A second one is FileExistsError(id), and the first stays as it is."""
+        """Adding it again raises FileExistsError(id), and the first record stays as it is."""
         store = self.open()
         store.add(image(1))
         with self.assertRaises(FileExistsError) as caught:
@@ -200,7 +199,7 @@ class StorageContract(Base):
         self.assertEqual(list(store.walk()), [image(1)])
 
     def test_a_tombstone_is_present(self) -> None:
-        """A record with deleted_at is got, changed and walked like any other."""
+        """A record with a deleted_at can be read, changed and walked like any other."""
         store = self.open()
         store.add(dead(image(1)))
         self.assertEqual(store.get("wmi-00000001"), dead(image(1)))
@@ -208,7 +207,7 @@ class StorageContract(Base):
         self.assertEqual(next(store.walk())["state"], "gone")
 
     def test_a_tombstone_gives_its_id_free(self) -> None:
-        """The new record takes its place and is the newest."""
+        """A new record may take the id; the tombstone is gone, and the record is the newest."""
         store = self.open()
         store.add_all([image(1), dead(image(2)), image(3)])
         store.add(image(2, BOB))
@@ -218,7 +217,7 @@ class StorageContract(Base):
             store.add(image(2))
 
     def test_a_deleted_record_is_gone(self) -> None:
-        """It is absent for every verb, and its id is free."""
+        """It is absent for every method, and its id is free."""
         store = self.open()
         store.add_all([image(1), image(2)])
         self.assertIsNone(store.delete("wmi-00000001"))
@@ -231,14 +230,14 @@ class StorageContract(Base):
         self.assertEqual(ids(store.walk()), ["wmi-00000001", "wmi-00000002"])
 
     def test_a_tombstone_can_be_deleted(self) -> None:
-        """Nothing of it stays."""
+        """Nothing is left of it."""
         store = self.open()
         store.add(dead(image(1)))
         store.delete("wmi-00000001")
         self.assertEqual(store.page(None, 0, 9, deleted=None), (0, []))
 
     def test_replace_puts_what_change_returns(self) -> None:
-        """The new record is returned and stored; its place in the order stays."""
+        """The new record is stored and returned; its place in the order stays the same."""
         store = self.open()
         store.add_all(image(n) for n in range(3))
         new = image(1, BOB, state="changed", extra=[1])
@@ -246,7 +245,7 @@ class StorageContract(Base):
         self.assertEqual(list(store.walk(oldest_first=True)), [image(0), new, image(2)])
 
     def test_replace_gives_change_a_copy(self) -> None:
-        """It sees the record as stored; altering it without returning it does nothing."""
+        """`change` gets the record as it is stored; to alter that copy without returning it does nothing."""
         store, seen = self.open(), []
         store.add(image(1))
 
@@ -260,13 +259,13 @@ class StorageContract(Base):
         self.assertEqual(store.get("wmi-00000001"), image(1, state="changed"))
 
     def test_replace_of_an_absent_id_calls_nothing(self) -> None:
-        """KeyError(id), before `change` is asked."""
+        """It raises KeyError(id) before `change` is called."""
         with self.assertRaises(KeyError) as caught:
             self.open().replace("wmi-00000001", self.fail)
         self.assertEqual(caught.exception.args, ("wmi-00000001",))
 
     def test_replace_that_raises_changes_nothing(self) -> None:
-        """The exception of `change` comes out as it is, of whatever class."""
+        """The exception that `change` raises reaches the caller as it is, whatever its class."""
         store = self.open()
         store.add(image(1))
         for error in (RuntimeError("x"), KeyError("x"), OSError("x"), KeyboardInterrupt()):
@@ -281,7 +280,7 @@ class StorageContract(Base):
         store.add(image(2))
 
     def test_replace_keeps_the_id(self) -> None:
-        """Another id is a ValueError, and nothing changes."""
+        """A record with another id is a ValueError, and nothing is changed."""
         store = self.open()
         store.add(image(1))
         with self.assertRaises(ValueError):
@@ -289,7 +288,7 @@ class StorageContract(Base):
         self.assertEqual(list(store.walk()), [image(1)])
 
     def test_replace_may_read_the_store(self) -> None:
-        """`change` may call get and page of the same store."""
+        """`change` may call get() and page() of the same store."""
         store = self.open()
         store.add_all([image(1), image(2, state="special")])
         got = store.replace("wmi-00000001", lambda record: {
@@ -297,7 +296,7 @@ class StorageContract(Base):
         self.assertEqual((got["state"], got["n"]), ("special", 2))
 
     def test_replace_moves_between_scopes(self) -> None:
-        """Owner, publicity and death take effect in pages and totals at once."""
+        """A change of owner, is_public or deleted_at shows in pages and totals at once."""
         store = self.open()
         store.add_all(image(n) for n in range(3))
         for fields in ({"is_public": True}, {"account_id": BOB}, {"deleted_at": TIME},
@@ -309,14 +308,14 @@ class StorageContract(Base):
     # ---- order ----
 
     def test_order_is_that_of_registration(self) -> None:
-        """A clock that steps back, and ids in any order, do not matter."""
+        """It does not matter if the clock steps back, nor in which order the ids are."""
         store = self.open()
         for n in (5, 3, 9, 1):
             store.add(image(n, created_at=f"201{9 - n}-01-01T00:00:00Z"))
         self.assertEqual([int(id[4:], 16) for id in ids(store.walk())], [1, 9, 3, 5])
 
     def test_order_survives_deletion(self) -> None:
-        """After the newest is deleted the next one is the newest still."""
+        """After the newest record is deleted, the next one to be added is still the newest."""
         store = self.open()
         store.add_all(image(n) for n in range(3))
         store.delete("wmi-00000002")
@@ -328,18 +327,18 @@ class StorageContract(Base):
     # ---- pages ----
 
     def test_an_empty_store_has_an_empty_page(self) -> None:
-        """Zero and no records, for every scope."""
+        """It has a total of 0 and no records, for every scope."""
         self.compare(self.open(), [])
 
     def test_a_page_is_newest_first(self) -> None:
-        """Start and limit cut it; the total is that of the scope."""
+        """Start and limit select from the scope; the total is that of the whole scope."""
         store = self.open()
         store.add_all(image(n) for n in range(10))
         self.assertEqual(store.page(ALICE, 0, 3), (10, [image(9), image(8), image(7)]))
         self.assertEqual(store.page(ALICE, 8, 3), (10, [image(1), image(0)]))
 
     def test_a_page_beyond_the_end_is_empty(self) -> None:
-        """The total is given all the same; numbers may be beyond all measure."""
+        """The total is the same as ever; start and limit may be arbitrarily large."""
         store = self.open()
         store.add_all(image(n) for n in range(3))
         for start, limit in ((3, 1), (4, 0), (0, 0), (10**30, 1), (2**63, 2**63)):
@@ -347,7 +346,7 @@ class StorageContract(Base):
         self.assertEqual(len(store.page(ALICE, 1, 10**30)[1]), 2)
 
     def test_negative_numbers_are_refused(self) -> None:
-        """ValueError, also before the first record of a walk."""
+        """They raise ValueError, in a walk before its first record."""
         store = self.open()
         store.add(image(1))
         for start, limit in ((-1, 1), (0, -1), (-(10**30), 0)):
@@ -358,7 +357,7 @@ class StorageContract(Base):
                 list(store.walk(start=-1, frozen=frozen))
 
     def test_a_scope_is_own_and_public_once(self) -> None:
-        """An own public image is listed once; `public=False` leaves others' away."""
+        """A public image of the account is listed once; `public=False` leaves out those of others."""
         store = self.open()
         store.add_all([image(1), image(2, is_public=True), image(3, BOB), image(4, BOB, is_public=True)])
         self.assertEqual(ids(store.page(ALICE, 0, 9)[1]), ["wmi-00000004", "wmi-00000002", "wmi-00000001"])
@@ -367,7 +366,7 @@ class StorageContract(Base):
         self.assertEqual(store.page(None, 0, 0)[0], 4)
 
     def test_tombstones_are_left_out_of_pages(self) -> None:
-        """By default; `deleted` asks for them alone, or for both."""
+        """So it is by default; `deleted` asks for tombstones alone, or for both."""
         store = self.open()
         store.add_all([image(1), dead(image(2))])
         self.assertEqual(ids(store.page(ALICE, 0, 9)[1]), ["wmi-00000001"])
@@ -376,7 +375,7 @@ class StorageContract(Base):
         self.assertEqual(ids(store.walk()), ["wmi-00000002", "wmi-00000001"])
 
     def test_random_operations_agree_with_a_list(self) -> None:
-        """After any sequence of verbs every scope, start and limit is as in a plain list."""
+        """After any sequence of calls, every scope, start and limit gives the same as a plain list would."""
         for seed in range(3):
             with self.subTest(seed=seed):
                 self.operate(random.Random(seed))
@@ -423,7 +422,7 @@ class StorageContract(Base):
             self.assertEqual(list(store.walk(account, frozen=True, **scope)), want)
 
     def test_many_records_page_as_they_walk(self) -> None:
-        """Pages laid end to end are the walk, also over inner block boundaries."""
+        """Pages put together are the same as the walk, also where a store counts by blocks of serials."""
         store = self.open()
         store.add_all(image(n, BOB if n % 3 else ALICE, is_public=n % 5 == 0) for n in range(700))
         for n in range(0, 700, 7):
@@ -437,7 +436,7 @@ class StorageContract(Base):
     # ---- walks ----
 
     def test_a_walk_goes_both_ways(self) -> None:
-        """Newest first, or oldest first; `start` skips at the end it begins with."""
+        """The newest or the oldest comes first; `start` skips from where the walk begins."""
         store = self.open()
         store.add_all(image(n) for n in range(5))
         for frozen in (True, False):
@@ -445,7 +444,7 @@ class StorageContract(Base):
             self.assertEqual(list(store.walk(frozen=frozen, start=3, oldest_first=True)), [image(3), image(4)])
 
     def test_a_walk_under_change_keeps_its_promise(self) -> None:
-        """Nothing comes twice, and nothing that stayed the same is left out."""
+        """No record comes twice, and none that stayed the same is left out."""
         for oldest_first in (True, False):
             with self.subTest(oldest_first=oldest_first):
                 self.disturb(oldest_first)
@@ -469,7 +468,7 @@ class StorageContract(Base):
         self.assertEqual(same - set(seen), set())
 
     def test_a_frozen_walk_is_of_one_revision(self) -> None:
-        """Changes made after its first record do not show, and are not held up."""
+        """Changes that are made after its first record do not show in it, and do not have to wait for it."""
         store = self.open()
         store.add_all(image(n) for n in range(600))
         for oldest_first in (True, False):
@@ -482,7 +481,7 @@ class StorageContract(Base):
             self.assertEqual(got + list(walk), want)
 
     def test_a_walk_left_alone_holds_nothing(self) -> None:
-        """After one record of a walk the store takes changes as ever."""
+        """After one record of a walk, the store takes changes as before."""
         store = self.open()
         store.add_all(image(n) for n in range(5))
         for frozen in (True, False):
@@ -495,7 +494,7 @@ class StorageContract(Base):
         self.assertEqual(store.page(None, 0, 0)[0], 5)
 
     def test_large_records_walk_as_they_page(self) -> None:
-        """Records of very different sizes, in either direction, none twice and none left out."""
+        """Records of very different sizes come once each, in both directions."""
         store = self.open()
         records = [image(n, description="x" * (n * n * 997 % 60_000)) for n in range(60)]
         store.add_all(records)
@@ -506,7 +505,7 @@ class StorageContract(Base):
     # ---- revisions ----
 
     def test_a_revision_stays_while_nothing_changes(self) -> None:
-        """Reading and failing do not count as changes."""
+        """Calls that read and calls that fail do not change it."""
         store = self.open()
         store.add(image(1))
         revision = store.revision()
@@ -523,7 +522,7 @@ class StorageContract(Base):
         self.assertEqual(store.revision(), revision)
 
     def test_every_change_changes_the_revision(self) -> None:
-        """Each verb does, and no revision comes back although the content does."""
+        """Each method that changes something does, and no revision comes back, even if the content does."""
         store = self.open()
         seen = [store.revision()]
         changes: list[Callable[[], object]] = [
@@ -538,7 +537,7 @@ class StorageContract(Base):
         self.assertEqual(len(seen), len(set(seen)))
 
     def test_changes_within_one_tick_have_their_revisions(self) -> None:
-        """However fast they come, also when the size of everything stays the same."""
+        """However fast the changes come, each has its own revision, even if all sizes stay the same."""
         store = self.open()
         store.add(image(1))
         seen = [store.revision()]
@@ -567,7 +566,7 @@ class StorageContract(Base):
     # ---- all or none ----
 
     def test_add_all_keeps_the_order(self) -> None:
-        """The last one is the newest; how many is returned; none is allowed."""
+        """The last record is the newest; the number of records is returned, and may be 0."""
         store = self.open()
         self.assertEqual(store.add_all(image(n) for n in (3, 1, 2)), 3)
         self.assertEqual([r["id"][-1] for r in store.walk()], ["2", "1", "3"])
@@ -575,7 +574,7 @@ class StorageContract(Base):
         self.assertEqual(store.page(None, 0, 0)[0], 3)
 
     def test_add_all_undoes_everything_when_its_source_fails(self) -> None:
-        """The exception of the iterable comes out as it is."""
+        """The exception that the iterable raises reaches the caller as it is."""
         store = self.open()
         store.add_all([image(100), dead(image(101))])
         for error in (RuntimeError("x"), FileExistsError("x"), OSError(5, "x"), SystemExit()):
@@ -591,7 +590,7 @@ class StorageContract(Base):
         store.add(image(1))
 
     def test_add_all_refuses_an_id_that_exists(self) -> None:
-        """FileExistsError(id), in the store or inside; the culprit is the last one pulled."""
+        """It raises FileExistsError(id), for an id of the store or a repeated one, and reads no further records."""
         store, pulled = self.open(), []
         store.add(image(5))
 
@@ -609,7 +608,7 @@ class StorageContract(Base):
             self.assertEqual(list(store.walk()), [image(5)])
 
     def test_add_all_takes_the_place_of_tombstones(self) -> None:
-        """Those in the store and those inside; each new record is the newest."""
+        """A tombstone may be in the store or among the records; each new record is the newest."""
         store = self.open()
         store.add_all([dead(image(1)), image(2)])
         store.add_all([dead(image(3)), image(1), image(3)])
@@ -626,14 +625,14 @@ class StorageContract(Base):
     # ---- close ----
 
     def test_close_twice_is_harmless(self) -> None:
-        """By hand, and at the end of a with statement."""
+        """It may be called by hand, and again at the end of a with statement."""
         with self.open() as store:
             store.add(image(1))
             store.close()
         store.close()
 
     def test_a_closed_store_refuses_every_verb(self) -> None:
-        """ValueError that says closed."""
+        """Every method raises ValueError, whose message contains "closed"."""
         store = self.open()
         store.add(image(1))
         store.close()
@@ -649,7 +648,7 @@ class StorageContract(Base):
                 verb()
 
     def test_a_sound_store_has_no_faults(self) -> None:
-        """`check` yields nothing, and its repair changes no record."""
+        """`check` yields nothing, and a repair changes no record."""
         store = self.open()
         store.add_all(image(n, is_public=n % 2 == 0) for n in range(300))
         before = list(store.walk())
@@ -658,7 +657,7 @@ class StorageContract(Base):
         self.compare(store, before[::-1])
 
     def test_a_repair_undoes_no_change(self) -> None:
-        """What is changed while `check` reads stays changed."""
+        """A change that is made while `check` reads and repairs is not lost."""
         store, done = self.open(), threading.Event()
         store.add_all(image(n, n=0) for n in range(300))
 
@@ -682,7 +681,7 @@ class StorageContract(Base):
     # ---- threads ----
 
     def gather(self, *works: Callable[[], object]) -> None:
-        """Run each work in a thread of its own; fail with the first exception of one."""
+        """Run each work in a thread of its own, and raise the first exception of any."""
         errors: list[BaseException] = []
 
         def guarded(work: Callable[[], object]) -> None:
@@ -712,7 +711,7 @@ class StorageContract(Base):
         self.assertEqual(store.get("wmi-00000001")["n"], 10 * THREADS)
 
     def test_threads_add_and_read_at_once(self) -> None:
-        """No record is lost, and no page shows a total that its rows belie."""
+        """No record is lost, and no page has a total that does not agree with its records."""
         store, done = self.open(), threading.Event()
 
         def write(first: int) -> None:
@@ -739,7 +738,7 @@ class StorageContract(Base):
         self.assertEqual(set(ids(store.walk())), want)
 
     def test_one_thread_wins_an_id(self) -> None:
-        """Of many that add the same id, all others get FileExistsError."""
+        """Of many threads that add the same id, all but one get FileExistsError."""
         store, wins = self.open(), []
 
         def work(name: str) -> None:
@@ -761,7 +760,7 @@ class StorageContract(Base):
             self.skipTest("not a shared store")
 
     def test_what_was_stored_is_there_when_opened_again(self) -> None:
-        """Records, order and revision, after close."""
+        """Records, their order and the revision outlive close()."""
         self.only_shared()
         with self.open() as store:
             for n, text in enumerate(HOSTILE):
@@ -772,7 +771,7 @@ class StorageContract(Base):
         self.assertEqual(again.revision(), revision)
 
     def test_another_object_sees_each_change_at_once(self) -> None:
-        """In the very next call, by every verb that reads."""
+        """The very next call shows it, whichever method it is."""
         self.only_shared()
         one, two = self.open(), self.open()
         seen = [two.revision()]
@@ -788,9 +787,9 @@ class StorageContract(Base):
         self.assertEqual(len(seen), len(set(seen)))
 
     def spawn(self, work: str) -> list[Any]:
-        """Run Python text in PROCESSES processes at once; return what each prints, as JSON.
+        """Run Python code in PROCESSES processes at once; return what each of them prints, parsed as JSON.
 
-        It finds `store`, its number `me`, and this module's names.
+        The code may use `store`, the number of its process as `me`, and the names of this module.
         """
         opener = self.opener
         source = (
@@ -799,7 +798,7 @@ class StorageContract(Base):
             f"from {__name__} import *\n"
             f"opener = importlib.import_module({opener.__module__!r}).{opener.__qualname__}\n"
             f"me, store = int(sys.argv[1]), opener({self.location!r})\n"
-            "sys.stdin.read()\n"  # all begin together, when the pipes are closed
+            "sys.stdin.read()\n"  # all processes begin together, when their pipes are closed
             f"{work}\nstore.close()\n"
         )
         children = [
@@ -818,7 +817,7 @@ class StorageContract(Base):
         return [json.loads(out or "null") for out, _ in answers]
 
     def test_processes_lose_no_change(self) -> None:
-        """Each read-modify-write is atomic, against other processes too."""
+        """Each read-modify-write is atomic, also against other processes."""
         self.only_shared()
         store = self.open()
         store.add(image(1, n=0))
@@ -826,7 +825,7 @@ class StorageContract(Base):
         self.assertEqual(store.get("wmi-00000001")["n"], 25 * PROCESSES)
 
     def test_processes_add_and_delete_at_once(self) -> None:
-        """Nothing is lost, doubled or left over, and the store is sound."""
+        """No record is lost, doubled or left over, and `check` finds no fault."""
         self.only_shared()
         store = self.open()
         self.spawn("for n in range(me * 100, me * 100 + 20):\n"
@@ -839,7 +838,7 @@ class StorageContract(Base):
         self.assertEqual(list(store.check()), [])
 
     def test_one_process_wins_an_id(self) -> None:
-        """Of many that add the same id, all others get FileExistsError."""
+        """Of many processes that add the same id, all but one get FileExistsError."""
         self.only_shared()
         store = self.open()
         wins = self.spawn("wins = []\n"
