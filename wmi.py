@@ -2089,12 +2089,12 @@ STORE_SECONDS = 10  # for the work of one turn; the stores here give up earlier,
 LINGER_SECONDS = 1  # for a client to read the last answer
 GRACE_SECONDS = 10  # for running requests to end when the server is told to stop
 TURN_SECONDS = 0.05  # for which work may hold up the leader, before another thread takes the lead
-LOOK_SECONDS = 0.05  # between two checks of deadlines
+CHECK_SECONDS = 0.05  # between two checks of deadlines and other limits
 YIELD_SECONDS = 0.0002  # of work, then other processes may run: the slowest of 100 answers takes a third of the time
 SHARE_SECONDS = 0.002  # for which a new connection is left to workers that have fewer
 STALLED_SECONDS = 2  # after which an unfinished request gives way to a new connection, if every place is taken
-HELD_SECONDS = 0.005  # between two looks for the results of threads that are held up
-HELD_AT_MOST = 4 << 20  # bytes in all of unfinished requests, and of answers that clients do not take
+POLL_SECONDS = 0.005  # between two looks for the results of threads that are held up
+MAX_BUFFERED = 4 << 20  # bytes in all of unfinished requests, and of answers that clients do not take
 LOGGED = 2048  # characters of a target or a failure in the log
 LOGGED_METHOD = 32  # characters of a method
 LOG_LINES = 4096  # lines that may wait to be written; further ones are counted and dropped
@@ -2375,7 +2375,7 @@ class Server(http.server.HTTPServer):
         self._offered = 0.0  # when the connection that waits was first left to other workers; 0: none was
         self.trim: Callable[[], object] = lambda: None  # gives freed memory back: see Processes
         self._trimmed = time.monotonic()
-        self._looked = self._yielded = 0.0  # when deadlines were checked, and when other processes could last run
+        self._checked = self._yielded = 0.0  # when deadlines were checked, and when other processes could last run
         self._lock = threading.Lock()
         self._leader: threading.Thread | None = None
         self._working: tuple[Connection | None, float] | None = None  # for whom the leader works, and since when
@@ -2406,7 +2406,7 @@ class Server(http.server.HTTPServer):
         self.stopping, until = True, time.monotonic() + seconds
         if not self._leader:
             self._close()
-        while not self._ended.wait(HELD_SECONDS) and time.monotonic() < until:
+        while not self._ended.wait(POLL_SECONDS) and time.monotonic() < until:
             self.service_actions()
         self.socket.close()
         if self._log_lock.acquire(timeout=LINGER_SECONDS):  # a thread may still be writing to a log nobody reads
@@ -2502,8 +2502,8 @@ class Server(http.server.HTTPServer):
         # 4. Keep answers, write the log, and check deadlines now and then.
         if self._lines and not self._work(me, None, self._end_round)[0]:
             return
-        if self.stopping or self.moment - self._looked > LOOK_SECONDS:
-            self._look()
+        if self.stopping or self.moment - self._checked > CHECK_SECONDS:
+            self._check_limits()
 
     def _receive(self) -> None:
         """Wait for clients, and take what each of them has sent."""
@@ -2511,7 +2511,7 @@ class Server(http.server.HTTPServer):
         if time.monotonic() - self._yielded > YIELD_SECONDS:
             _yield_processor()
             self._yielded = time.monotonic()
-        accepting, seconds = False, 0 if self._queue else HELD_SECONDS if self._held else LOOK_SECONDS
+        accepting, seconds = False, 0 if self._queue else POLL_SECONDS if self._held else CHECK_SECONDS
         for key, _ in self._selector.select(seconds):
             connection = key.data
             if connection is self:
@@ -2590,7 +2590,7 @@ class Server(http.server.HTTPServer):
             stream, address = self.get_request()
         except OSError as error:
             if error.errno in _NO_ROOM and not self._evict():
-                self._watch(self, 0)  # until _look(): the listener stays ready, so that this would spin
+                self._watch(self, 0)  # until _check_limits(): the listener stays ready, so that this would spin
                 self.report(f"accept: {error}")
             return
         try:
@@ -2611,7 +2611,7 @@ class Server(http.server.HTTPServer):
         A connection that was accepted or served just now is spared: its request may be on its way.
         """
         # With a cap of 64 connections and no such rule, 200 idle sockets locked everybody out for 40 s.
-        spared = {True: LOOK_SECONDS, False: STALLED_SECONDS}
+        spared = {True: CHECK_SECONDS, False: STALLED_SECONDS}
         waiting = [each for each in self._connections if each.receiving and not each.queued]
         waiting = [each for each in waiting if self.moment - each.since > spared[each.is_idle]]
         if waiting:
@@ -2641,20 +2641,20 @@ class Server(http.server.HTTPServer):
             self._selector.register(owner.socket, wants, owner)
             owner.watched = wants
 
-    def _look(self) -> None:
+    def _check_limits(self) -> None:
         """End what is past its deadline, holds too many bytes or works too long, and at a stop all that idles."""
         # 1. Connections whose deadline has passed get a turn, with the reason as its result.
-        self._looked = self.moment
+        self._checked = self.moment
         resting = [each for each in self._connections if each.watched and not each.queued]
         for each in resting:
             if each.deadline <= self.moment or (self.stopping and each.is_idle):
                 each.queued = True
                 self._arrived.append((each, each.expired()))
         # 2. So do those that hold too many bytes together. Those that made progress last come first, and are spared.
-        held = 0
+        buffered = 0
         for each in sorted(resting, key=lambda each: -each.deadline):
-            held += len(each.unsent) + each.reader.size
-            if held > HELD_AT_MOST and not each.is_idle and not each.queued:
+            buffered += len(each.unsent) + each.reader.size
+            if buffered > MAX_BUFFERED and not each.is_idle and not each.queued:
                 each.queued = True
                 self._arrived.append((each, RequestTimeout("too much waits to be read")))
         # 3. Work that takes too long is answered 503. Its thread cannot be stopped, and its result will be dropped.

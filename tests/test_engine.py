@@ -120,7 +120,7 @@ def test_a_fault_of_ours_does_not_end_the_service(monkeypatch):
     with wmi.MemoryStorage() as storage, serving(storage, log=log.append) as served, connect(served) as peer:
         peer.sendall(head("/nowhere"))
         assert read_answer(peer)[0] == 404
-        for name in ("_accept", "_look"):
+        for name in ("_accept", "_check_limits"):
             with monkeypatch.context() as patch:
                 patch.setattr(wmi.Server, name, fails_once(getattr(wmi.Server, name)))
                 with connect(served):
@@ -208,7 +208,7 @@ def test_a_request_on_its_way_is_not_evicted():
         lost = 0
         for _ in range(20):
             with connect(served) as one, connect(served) as two:
-                threading.Event().wait(wmi.LOOK_SECONDS * 1.5)  # both may give way
+                threading.Event().wait(wmi.CHECK_SECONDS * 1.5)  # both may give way
                 with served.server._lock, connect(served):
                     for peer in (one, two):
                         peer.sendall(head("/nowhere"))

@@ -269,7 +269,7 @@ def test_a_head_or_a_304_of_a_long_index_leaves_nothing(monkeypatch):
 
 def test_what_clients_do_not_take_is_bounded(monkeypatch):
     """Answers that wait to be read take so much memory in all; beyond it, who took nothing for longest is cut."""
-    monkeypatch.setattr(wmi, "HELD_AT_MOST", 300_000)
+    monkeypatch.setattr(wmi, "MAX_BUFFERED", 300_000)
     with wmi.MemoryStorage() as storage:
         storage.add_all(wmi.image_record({"account_id": ACCOUNT, "description": "x" * 10_000}) for _ in range(5))
         with serving(storage) as served, contextlib.ExitStack() as stack:
@@ -278,7 +278,7 @@ def test_what_clients_do_not_take_is_bounded(monkeypatch):
                 peer.sendall(head("/api/images") * 150)
             until(lambda: len(served.server._connections) < 10)
             assert served.raw(head("/nowhere", "Connection: close")).startswith(b"HTTP/1.1 404 ")
-            until(lambda: sum(len(each.unsent) for each in list(served.server._connections)) <= wmi.HELD_AT_MOST)
+            until(lambda: sum(len(each.unsent) for each in list(served.server._connections)) <= wmi.MAX_BUFFERED)
 
 
 def test_no_memory_is_503(monkeypatch):
