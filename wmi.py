@@ -395,7 +395,7 @@ def _yaml_unescaped(match: re.Match[str]) -> str:
 #         |
 #         |  render(): the table `fields` of one Version
 #         v
-#     {"id": "wmi-a", "uuid": "wmi-a", …}          the image, as this version shows it; Service makes JSON or YAML of it
+#     {"id": "wmi-a", "uuid": "wmi-a", …}          the image, as this version shows it, in JSON or YAML
 #
 # `source`, for example, is the dict {"uri": "file:///a.raw"} in the record; the document and 11.12 show it as text in
 # YAML; 12.03 does not show it. The record is always whole, and each version is a view of it.
@@ -2135,9 +2135,9 @@ class Connection:
         self.keep_alive = self.chunked = False
         self.unsent: bytes | memoryview = b""
         self.body: Body | None = None  # the source of more bytes to send, as long as it has any
-        # Times. The request began with its first bytes, and the log counts from there. The client has been waited for
-        # since `since`, and is until `deadline`; `phase` is what for: IDLE, HEAD or BODY.
-        self.began = self.since = server.moment
+        # Times. The first bytes of the request came at `began`, from which the log counts. The server has been waiting
+        # for the client since `waiting_since`, and gives up at `deadline`; `phase` tells for what: IDLE, HEAD or BODY.
+        self.began = self.waiting_since = server.moment
         self.phase = IDLE
         self.deadline = server.moment + IDLE_SECONDS
 
@@ -2165,9 +2165,9 @@ class Connection:
         try:
             # 1. Take the result of work: an answer, or the next piece of its body.
             if isinstance(result, Answer):
-                self._begin(result)
+                self._start_answer(result)
             elif result is not None:
-                self._take(result)
+                self._take_piece(result)
             while True:
                 # 2. Send what there is, as far as the client takes it.
                 if self.unsent and (wants := self._send()):
@@ -2179,14 +2179,14 @@ class Connection:
                 if self.status:
                     self._log_answer()
                     if not self.keep_alive:
-                        return self._end()
+                        return self._linger()
                 # 5. Read the next request.
                 if self.phase == IDLE:
                     self.began = self.server.moment
                 try:
                     self.request = self.request or self.reader.read()
                 except Error as error:
-                    self._begin(self.server.service.refuse(error))
+                    self._start_answer(self.server.service.refuse(error))
                     continue
                 # 6. Answer it, if the answer is kept. All of the request had arrived by `moment`.
                 if self.request is not None:
@@ -2195,7 +2195,7 @@ class Connection:
                     answer = self.server.service.kept_answer(self.request, self.server.moment)
                     if answer is None:
                         return WORK
-                    self._begin(answer)
+                    self._start_answer(answer)
                     continue
                 # 7. It is not whole. Ask for its body if the client waits for that, and wait.
                 if not self.reader.owes_continue:
@@ -2204,7 +2204,7 @@ class Connection:
         except BlockingIOError:  # from work(): the client took nothing of a body that sends itself
             return WRITE
         except Exception as error:
-            return self._cut(error)
+            return self._abort(error)
 
     def work(self) -> Result:
         """Do what may have to wait for our side: answer the request, or get more of the body. Return the result."""
@@ -2233,12 +2233,12 @@ class Connection:
         """Return the result with which advance() ends a connection at its deadline: closed if idle, or refused."""
         return ConnectionAbortedError() if self.is_idle else RequestTimeout("the request, or its reader, took too long")
 
-    def _take(self, result: bytes | int | Exception) -> None:
+    def _take_piece(self, result: bytes | int | Exception) -> None:
         """Take a piece of a body, or a failure. Raises a failure of which the client cannot be told any more."""
         if isinstance(result, Exception):
             if self.status or not isinstance(result, Error):
                 raise result
-            self._begin(self.server.service.refuse(result, self.request))
+            self._start_answer(self.server.service.refuse(result, self.request))
         elif isinstance(result, int):
             self.sent, self.deadline = self.sent + result, self.server.moment + SEND_SECONDS
         else:
@@ -2246,7 +2246,7 @@ class Connection:
         if not result:
             self._close_body()
 
-    def _begin(self, answer: Answer) -> None:
+    def _start_answer(self, answer: Answer) -> None:
         """Begin to send an answer."""
         request, body = self.request, answer.body
         minor = request.minor if request else 1
@@ -2283,24 +2283,24 @@ class Connection:
         waits_for = self.reader.waits_for
         if waits_for == IDLE:
             self.deadline = self.server.moment + IDLE_SECONDS
-            self.since = self.server.moment
+            self.waiting_since = self.server.moment
         elif waits_for != self.phase:
-            self.since = self.server.moment
+            self.waiting_since = self.server.moment
             self.deadline = self.server.moment + (HEAD_SECONDS if waits_for == HEAD else BODY_SECONDS)
         self.phase, self.receiving = waits_for, True
         return CLOSE if self.reader.ended else READ
 
-    def _end(self) -> int:
+    def _linger(self) -> int:
         """Send no more, and let the client read what was sent."""
         # A close at once may be a reset, which would take from the client what it has not read yet (RFC 9112, 9.6).
         if self.server.stopping:
             return CLOSE
         self.socket.shutdown(socket.SHUT_WR)
         self.lingering = self.receiving = True
-        self.since, self.deadline = self.server.moment, self.server.moment + LINGER_SECONDS
+        self.waiting_since, self.deadline = self.server.moment, self.server.moment + LINGER_SECONDS
         return READ
 
-    def _cut(self, error: Exception) -> int:
+    def _abort(self, error: Exception) -> int:
         """Log a failure, make close() send a reset if an answer is unfinished, and return CLOSE."""
         # Without the reset an unfinished answer in HTTP/1.0 would look whole.
         if not isinstance(error, (OSError, RequestTimeout)):  # these are the doing of the client
@@ -2314,9 +2314,9 @@ class Connection:
     def _log_answer(self) -> None:
         """Log the answer, which was sent or cut off, and make room for the next one."""
         request, milliseconds = self.request, (time.monotonic() - self.began) * 1000
-        asked = (request.account, request.method[:LOGGED_METHOD], request.target[:LOGGED]) if request else ("-",) * 3
+        requested = (request.account, request.method[:LOGGED_METHOD], request.target[:LOGGED]) if request else ("-",) * 3
         size = max(0, self.sent - self.head_size)
-        self.server.log_answer(self.client, *asked, self.status, size, milliseconds)
+        self.server.log_answer(self.client, *requested, self.status, size, milliseconds)
         self.request, self.status = None, 0
 
     def _close_body(self) -> None:
@@ -2613,9 +2613,9 @@ class Server(http.server.HTTPServer):
         # With a cap of 64 connections and no such rule, 200 idle sockets locked everybody out for 40 s.
         spared = {True: CHECK_SECONDS, False: STALLED_SECONDS}
         waiting = [each for each in self._connections if each.receiving and not each.queued]
-        waiting = [each for each in waiting if self.moment - each.since > spared[each.is_idle]]
+        waiting = [each for each in waiting if self.moment - each.waiting_since > spared[each.is_idle]]
         if waiting:
-            self._settle(min(waiting, key=lambda each: (not each.is_idle, each.since)), CLOSE)
+            self._settle(min(waiting, key=lambda each: (not each.is_idle, each.waiting_since)), CLOSE)
         return bool(waiting)
 
     def _settle(self, connection: Connection, wants: int) -> None:
@@ -3269,11 +3269,11 @@ class TLSConnection(Connection):
         except ssl.SSLWantWriteError:
             return WRITE
 
-    def _end(self) -> int:
+    def _linger(self) -> int:
         if isinstance(self.socket, ssl.SSLSocket):
             with contextlib.suppress(OSError, ValueError):
                 self.socket.unwrap()  # says that the answer is whole; the client's own is not waited for
-        return super()._end()
+        return super()._linger()
 
 
 def tls_context(certificate: str, key: str | None = None) -> ssl.SSLContext:
