@@ -2068,7 +2068,7 @@ def parse_update(request: Request, known: Sequence[str]) -> dict[str, Any]:
 #
 #     the selector, `_queue`, all connections    the leader alone. work() reads its connection, and may send a piece of
 #                                                its body; the connection is `queued`, so it has no turn meanwhile
-#     `_arrived`                                 any thread appends a connection and a result; the leader takes them
+#     `_turns`                                   any thread appends a connection and a result; the leader takes them
 #     `_leader`, `_working`, `_held`             any thread that holds `_lock`; only the leader begins work, so it sets
 #                                                `_working` without the lock
 #     `_lines`                                   any thread appends; the one that has `_log_lock` takes and writes them
@@ -2124,7 +2124,7 @@ class Connection:
         self.socket, self.server = stream, server
         self.client = address[0] if isinstance(address, tuple) else "unix"
         self.watched = 0  # what the selector watches for: READ, WRITE, or 0 while another thread works for it
-        self.queued = False  # it is in _arrived or _queue: what the selector says of it can wait
+        self.queued = False  # it is in _turns or _queue: what the selector says of it can wait
         # Input. A client is received from, unless an answer is made or sent.
         self.reader = Reader()
         self.receiving = True
@@ -2370,7 +2370,7 @@ class Server(http.server.HTTPServer):
         self._max_connections = min(max_connections, max(1, descriptors))
         self._connections: set[Connection] = set()
         self._selector = selectors.DefaultSelector()
-        self._arrived: collections.deque[tuple[Connection, Result | None]] = collections.deque()  # want a turn
+        self._turns: collections.deque[tuple[Connection, Result | None]] = collections.deque()  # want a turn
         self._queue: collections.deque[Connection] = collections.deque()  # want work
         self._offered = 0.0  # when the connection that waits was first left to other workers; 0: none was
         self.trim: Callable[[], object] = lambda: None  # gives freed memory back: see Processes
@@ -2483,13 +2483,13 @@ class Server(http.server.HTTPServer):
     def _serve_round(self, me: threading.Thread) -> None:
         """Take what has arrived, answer what is kept, then work for one connection after the other."""
         # 1. Receive from all clients before any is answered, so that one look at the store serves all of them.
-        if not self._arrived:
+        if not self._turns:
             self._receive()
-        if self._arrived and not self._work(me, None, self.service.look)[0]:
+        if self._turns and not self._work(me, None, self.service.look)[0]:
             return
         # 2. Give each connection its turn. What needs no work does not wait for what does.
-        while self._arrived:
-            self._take_turn(*self._arrived.popleft())
+        while self._turns:
+            self._take_turn(*self._turns.popleft())
         # 3. Work, but not for so long that clients which have sent something meanwhile would notice.
         while self._queue and time.monotonic() - self.moment < TURN_SECONDS:
             connection = self._queue.popleft()
@@ -2533,9 +2533,9 @@ class Server(http.server.HTTPServer):
             wants = CLOSE
         if wants == WORK:
             connection.queued = True
-            self._arrived.append((connection, result))
+            self._turns.append((connection, result))
         else:
-            self._settle(connection, wants)
+            self._watch_or_close(connection, wants)
 
     def _take_turn(self, connection: Connection, result: Result | None) -> None:
         """Let a connection do what it can; one that wants work is queued behind the others."""
@@ -2548,7 +2548,7 @@ class Server(http.server.HTTPServer):
         if wants == WORK:
             self._queue.append(connection)
         elif wants != connection.watched:
-            self._settle(connection, wants)
+            self._watch_or_close(connection, wants)
 
     def _work(self, me: threading.Thread, connection: Connection | None, work: Callable[[], Any]) -> tuple[bool, Any]:
         """Do work that may hold up this thread; return whether the thread still leads, and if so the result."""
@@ -2562,7 +2562,7 @@ class Server(http.server.HTTPServer):
             owner, _ = self._held.pop(me)
             self.service.waiting = len(self._held)
         if owner:
-            self._arrived.append((owner, result))
+            self._turns.append((owner, result))
         elif isinstance(result, Answer) and not isinstance(result.body, bytes):
             result.body.close()  # nobody wants it: the client was told that the store takes too long
         return False, None
@@ -2603,7 +2603,7 @@ class Server(http.server.HTTPServer):
             return
         self._connections.add(connection)
         self.counts[self.number] = len(self._connections)
-        self._settle(connection, READ)
+        self._watch_or_close(connection, READ)
 
     def _evict(self) -> bool:
         """Close the connection that has been idle longest, or else stalled longest; return whether there is one.
@@ -2615,10 +2615,10 @@ class Server(http.server.HTTPServer):
         waiting = [each for each in self._connections if each.receiving and not each.queued]
         waiting = [each for each in waiting if self.moment - each.waiting_since > spared[each.is_idle]]
         if waiting:
-            self._settle(min(waiting, key=lambda each: (not each.is_idle, each.waiting_since)), CLOSE)
+            self._watch_or_close(min(waiting, key=lambda each: (not each.is_idle, each.waiting_since)), CLOSE)
         return bool(waiting)
 
-    def _settle(self, connection: Connection, wants: int) -> None:
+    def _watch_or_close(self, connection: Connection, wants: int) -> None:
         """Make the selector watch for what a connection waits for, or close the connection."""
         with contextlib.suppress(OSError, ValueError):  # the selector takes no more: then the connection is closed
             if wants != CLOSE:
@@ -2649,20 +2649,20 @@ class Server(http.server.HTTPServer):
         for each in resting:
             if each.deadline <= self.moment or (self.stopping and each.is_idle):
                 each.queued = True
-                self._arrived.append((each, each.expired()))
+                self._turns.append((each, each.expired()))
         # 2. So do those that hold too many bytes together. Those that made progress last come first, and are spared.
         buffered = 0
         for each in sorted(resting, key=lambda each: -each.deadline):
             buffered += len(each.unsent) + each.reader.size
             if buffered > MAX_BUFFERED and not each.is_idle and not each.queued:
                 each.queued = True
-                self._arrived.append((each, RequestTimeout("too much waits to be read")))
+                self._turns.append((each, RequestTimeout("too much waits to be read")))
         # 3. Work that takes too long is answered 503. Its thread cannot be stopped, and its result will be dropped.
         with self._lock:
             for thread, (connection, since) in self._held.items():
                 if connection and self.moment - since > STORE_SECONDS:
                     self._held[thread] = None, since
-                    self._arrived.append((connection, DatabaseError("the store takes too long; try again")))
+                    self._turns.append((connection, DatabaseError("the store takes too long; try again")))
         # 4. Accept connections again, if there was no room for them before; or no more, at a stop.
         self._watch(self, 0 if self.stopping else READ)
         if self.stopping:
