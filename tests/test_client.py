@@ -136,7 +136,7 @@ def dripping(text, begin=b"", pause=0.02):
     def act(stream, request):
         stream.sendall(begin)
         stream.settimeout(pause)
-        for byte in itertools.islice(itertools.cycle(text), 400):  # 8 s: longer than any test waits
+        for byte in itertools.islice(itertools.cycle(text), 1000):  # 20 s: longer than any test waits
             stream.sendall(bytes([byte]))
             with contextlib.suppress(socket.timeout):
                 if not stream.recv(1):
@@ -795,7 +795,7 @@ def test_bad_proxies(act, monkeypatch):
         began = time.monotonic()
         with pytest.raises((wmi.BadAnswer, wmi.Unreachable)):
             client("https://localhost:81", proxies=True, deadline=0.8).show("wmi-one")
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 8
         assert ACCOUNT.encode() not in b"".join(proxy.requests)
         gc.collect()
 
@@ -813,7 +813,7 @@ def test_deadline_after_a_late_tunnel(monkeypatch):
 
     with Scripted(act) as proxy:
         monkeypatch.setenv("https_proxy", proxy.url)
-        assert elapsed(lambda: client("https://localhost:81", proxies=True, deadline=1).show("wmi-one")) < 1.6
+        assert elapsed(lambda: client("https://localhost:81", proxies=True, deadline=1).show("wmi-one")) < 6
 
 
 # ---- time ----
@@ -838,7 +838,7 @@ def test_defaults_are_bounded():
 def test_silent_server():
     """A server that says nothing is given up after the timeout."""
     with Scripted(hang) as server:
-        assert 0.2 < elapsed(lambda: client(server, timeout=0.3).show("wmi-one")) < 5
+        assert 0.2 < elapsed(lambda: client(server, timeout=0.3).show("wmi-one")) < 8
 
 
 def test_server_that_does_not_accept():
@@ -853,7 +853,7 @@ def test_server_that_does_not_accept():
                 peers[-1].setblocking(False)
                 peers[-1].connect_ex(listener.getsockname())
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            assert elapsed(lambda: client(url, timeout=0.3).show("wmi-one")) < 5
+            assert elapsed(lambda: client(url, timeout=0.3).show("wmi-one")) < 8
         finally:
             for peer in peers:
                 peer.close()
@@ -877,15 +877,15 @@ def test_deadline_is_for_the_whole_call(drip):
     with Scripted(drip) as server:
         began = time.monotonic()
         with pytest.raises(wmi.Error):
-            client(server, timeout=5, deadline=0.5, retries=5).show("wmi-one")
-        assert time.monotonic() - began < 4
+            client(server, timeout=15, deadline=0.5, retries=5).show("wmi-one")
+        assert time.monotonic() - began < 8
 
 
 def test_answer_without_length_at_the_deadline():
     """An answer that only the connection's end would end is not taken as whole when the deadline ends it."""
     body = json.dumps(SHOWN).encode()
     with Scripted(dripping(b" ", b"HTTP/1.1 200 OK\r\n\r\n" + body)) as server:
-        assert elapsed(lambda: client(server, timeout=5, deadline=0.5).show("wmi-one")) < 4
+        assert elapsed(lambda: client(server, timeout=15, deadline=0.5).show("wmi-one")) < 8
 
 
 def test_deadline_bounds_the_tries_too():
@@ -894,7 +894,7 @@ def test_deadline_bounds_the_tries_too():
         began = time.monotonic()
         with pytest.raises(wmi.Error):
             client(server, retries=8, deadline=1.5).index()
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 6
         assert 1 <= len(server.requests) <= 2
 
 
@@ -952,7 +952,7 @@ def test_floods_take_no_memory(flood):
         began = time.monotonic()
         with pytest.raises((wmi.BadAnswer, wmi.Unreachable)):
             client(server, max_answer=1 << 20, deadline=5).show("wmi-one")
-        assert time.monotonic() - began < 5.5
+        assert time.monotonic() - began < 8
 
 
 def test_redirect_with_a_body_without_end_is_followed():
@@ -1088,7 +1088,7 @@ def test_a_late_redirect_into_a_full_backlog():
 
     with Scripted(act, b"") as server:
         try:
-            assert elapsed(lambda: client(server, timeout=5, deadline=1).show("wmi-one")) < 1.7
+            assert elapsed(lambda: client(server, timeout=15, deadline=1).show("wmi-one")) < 8
         finally:
             done.set()
             for peer in peers:
@@ -1105,8 +1105,8 @@ def test_each_address_of_a_host_has_its_share_of_the_time(monkeypatch):
             peer.setblocking(False)
             peer.connect_ex(listener.getsockname())
         address = (socket.AF_INET, socket.SOCK_STREAM, 6, "", listener.getsockname())
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: [address] * 4)
-        assert elapsed(lambda: client("http://four.example", timeout=0.5, deadline=0.5).show("wmi-one")) < 1.4
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: [address] * 12)
+        assert elapsed(lambda: client("http://four.example", timeout=0.5, deadline=0.5).show("wmi-one")) < 4
 
 
 # ---- trying again ----
@@ -1441,7 +1441,7 @@ def test_deadline_over_https(https, certificate, drip):
     """A byte now and then does not outlast the deadline over TLS either."""
     with Scripted(drip, before=https) as server:
         url = f"https://localhost:{server.port}"
-        assert elapsed(lambda: client(url, cafile=certificate[0], deadline=0.5).show("wmi-one")) < 1.5
+        assert elapsed(lambda: client(url, cafile=certificate[0], deadline=0.5).show("wmi-one")) < 8
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
@@ -1455,7 +1455,7 @@ def test_deadline_while_sending(https, certificate, scheme):
             self.stream = connection if scheme == "http" else https(connection)
 
         def __enter__(self):
-            for _ in range(16):
+            for _ in range(60):
                 if stopped.wait(0.2) or not self.stream.recv(65536):
                     break
             self.stream.close()
@@ -1471,7 +1471,7 @@ def test_deadline_while_sending(https, certificate, scheme):
     with Scripted(b"", before=Slow) as server:
         caller = client(f"{scheme}://localhost:{server.port}", cafile=certificate[0], deadline=0.6, version="12.03")
         try:
-            assert elapsed(lambda: caller.update("wmi-one", display_name="x" * (16 << 20))) < 1.8
+            assert elapsed(lambda: caller.update("wmi-one", display_name="x" * (16 << 20))) < 6
         finally:
             stopped.set()
 
@@ -1497,7 +1497,7 @@ def test_deadline_holds_during_the_handshake():
 
     with Scripted(b"", before=before) as server:
         url = server.url.replace("http:", "https:")
-        assert elapsed(lambda: client(url, timeout=5, deadline=0.5).show("wmi-one")) < 4
+        assert elapsed(lambda: client(url, timeout=15, deadline=0.5).show("wmi-one")) < 8
 
 
 def test_https_works_where_the_certificate_is_trusted(https, certificate, monkeypatch):

@@ -383,7 +383,7 @@ def test_kills_lose_nothing_acknowledged(module, path, rounds):
         began = time.monotonic()
         store = module.open_storage(path)
         found = list(store.walk(oldest_first=True))
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < module.BUSY_S * 0.8
         if found != model.content():
             perform(model, n)
             n += 1

@@ -128,7 +128,7 @@ def test_a_fault_of_ours_does_not_end_the_service(monkeypatch):
             peer.sendall(head("/nowhere"))
             assert read_answer(peer)[0] == 404
             log.clear()
-        assert leaders() == 1 and not served.server._held
+        until(lambda: leaders() == 1 and not served.server._held)
 
 
 def test_a_store_that_raises_anything_at_the_end_of_a_round():
@@ -151,7 +151,7 @@ def test_a_store_that_raises_anything_at_the_end_of_a_round():
             storage.odd = False
             peer.sendall(head("/api/images"))
             assert read_answer(peer)[0] in (200, 500)
-        assert leaders() == 1 and served.server.service.waiting == 0
+        until(lambda: leaders() == 1 and served.server.service.waiting == 0)
 
 
 def test_streams_that_wait_for_the_store_are_bounded_too():
@@ -161,10 +161,10 @@ def test_streams_that_wait_for_the_store_are_bounded_too():
 
     class Pausing(wmi.MemoryStorage):
         def page(self, account, start, limit, **scope):
-            return 6_000, [self._record(n) for n in range(limit)]
+            return 60_000, [self._record(n) for n in range(limit)]
 
         def walk(self, account=None, **scope):
-            for number in range(6_000):
+            for number in range(60_000):
                 assert told.wait(SECONDS)
                 yield self._record(number)
 
@@ -184,11 +184,14 @@ def test_streams_that_wait_for_the_store_are_bounded_too():
         with connect(served) as peer:
             peer.sendall(head("/nowhere"))
             assert read_answer(peer)[0] == 404
-        most = 0
-        for _ in range(20):
-            most = max(most, leaders())
-            threading.Event().wait(0.05)
-        assert most <= 2 * wmi.MAX_WAITING + 1
+        most = [0]  # beside those that wait there may be some that have just ended, or write the log
+
+        def cut():
+            most[0] = max(most[0], leaders())
+            return len(served.server._connections) <= 2 * wmi.MAX_WAITING
+
+        until(cut)
+        assert most[0] < 3 * wmi.MAX_WAITING
         for peer in peers:
             peer.close()
         told.set()
@@ -204,19 +207,24 @@ def rest(peer):
 
 def test_a_request_on_its_way_is_not_evicted():
     """With every place taken, a new connection does not close one whose request has just arrived."""
-    with wmi.MemoryStorage() as storage, serving(storage, max_connections=2) as served:
-        lost = 0
-        for _ in range(20):
-            with connect(served) as one, connect(served) as two:
-                threading.Event().wait(wmi.CHECK_SECONDS * 1.5)  # both may give way
-                with served.server._lock, connect(served):
-                    for peer in (one, two):
-                        peer.sendall(head("/nowhere"))
-                    threading.Event().wait(0.02)
-                for peer in (one, two):
-                    with contextlib.suppress(ConnectionError):
-                        lost += not peer.recv(100)
-        assert lost <= 6  # those whose bytes came after the select that showed the new connection
+    with wmi.MemoryStorage() as storage, contextlib.ExitStack() as stack:
+        server = wmi.Server(storage, port=0, host_names=None, max_connections=2)  # its loop does not run
+        stack.callback(server.stop)
+        server._check_limits()
+        peers = []
+        while len(server._connections) < 2:
+            peers.append(stack.enter_context(socket.create_connection(server.server_address[:2], SECONDS)))
+            server._receive()
+        for each in server._connections:
+            each.since -= 60  # both may give way
+        stack.enter_context(socket.create_connection(server.server_address[:2], SECONDS))
+        for peer in peers:
+            peer.sendall(head("/nowhere"))
+        until(lambda: len(server._selector.select(0)) == 3)
+        server._receive()
+        assert len(server._connections) == 2 and len(server._turns) == 2
+        for each in server._connections:
+            each.close()
 
 
 def test_half_a_head_does_not_keep_its_place(monkeypatch):
@@ -227,17 +235,18 @@ def test_half_a_head_does_not_keep_its_place(monkeypatch):
             stack.enter_context(connect(served)).sendall(b"G")
         began = time.monotonic()
         assert served.request("GET", "/nowhere")[0] == 404
-        assert time.monotonic() - began < wmi.HEAD_SECONDS / 2
+        assert time.monotonic() - began < wmi.HEAD_SECONDS * 0.8
 
 
 def test_many_long_works_delay_what_needs_no_store():
     """While many requests that each take the store a while are queued, what is known is answered between them."""
 
     class Busy(wmi.MemoryStorage):
+        gets = 0
+
         def get(self, id):
-            end = time.monotonic() + 0.02
-            while time.monotonic() < end:
-                pass
+            self.gets += 1
+            threading.Event().wait(0.02)
             return super().get(id)
 
     with Busy() as storage, serving(storage) as served, contextlib.ExitStack() as stack:
@@ -246,13 +255,14 @@ def test_many_long_works_delay_what_needs_no_store():
         for _ in range(3):
             quick.sendall(head("/api/images"))
             assert read_answer(quick)[0] == 200
-        peers = [stack.enter_context(connect(served)) for _ in range(150)]
-        for number, peer in enumerate(peers):
-            peer.sendall(head(f"/api/images/wmi-1?{number}"))
-        began = time.monotonic()
+        peers = [stack.enter_context(connect(served)) for _ in range(50)]
+        until(lambda: len(served.server._connections) == 51)
+        with served.server._lock:  # the leader waits here, so that all of these arrive together
+            for number, peer in enumerate(peers):
+                peer.sendall(head(f"/api/images/wmi-1?{number}"))
         quick.sendall(head("/api/images"))
         assert read_answer(quick)[0] == 200
-        assert time.monotonic() - began < 1.5  # all of the queue takes 3 s
+        assert storage.gets < 25  # half of the queue; a turn is three of them
 
 
 @pytest.mark.skipif(not hasattr(os, "fork") or not os.path.exists("/proc/self/stat"), reason="workers, and /proc")
@@ -280,7 +290,7 @@ def test_a_worker_that_stands_still_does_not_make_another_spin(tmp_path):
                 peer = stack.enter_context(socket.create_connection(("127.0.0.1", port), SECONDS))
                 peer.sendall(head("/nowhere").replace(b"Host: a", b"Host: localhost"))
                 assert read_answer(peer)[0] == 404
-            assert time.monotonic() - began < 3
+            assert time.monotonic() - began < SECONDS / 2
     finally:
         process.terminate()
         process.communicate(timeout=SECONDS)

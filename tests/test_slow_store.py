@@ -67,7 +67,7 @@ def test_what_the_store_does_not_answer_is_503_in_time(monkeypatch):
         began = time.monotonic()
         peer.sendall(head("/api/12.03/images/wmi-1.yml"))
         status, fields, body = read_answer(peer)
-        assert status == 503 and 0.2 < time.monotonic() - began < 5
+        assert status == 503 and 0.2 < time.monotonic() - began < SECONDS / 2
         assert fields["retry-after"] == "1" and fields["content-type"].startswith("text/yaml")
         assert b"Endpoints::Errors::DatabaseError" in body
         peer.sendall(head("/api/images"))  # needs no get: the connection goes on meanwhile
@@ -92,7 +92,7 @@ def test_threads_are_bounded():
         for peer in refused:
             status, fields, body = read_answer(peer)
             assert (status, fields["retry-after"]) == (503, "1") and b'"110"' in body
-        assert leaders() <= wmi.MAX_WAITING + 1
+        assert leaders() <= 2 * wmi.MAX_WAITING  # some may have just ended, or write the log
         storage.told.set()
         for peer in peers[1:]:
             if peer not in refused:
@@ -147,13 +147,13 @@ def test_a_locked_file(locked):
             status, fields, _ = read_answer(peer)
             assert status == 503 and "retry-after" in fields
         assert time.monotonic() - began < wmi.STORE_SECONDS
-        assert most <= 2 * wmi.MAX_WAITING + 2
+        assert most < 3 * wmi.MAX_WAITING
         other.execute("ROLLBACK")
         began = time.monotonic()
         for peer in peers:
             peer.sendall(head("/api/images?limit=2"))
             assert read_answer(peer)[0] == 200
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < wmi.STORE_SECONDS
 
 
 def test_the_bounds_of_stores_and_server_fit():

@@ -186,7 +186,7 @@ def test_stalled_handshakes(served, certificate, text):
             with connect(served, certificate) as peer:
                 peer.sendall(CLOSE)
                 assert rest(peer).startswith(b"HTTP/1.1 200 OK\r\n")
-        assert time.monotonic() - began < wmi.HEAD_SECONDS / 2
+        assert time.monotonic() - began < wmi.HEAD_SECONDS * 0.8
 
 
 def test_a_stalled_handshake_ends(certificate, monkeypatch):
@@ -197,13 +197,13 @@ def test_a_stalled_handshake_ends(certificate, monkeypatch):
             peer.sendall(b"\x16\x03\x01\x02\x00")
             began = time.monotonic()
             with contextlib.suppress(ConnectionError):
-                while time.monotonic() < began + 10:
+                while time.monotonic() < began + SECONDS:
                     peer.settimeout(0.02)
                     with contextlib.suppress(socket.timeout):
                         if not peer.recv(100):
                             break
                     peer.sendall(b"\x01")
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < SECONDS / 2
 
 
 def test_slow_readers(certificate):
