@@ -47,6 +47,9 @@ def serving(
     with wmi.Server(storage, port=0, log=lambda text: [log(line) for line in text.splitlines()], **options) as server:
         parts = urlsplit(server.url)
         yield Serving(server, server.url, str(parts.hostname), int(parts.port or 0))
+        server.shutdown()
+        with contextlib.suppress(OSError):  # a new client wakes it, or it would look 50 ms later
+            socket.create_connection((str(parts.hostname), int(parts.port or 0)), SECONDS).close()
 
 
 def raw(host: str, port: int, text: bytes) -> bytes:
