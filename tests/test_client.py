@@ -794,7 +794,7 @@ def test_bad_proxies(act, monkeypatch):
         monkeypatch.setenv("https_proxy", proxy.url)
         began = time.monotonic()
         with pytest.raises((wmi.BadAnswer, wmi.Unreachable)):
-            client("https://localhost:81", proxies=True, deadline=0.8).show("wmi-one")
+            client("https://localhost:81", proxies=True, deadline=0.4).show("wmi-one")
         assert time.monotonic() - began < 8
         assert ACCOUNT.encode() not in b"".join(proxy.requests)
         gc.collect()
@@ -804,7 +804,7 @@ def test_deadline_after_a_late_tunnel(monkeypatch):
     """A proxy that opens the tunnel late leaves the handshake no more than the time that is left."""
 
     def act(stream, request):
-        stream.settimeout(0.8)
+        stream.settimeout(0.4)
         with contextlib.suppress(socket.timeout):
             stream.recv(1)
         stream.sendall(OK + b"\r\n")
@@ -813,7 +813,7 @@ def test_deadline_after_a_late_tunnel(monkeypatch):
 
     with Scripted(act) as proxy:
         monkeypatch.setenv("https_proxy", proxy.url)
-        assert elapsed(lambda: client("https://localhost:81", proxies=True, deadline=1).show("wmi-one")) < 6
+        assert elapsed(lambda: client("https://localhost:81", proxies=True, deadline=0.5).show("wmi-one")) < 6
 
 
 # ---- time ----
@@ -877,7 +877,7 @@ def test_deadline_is_for_the_whole_call(drip):
     with Scripted(drip) as server:
         began = time.monotonic()
         with pytest.raises(wmi.Error):
-            client(server, timeout=15, deadline=0.5, retries=5).show("wmi-one")
+            client(server, timeout=15, deadline=0.25, retries=5).show("wmi-one")
         assert time.monotonic() - began < 8
 
 
@@ -885,7 +885,7 @@ def test_answer_without_length_at_the_deadline():
     """An answer that only the connection's end would end is not taken as whole when the deadline ends it."""
     body = json.dumps(SHOWN).encode()
     with Scripted(dripping(b" ", b"HTTP/1.1 200 OK\r\n\r\n" + body)) as server:
-        assert elapsed(lambda: client(server, timeout=15, deadline=0.5).show("wmi-one")) < 8
+        assert elapsed(lambda: client(server, timeout=15, deadline=0.3).show("wmi-one")) < 8
 
 
 def test_deadline_bounds_the_tries_too():
@@ -1080,7 +1080,7 @@ def test_a_late_redirect_into_a_full_backlog():
             peers.append(socket.socket())
             peers[-1].setblocking(False)
             peers[-1].connect_ex(("127.0.0.1", server.port))
-        stream.settimeout(0.8)
+        stream.settimeout(0.4)
         with contextlib.suppress(socket.timeout):
             stream.recv(1)
         stream.sendall(moved("/x"))
@@ -1088,7 +1088,7 @@ def test_a_late_redirect_into_a_full_backlog():
 
     with Scripted(act, b"") as server:
         try:
-            assert elapsed(lambda: client(server, timeout=15, deadline=1).show("wmi-one")) < 8
+            assert elapsed(lambda: client(server, timeout=15, deadline=0.5).show("wmi-one")) < 8
         finally:
             done.set()
             for peer in peers:

@@ -1,7 +1,9 @@
 """The README and the docstrings are true: what they print is run, what they name exists."""
 
 import ast
+import contextlib
 import doctest
+import io
 import os
 import pathlib
 import re
@@ -169,12 +171,16 @@ def help_texts():
     """What every subcommand prints for --help."""
     commands = ("", "serve", "add local", "add volume", "list", "show", "delete", "modify", "features", "load", "dump")
     return {
-        command: subprocess.run(
-            [sys.executable, wmi.__file__, *command.split(), "--help"],
-            capture_output=True, text=True, timeout=60, check=True, env={**os.environ, "COLUMNS": "300"},
-        ).stdout
+        command: printed(*command.split(), "--help")
         for command in (*commands, "copy", "check")
-    }  # fmt: skip
+    }
+
+
+def printed(*argv):
+    """Return what the command prints before it ends by itself."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        wmi.main(argv)
+    return out.getvalue()
 
 
 def test_every_option_is_in_the_readme(help_texts):

@@ -154,7 +154,7 @@ def test_a_store_that_raises_anything_at_the_end_of_a_round():
         until(lambda: leaders() == 1 and served.server.service.waiting == 0)
 
 
-def test_streams_that_wait_for_the_store_are_bounded_too():
+def test_streams_that_wait_for_the_store_are_bounded_too(monkeypatch):
     """Long answers whose next piece the store does not give take no more threads than requests."""
     told = threading.Event()
     told.set()
@@ -171,9 +171,10 @@ def test_streams_that_wait_for_the_store_are_bounded_too():
         def _record(self, number):
             return {**record, "id": f"wmi-{number}"}
 
+    monkeypatch.setattr(wmi, "TURN_SECONDS", 0.01)
     record = wmi.image_record({"account_id": ACCOUNT, "description": "x" * 200})
     with Pausing() as storage, serving(storage) as served, contextlib.ExitStack() as stack:
-        peers = [stack.enter_context(connect(served)) for _ in range(40)]
+        peers = [stack.enter_context(connect(served)) for _ in range(32)]
         for peer in peers:
             peer.sendall(head("/api/images"))
             assert peer.recv(15) == b"HTTP/1.1 200 OK"

@@ -176,9 +176,9 @@ def test_http_on_the_port_of_https(served):
     ids=["silent", "hello", "zeros", "ssh"],
 )
 def test_stalled_handshakes(served, certificate, text):
-    """200 clients that stop within the handshake delay nobody, and are closed at the deadline of a head."""
+    """80 clients that stop within the handshake delay nobody, and are closed at the deadline of a head."""
     with contextlib.ExitStack() as stack:
-        for _ in range(200):
+        for _ in range(80):
             peer = stack.enter_context(socket.create_connection((served.host, served.port), SECONDS))
             peer.sendall(text)
         began = time.monotonic()
