@@ -2314,9 +2314,9 @@ class Connection:
     def _log_answer(self) -> None:
         """Log the answer, which was sent or cut off, and make room for the next one."""
         request, milliseconds = self.request, (time.monotonic() - self.began) * 1000
-        requested = (request.account, request.method[:LOGGED_METHOD], request.target[:LOGGED]) if request else ("-",) * 3
+        cells = (request.account, request.method[:LOGGED_METHOD], request.target[:LOGGED]) if request else "---"
         size = max(0, self.sent - self.head_size)
-        self.server.log_answer(self.client, *requested, self.status, size, milliseconds)
+        self.server.log_answer(self.client, *cells, self.status, size, milliseconds)
         self.request, self.status = None, 0
 
     def _close_body(self) -> None:

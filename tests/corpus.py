@@ -346,7 +346,7 @@ add(
     {"target-absolute-other-host": target(SITE + PATH).replace(b": " + HOST, b": other.example")},
     free="any",
 )
-add("9112 3.2.2", 404, {"target-absolute-no-path": target(SITE)})
+add("9112 3.2.2", 200, {"target-absolute-no-path": target(SITE)})  # the page
 add("9112 3.2.4", 204, {"target-asterisk-options": target(b"*", b"OPTIONS")})
 add(
     "9112 3.2",

@@ -217,7 +217,7 @@ def test_a_request_on_its_way_is_not_evicted():
             peers.append(stack.enter_context(socket.create_connection(server.server_address[:2], SECONDS)))
             server._receive()
         for each in server._connections:
-            each.since -= 60  # both may give way
+            each.waiting_since -= 60  # both may give way
         stack.enter_context(socket.create_connection(server.server_address[:2], SECONDS))
         for peer in peers:
             peer.sendall(head("/nowhere"))
