@@ -2726,7 +2726,10 @@ def listen(host: str = "127.0.0.1", port: int = 9001, unix_socket: str | None = 
         if not 0 <= port <= 65535 or not re.fullmatch("[0-9A-Za-z.:%_-]+", host) or ".." in host:
             raise refuse("address", f"{host}:{port}", "a host, and a port of 0 to 65535")
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=128)
+        try:
+            return socket.create_server((host, port), family=family, backlog=128)
+        except OSError as error:  # to its words is added the address as Python spells it
+            raise OSError(error.errno, str(error.strerror).partition(" (while")[0], f"{host}:{port}") from error
     with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(unix_socket)
@@ -2966,7 +2969,7 @@ class Client:
         self._fields = {"X-VDC-ACCOUNT-UUID": self.account} if self.account else {}
         if token:
             if not (plain_token or url.startswith("https:") or re.match(_LOOPBACK, url)):
-                raise refuse("url", url, "https, or the token could be read on its way; --plain-token sends it so")
+                raise InvalidParameter("over http others could read the token: use https, or allow it, --plain-token")
             if not re.fullmatch("[!-~]{1,4096}", token):  # and it is not shown
                 raise InvalidParameter("token: expected visible ASCII without blanks")
             self._fields["Authorization"] = f"Bearer {token}"
@@ -3287,7 +3290,7 @@ def tls_context(certificate: str, key: str | None = None) -> ssl.SSLContext:
         context.load_cert_chain(certificate, key)
     except (OSError, ValueError) as error:
         files = certificate if key is None else f"{certificate}, {key}"
-        raise InvalidParameter(f"{files}: not a certificate and its key in PEM: {error}") from error
+        raise InvalidParameter(f"{files}: not a certificate and its key in PEM: {error.args[-1]}") from error
     return context
 
 
@@ -3300,7 +3303,7 @@ def _secure_connection(cafile: str | None) -> Any:
     try:
         return functools.partial(SecureConnection, context=ssl.create_default_context(cafile=cafile))
     except (OSError, ValueError) as error:
-        raise refuse("cafile", cafile, f"a file of PEM certificates ({error})") from error
+        raise InvalidParameter(f"cafile: {cafile} is not a file of PEM certificates: {error.args[-1]}") from error
 
 
 # ---- image files ----
@@ -4117,10 +4120,18 @@ def _refuse_store_file(path: str, url: str) -> None:
             raise InvalidParameter(f"{path} is a file of the store itself, {url}; give another one")
 
 
+def _open_existing(url: str) -> Storage:
+    """Open a store to read what it holds: a slip in its name must not make an empty one. Raises InvalidParameter."""
+    scheme, _, location = url.partition(":")
+    if scheme in ("json", "sqlite") and location and not os.path.exists(location):
+        raise InvalidParameter(f"there is no store {url}; `add`, `load` and `serve` make one")
+    return open_storage(url)
+
+
 def _dump(options: Any) -> None:
     path, standard = options.file, contextlib.nullcontext(sys.stdout)
     _refuse_store_file("/dev/stdout" if path == "-" else path, options.store)
-    with open_storage(options.store) as storage, standard if path == "-" else _replacing(path) as out:
+    with _open_existing(options.store) as storage, standard if path == "-" else _replacing(path) as out:
         for record in _progressing("dumped", _oldest_first(storage), _count(storage)):
             _write(json.dumps(record, ensure_ascii=False) + "\n", out)
 
@@ -4160,7 +4171,7 @@ def _replacing(path: str) -> Iterator[TextIO]:
 
 
 def _copy(options: Any) -> None:
-    with open_storage(options.source) as source, open_storage(options.target) as target, storage_errors():
+    with _open_existing(options.source) as source, open_storage(options.target) as target, storage_errors():
         if target.page(None, 0, 0, deleted=None)[0]:
             raise InvalidParameter(f"{options.target} is not empty; nothing was copied")
         copied = target.add_all(_progressing("copied", _oldest_first(source), _count(source)))
@@ -4169,7 +4180,7 @@ def _copy(options: Any) -> None:
 
 def _check(options: Any) -> None:
     store, faults = options.url or options.store, 0
-    with open_storage(store) as storage, storage_errors():
+    with _open_existing(store) as storage, storage_errors():
         for faults, fault in enumerate(itertools.chain(storage.check(options.repair), _wrong_records(storage)), 1):
             _write(_visible(fault) + "\n")
     if faults:
@@ -4249,8 +4260,10 @@ def _check_processes(options: Any) -> None:
         raise InvalidParameter("--workers and --max-connections: at least 1")
     if options.files and not os.path.isdir(options.files):
         raise InvalidParameter(f"--files: {options.files} is not a directory")
-    if options.workers > 1 and (options.store.startswith("memory:") or not hasattr(os, "fork")):
-        raise InvalidParameter("--workers: processes share neither memory: nor a system without fork; use 1")
+    if options.workers > 1 and not hasattr(os, "fork"):
+        raise InvalidParameter("--workers: this system cannot fork; use 1")
+    if options.workers > 1 and options.store.startswith("memory:"):
+        raise InvalidParameter("--workers: a store in memory belongs to one process; use 1, or a sqlite: store")
 
 
 def _add_sample(storage: Storage) -> None:
@@ -4329,7 +4342,7 @@ def _given_fields(options: Any) -> dict[str, Any]:
 def _catalog(options: Any, version: str = DOCUMENT) -> Iterator[Any]:
     """Yield a Client for --url, else a Catalog on --store: the same verbs."""
     if not options.url:
-        with open_storage(options.store) as storage:
+        with _open_existing(options.store) as storage:
             yield Catalog(storage, options.account, version)
     else:
         yield _client(options, version)
@@ -4341,7 +4354,7 @@ def _client(options: Any, version: str = DOCUMENT) -> Client:
         with open(options.token_file, encoding="ascii", errors="replace") as file:
             token = file.read(8192).strip()
     if not options.url:
-        raise InvalidParameter("this asks a server: give --url http://HOST:PORT or set WMI_URL")
+        raise InvalidParameter("a file is fetched from a server: give --url http://HOST:PORT or set WMI_URL")
     if not options.account and not token:
         raise InvalidParameter("a server asks who calls: give --account A or set WMI_ACCOUNT")
     return Client(options.url, options.account, version=version, cafile=options.cacert, token=token,
@@ -4391,7 +4404,7 @@ def _set_features(options: Any) -> None:
     given = {name: getattr(options, name) for name in ("virtio", "acpi") if getattr(options, name) is not None}
     if not given:
         raise InvalidParameter("nothing to change: give --virtio, --no-virtio, --acpi or --no-acpi")
-    with open_storage(options.store) as storage:
+    with _open_existing(options.store) as storage:
         Catalog(storage).set_features(options.id, **given)
 
 
@@ -4658,6 +4671,8 @@ def _explain(error: Exception, options: Any) -> str:
         return f"{text[21:]!r} is not an id: an id is wmi- and letters a-z or digits"
     cause: Any = getattr(error.__cause__, "reason", error.__cause__)  # urllib wraps what the system says
     said = getattr(cause, "strerror", "") or cause
+    if getattr(cause, "reason", "") == "WRONG_VERSION_NUMBER":
+        said = "it does not speak HTTPS there, try http://"
     where = getattr(options, "url", None) or getattr(options, "store", "")
     return _EXPLAINED.get(type(error), "{text}").format(text=text, where=where, cause=f": {said}" if said else "")
 

@@ -1339,6 +1339,7 @@ def test_load_over_images_that_are_there(refused, run, done):
 def test_load_and_dump_of_files_that_are_not_there(refused):
     """A file that cannot be read or written is one line that names it."""
     assert "missing" in refused("load", "missing")
+    fill("sqlite:images.db")
     assert "no/such" in refused("dump", "no/such/file")
     refused("load", ".")
     refused("dump", ".")
@@ -1509,7 +1510,7 @@ def test_dump_to_what_is_no_file_streams(done):
     (["copy", "sqlite:images.db", "sqlite:images.db"], "not empty; nothing was copied"),
     (["copy", "sqlite:images.db", "sqlite:./images.db"], "not empty; nothing was copied"),
     (["copy", "sqlite:images.db", "json:images.db"], "images.db"),
-    (["copy", "json:other", "sqlite:images.db"], "not empty; nothing was copied"),
+    (["copy", "json:other", "sqlite:images.db"], "there is no store json:other"),
     (["load", "lines", "--store", "json:lines"], "lines is a file of the store itself"),
     (["load", "images.db", "--store", "json:other"], "line 1: not JSON"),
 ])  # fmt: skip
@@ -1521,6 +1522,16 @@ def test_other_slips(refused, done, argv, said):
     before = content("images.db"), content("lines")
     assert said in refused(*argv)
     assert (content("images.db"), content("lines")) == before
+
+
+@pytest.mark.parametrize("argv", [
+    ["list"], ["show", "wmi-0"], ["delete", "wmi-0"], ["modify", "wmi-0", "--arch", "x86"], ["dump"], ["check"],
+    ["features", "wmi-0", "--acpi"], ["copy", "sqlite:images.db", "json:copy"], ["list", "--store", "json:typo"],
+])  # fmt: skip
+def test_a_slip_in_the_name_of_a_store_makes_none(refused, argv):
+    """What reads a store says that it is not there, and leaves no empty one behind."""
+    assert "there is no store" in refused(*argv)
+    assert os.listdir(".") == []
 
 
 # ---- copy and check ----
@@ -1565,6 +1576,7 @@ def test_check_of_a_good_store(run, url):
 def test_check_takes_its_store_like_the_others(run, monkeypatch, argv):
     """As a word, by --store, or from the environment."""
     fill("json:images", 2)
+    fill("json:other", 1)
     assert run("check", *argv)[::2] == (0, "wmi: json:images: no faults\n")
     monkeypatch.setenv("WMI_STORE", "json:other")
     assert run("check", *argv)[::2] == (0, "wmi: json:images: no faults\n")
@@ -1573,6 +1585,7 @@ def test_check_takes_its_store_like_the_others(run, monkeypatch, argv):
 
 def test_check_looks_at_the_default_store(run):
     """As every command does."""
+    fill("sqlite:images.db")
     assert run("check")[::2] == (0, "wmi: sqlite:images.db: no faults\n")
 
 
