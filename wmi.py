@@ -94,9 +94,6 @@ __all__ = [  # and the errors, which are the subclasses of Error
     "main", "open_storage", "register_backend", "run_server", "tls_context",
 ]  # fmt: skip
 
-# Patterns are compiled on first use. The cache of re itself would cost half a microsecond at every use.
-_compiled = functools.lru_cache(maxsize=None)(re.compile)
-
 # wmi is one file, yet a backend is imported as wmi.NAME_store: with __path__ a module counts as a package. The folder
 # is backends/ beside a checkout or a vendored copy, and wmi_backends/ beside an installed wmi.py, because no package
 # should claim the top-level name "backends".
@@ -315,7 +312,7 @@ def _yaml_scalar(value: Any) -> str:
         return "" if value is None else json.dumps(value)  # {} and [] look the same in YAML
     if isinstance(value, Timestamp):
         return f"{value[:10]} {value[11:19]}.000000000 Z"
-    if _compiled(_YAML_PLAIN).fullmatch(value) and value.lower() not in _YAML_WORDS:
+    if re.fullmatch(_YAML_PLAIN, value) and value.lower() not in _YAML_WORDS:
         return value
     if value.isprintable():
         return "'" + value.replace("'", "''") + "'"
@@ -425,7 +422,7 @@ def brief(value: Any) -> str:
 
 def _matching(pattern: str, allowed: str) -> Check:
     def check(field: str, value: Any) -> str:
-        if isinstance(value, str) and _compiled(pattern).fullmatch(value):
+        if isinstance(value, str) and re.fullmatch(pattern, value):
             return value
         raise refuse(field, value, allowed)
 
