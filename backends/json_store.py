@@ -97,7 +97,7 @@ class JsonStorage:
         self._pin: int | None = None
         self._state: _State | None = None
         self._current()
-        self._sweep()
+        self._remove_leftover()
 
     def get(self, id: str) -> Record:
         """Return the record, a tombstone too. Raises KeyError."""
@@ -209,7 +209,7 @@ class JsonStorage:
     def _is_newest(self, state: _State | None) -> bool:
         return bool(state and state.settled and state.identity == _identify(self._path))
 
-    def _sweep(self) -> None:
+    def _remove_leftover(self) -> None:
         """Remove the new file of a change that a crash interrupted. Whoever is writing one holds the lock."""
         if os.path.lexists(self._path + ".new"):
             with suppress(OSError):  # somebody is writing, or the file may only be read
@@ -299,7 +299,7 @@ def _decode(line: bytes) -> Record:
 # ---- the file ----
 
 
-def _medium(step: Callable[..., T]) -> Callable[..., T]:
+def _naming_file(step: Callable[..., T]) -> Callable[..., T]:
     """Make errors of the system name the file of the store, which is the first argument of the step."""
 
     @functools.wraps(step)
@@ -314,7 +314,7 @@ def _medium(step: Callable[..., T]) -> Callable[..., T]:
     return wrapped
 
 
-@_medium
+@_naming_file
 def _identify(path: str) -> tuple[int, ...]:
     """Return what tells one state of the file from another; an empty tuple for a missing file."""
     try:
@@ -327,7 +327,7 @@ def _identity(found: os.stat_result) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-@_medium
+@_naming_file
 def _load(path: str, known: _State | None = None) -> tuple[int | None, _State]:
     """Return the file, open if it has to stay so, and its state. A missing or empty file is an empty store."""
     now = time.time_ns()
@@ -383,7 +383,7 @@ def _busy(path: str) -> OSError:
     )
 
 
-@_medium
+@_naming_file
 def _lock(path: str, deadline: float) -> int:
     """Wait until only this process may change the file, and return the open file that holds the lock."""
     pause = PAUSE_S
@@ -421,7 +421,7 @@ def _is_at(path: str, file: int) -> bool:
     return _identify(path)[:2] == _identity(os.fstat(file))[:2]
 
 
-@_medium
+@_naming_file
 def _save(path: str, lock: int, rows: dict[str, _Row], change: int) -> tuple[int | None, _State]:
     """Write all rows such that after a crash the file has either the old content or the new one."""
     text = HEAD.format(change).encode() + b",\n".join([r.line for r in rows.values()]) + TAIL
@@ -453,9 +453,9 @@ def _save(path: str, lock: int, rows: dict[str, _Row], change: int) -> tuple[int
 
 
 def _write(file: int, text: bytes) -> None:
-    rest = memoryview(text)
-    while rest:
-        rest = rest[os.write(file, rest) :]
+    unwritten = memoryview(text)
+    while unwritten:
+        unwritten = unwritten[os.write(file, unwritten) :]
 
 
 def _inherit(new: int | str, old: os.stat_result) -> None:

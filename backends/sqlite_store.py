@@ -144,7 +144,7 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
         """Open the file. Raises OSError if it is there, but not a store of images."""
         self._path = os.path.abspath(path)
         self._revision: tuple[object, str] = None, ""
-        self._still: _Still | None = None
+        self._lock_free: _LockFreeReader | None = None
         if sqlite3.sqlite_version_info < NEEDED:
             raise OSError(f"{path}: SQLite {sqlite3.sqlite_version} is too old, 3.24 is needed")
         # SQLite would make the file readable for all. So it is made here, by one thread at a time, and only if there
@@ -156,11 +156,11 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
 
     def get(self, id: str) -> Record:
         """Return the record, a tombstone too. Raises KeyError."""
-        still = self._still
-        found = still.get(id) if still else None
+        reader = self._lock_free
+        found = reader.get(id) if reader else None
         if found is None:
             with self._reads as db:
-                self._end_still(still)
+                self._close_lock_free(reader)
                 found = db.execute(GET, (id,)).fetchall()
         if not found:
             raise KeyError(id)
@@ -276,13 +276,13 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
         if found != known:
             now = time.time_ns()
             with self._reads as db:
-                self._end_still(self._still)
+                self._close_lock_free(self._lock_free)
                 ((revision,),) = db.execute("SELECT revision FROM state").fetchall()
                 ((mode,),) = db.execute("PRAGMA journal_mode").fetchall()
                 if found[-2] + SETTLED_NS < now and mode == "delete":
                     self._revision = found, revision
                     with suppress(sqlite3.Error):  # no descriptor is free: then get() takes locks
-                        self._still = _Still(self._path, found) if os.name == "posix" else None
+                        self._lock_free = _LockFreeReader(self._path, found) if os.name == "posix" else None
         return str(revision)
 
     def at_least(self, revision: str) -> SqliteStorage:
@@ -301,13 +301,13 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
         """Close every connection; a second call is harmless. Every other call raises ValueError from now on."""
         self._reads.close()
         self._writes.close()
-        self._end_still(self._still)
+        self._close_lock_free(self._lock_free)
         self._revision = None, ""
 
-    def _end_still(self, still: _Still | None) -> None:
-        if still and still is self._still:
-            self._still = None
-            still.close()
+    def _close_lock_free(self, reader: _LockFreeReader | None) -> None:
+        if reader and reader is self._lock_free:
+            self._lock_free = None
+            reader.close()
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -424,7 +424,7 @@ class _Connection:
             self._drop()
 
 
-class _Still:
+class _LockFreeReader:
     """A connection that reads one state of the file without taking its locks.
 
     SQLite neither locks an "immutable" file nor looks for changes of it, which is right as long as nobody writes. To

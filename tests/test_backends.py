@@ -1094,27 +1094,27 @@ def test_sqlite_settled_and_replaced(base, path):
 def test_sqlite_settled_and_forked(base, path):
     """A child reads by itself, and its end takes nothing from the parent."""
     settle(base, path)
-    still = base._still
+    reader = base._lock_free
     child = os.fork()
     if child == 0:
-        still._cursor = None  # what the parent opened is not touched
+        reader._cursor = None  # what the parent opened is not touched
         good = base.get("wmi-00000001") == image(1)
         base.revision()
-        good &= base._still is not still and bool(base._still.get("wmi-00000002"))
+        good &= base._lock_free is not reader and bool(base._lock_free.get("wmi-00000002"))
         base.close()
         os._exit(0 if good else 1)
     assert os.waitpid(child, 0)[1] == 0
-    assert base._still is not None
+    assert base._lock_free is not None
 
 
 def test_sqlite_settled_is_forgotten_after_a_change(base, path):
     """What a change made useless is closed by the next look, or the next reading."""
     for look in (base.revision, lambda: base.get("wmi-00000002")):
         settle(base, path)
-        assert base._still
+        assert base._lock_free
         sql(path, "UPDATE image SET record = json_set(record, '$.state', 'shell')")
         look()
-        assert base._still is None
+        assert base._lock_free is None
         assert base.get("wmi-00000001")["state"] == "shell"
 
 
@@ -1141,7 +1141,7 @@ def test_sqlite_settled_path_of_odd_characters(tmp_path):
     path = f"/{folder}/images"
     with opened(sqlite_store, path, image(1)) as store:
         settle(store, path)
-        assert store._still.get("wmi-00000001")
+        assert store._lock_free.get("wmi-00000001")
 
 
 def test_sqlite_settled_without_a_descriptor(base, path, monkeypatch):
