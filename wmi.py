@@ -19,16 +19,16 @@ wmi.OperationNotPermitted
 The same verbs call a server elsewhere: ``Client("http://127.0.0.1:9001", "a-visitor1")``.
 The server is ``python3 wmi.py serve --sample``, or ``Server(storage).serve_forever()``.
 
-The words:
+Glossary:
 
     DCMGR         the data center manager of Wakame-vdc, a cloud platform; images are one of its resources
     the document  the description of the image API that DCMGR published; served under /api/images
     11.12, 12.03  the two releases of DCMGR that were deployed; each has its own path and small differences
     the originals the servers of these two releases, in Ruby; where the document is silent, they decide
     tombstone     the record of a deleted image, which has a `deleted_at`; 12.03 still shows it
-    revision      a text that names one state of a store; every change gives the store another one
+    revision      a text that names one state of a store; with every change the store gets another one
 
-The parts, each of which uses only what stands above it (``grep -A1 '^####' wmi.py``), but for calls into Optional:
+The parts (``grep -A1 '^####' wmi.py``). Each uses only what stands above it, except for a few calls into Optional:
 
     Errors        a class for each failure, with its HTTP status and DCMGR's code
     YAML          the little of YAML that the API needs, written and read
