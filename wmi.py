@@ -356,9 +356,9 @@ def _parse_yaml_entry(line: str) -> tuple[str, Any]:
 
 
 def _parse_yaml_scalar(text: str) -> Any:
-    if re.fullmatch(r"'(?:[^']|'')*'", text):
+    if re.fullmatch(r"'[^']*(?:''[^']*)*'", text):
         return text[1:-1].replace("''", "'")
-    if re.fullmatch(r'"(?:[^"\\]|\\.)*"', text):
+    if re.fullmatch(r'"[^"\\]*(?:\\.[^"\\]*)*"', text):
         escape = r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U(00[01][0-9A-Fa-f]{5})|(.))"
         return re.sub(escape, _yaml_unescaped, text[1:-1])
     if text in _YAML_CONSTANTS:
@@ -2181,7 +2181,7 @@ class Connection:
                 if self.phase == IDLE:
                     self.began = self.server.moment
                 try:
-                    self.request = self.request or self.reader.read()
+                    self.request = self.reader.read()
                 except Error as error:
                     self._start_answer(self.server.service.refuse(error))
                     continue
@@ -2445,15 +2445,16 @@ class Server(http.server.HTTPServer):
         """Start a thread that leads in place of the one that is held up. The caller holds the lock."""
         before, working = self._leader, self._working
         self._leader = threading.Thread(None, self._lead, "wmi-leader", [working and working[0]], daemon=True)
-        # This comes before the start: a new leader that has begun to work already would be taken for the old one.
+        # This comes before the start: the new leader may begin to work at once, and must see that one more waits.
         if before and working:
             self._held[before], self._working = working, None
+            self.service.waiting = len(self._held)
         try:
             self._leader.start()
         except RuntimeError:  # the system has no more threads: everybody has to wait for this work
             self._leader, self._working = before, working
             self._held.pop(before, None)  # type: ignore[arg-type]
-        self.service.waiting = len(self._held)
+            self.service.waiting = len(self._held)
 
     # What the leader does.
 
@@ -2932,7 +2933,7 @@ _ERRORS = {error.__name__: error for error in Error.__subclasses__()}
 _PAUSE_AT_MOST = 5.0  # seconds between two tries, whatever Retry-After asks for
 _REDIRECTS_AT_MOST = 5
 _HEAD_AT_MOST = 65536  # bytes, with those of interim answers (1xx); common servers send at most 8 KiB
-_YAML_AT_MOST = 65536  # characters of `source` or `features`: no real one is longer, and parsing takes memory
+_YAML_AT_MOST = 10 * MAX_TEXT + 1000  # characters of `source` or `features`: an escape takes up to ten
 _UNTIL_CLOSE = float("inf")  # the size of a body that ends with its connection
 _WHOLE = functools.partial(whole_number, "a number is negative, a fraction or too long")  # 10**6 digits take minutes
 _JSON = json.JSONDecoder(parse_int=_WHOLE, parse_float=_WHOLE, parse_constant=_WHOLE)

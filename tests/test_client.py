@@ -421,7 +421,7 @@ IMAGES = {
     "escape": {**SHOWN, "source": '---\n:uri: "\\UFFFFFFFF"\n'},
     "digits": {**SHOWN, "source": '---\n:uri: "\\uzzzz"\n'},
     "features": {**SHOWN, "features": "virtio"},
-    "long source": {**SHOWN, "source": "---\n:uri: " + "a" * 100_000},
+    "long source": {**SHOWN, "source": "---\n:uri: " + "a" * 1_600_000},
     "list": [SHOWN],
     "half a pair": {**SHOWN, "description": "\ud800"},
     "half a pair within": {**SHOWN, "source": {"uri": "\udfff"}},
@@ -462,6 +462,13 @@ def test_junk_for_an_image(body):
     """200 with anything but an image is BadAnswer; nothing in it is executed or instantiated."""
     with Scripted(http(body)) as server, pytest.raises(wmi.BadAnswer):
         client(server).show("wmi-one")
+
+
+def test_the_longest_source_is_read():
+    """What a store takes, however it is escaped in YAML, the client reads."""
+    uri = "file:///" + "\u200b" * (wmi.MAX_TEXT - 100)
+    with Scripted(http({**SHOWN, "source": wmi.to_yaml({"uri": uri})})) as server:
+        assert client(server).show("wmi-one")["source"] == {"uri": uri}
 
 
 @pytest.mark.parametrize("name", KINDS)
