@@ -88,7 +88,7 @@ try:
 except ImportError:  # a Python that was built without it has all but TLS
     ssl = None  # type: ignore[assignment]
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 __all__ = [  # and the errors, which are the subclasses of Error
     "VERSIONS", "Catalog", "Client", "Error", "MemoryStorage", "Page", "Server", "Storage", "image_record", "listen",
     "main", "open_storage", "register_backend", "run_server", "tls_context",

@@ -9,11 +9,13 @@ import pathlib
 import re
 import shutil
 import socket
+import ssl
 import stat
 import subprocess
 import sys
 import textwrap
 import unittest
+import urllib.request
 
 import pytest
 
@@ -55,11 +57,11 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
-def examples():
+def examples(language="console"):
     """Return the README's console examples in order: command, what it prints."""
     return [
         (command, printed)
-        for block in blocks("console")
+        for block in blocks(language)
         for command, printed in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
     ]
 
@@ -79,9 +81,7 @@ def place(tmp_path_factory):
             (commands / name).write_text(f"#!{sys.executable}\n{textwrap.dedent(code)}")
     for command in commands.iterdir():
         command.chmod(command.stat().st_mode | stat.S_IXUSR)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WMI_")}
     environment["PATH"] = f"{commands}{os.pathsep}{environment['PATH']}"
     return folder, str(port), environment
@@ -145,6 +145,131 @@ def test_python_blocks_run(place, server, tmp_path):
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def free_port():
+    """Return a port that is free at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_an_image_is_published_and_fetched(place):
+    """The README's walk, in one shell: a token, a server with files, add, list, fetch; nothing without the token."""
+    folder, _, environment = place
+    port, lines, expected = free_port(), ["trap 'kill $!' EXIT"], []
+    for command, printed in examples("console publish"):
+        lines.append(command.replace("9002", str(port)))
+        if command.endswith("&"):  # a reader takes longer to type the next one than the server to start
+            lines.append("until grep -q serving serve.log; do sleep 0.05; done")
+        lines.append("echo; echo ====")
+        expected.append(printed.strip())
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(lines)], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, timeout=60
+    )
+    assert [text.strip() for text in done.stdout.split("====\n")[:-1]] == expected
+    assert (folder / "copy.raw").read_bytes() == bytes(1_000_000)
+
+
+def test_the_fixture_of_the_readme(place, tmp_path):
+    """It gives a test a server of its own."""
+    (tmp_path / "test_mine.py").write_text(
+        "import pytest, wmi\n" + blocks("python fixture")[0]
+        + "\n\ndef test_mine(images):\n    assert images.index().total == 0\n"
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_mine.py"],
+        cwd=tmp_path, env={**place[2], "PYTHONPATH": str(place[0])}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert "1 passed" in done.stdout, done.stdout
+
+
+def test_vendoring_of_the_readme(place):
+    """A copy under another name, with a backend beside it, opens a store."""
+    folder, _, environment = place
+    command = ["bash", "-ec", blocks("sh vendoring")[0]]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_the_systemd_unit_of_the_readme(place, tmp_path):
+    """Its command, with its environment and a socket that is handed over as systemd does it, serves."""
+    folder, _, environment = place
+    unit = dict(line.split("=", 1) for line in blocks("ini service")[0].splitlines() if "=" in line)
+    assert dict(line.split("=", 1) for line in blocks("ini socket")[0].splitlines() if "=" in line)["ListenStream"]
+    (tmp_path / "images").mkdir()
+    wmi.add_token("a-guest1", str(tmp_path / "tokens"))
+    command = unit["ExecStart"].replace("/usr/bin/python3", "python3").replace("/var/lib/wmi", str(tmp_path))
+    name, path = unit["Environment"].split("=")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec 3<&{listener.fileno()}; export LISTEN_FDS=1 LISTEN_PID=$$; exec {command}"],
+            cwd=tmp_path, env={**environment, name: path.replace("/opt/wmi", str(folder))},
+            pass_fds=[listener.fileno()], stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            assert "serving" in process.stderr.readline()
+            with pytest.raises(wmi.InvalidRequestCredentials):
+                wmi.Client(f"http://127.0.0.1:{listener.getsockname()[1]}", "a-guest1").index()
+        finally:
+            process.terminate()
+            process.communicate(timeout=15)
+    assert process.returncode == 0
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed here")
+def test_the_systemd_units_are_valid(tmp_path):
+    """systemd has nothing to say against them."""
+    unit = blocks("ini service")[0].replace("/opt/wmi", str(ROOT)).replace("/usr/bin/python3", sys.executable)
+    (tmp_path / "wmi.service").write_text(unit)
+    (tmp_path / "wmi.socket").write_text(blocks("ini socket")[0])
+    done = subprocess.run(
+        ["systemd-analyze", "verify", tmp_path / "wmi.service", tmp_path / "wmi.socket"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert not re.search(r"wmi\.(service|socket):.*(Unknown|Failed to parse|Invalid)", done.stderr), done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("nginx") or not shutil.which("openssl"), reason="nginx or openssl is missing here")
+def test_nginx_of_the_readme(place, tmp_path):
+    """Behind it, over TLS, the client lists and fetches, and the page writes https into its commands."""
+    folder, _, environment = place
+    port, key, certificate = free_port(), tmp_path / "images.key", tmp_path / "images.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext",
+         "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate],
+        check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    block = blocks("nginx")[0].replace("listen 443", f"listen 127.0.0.1:{port}").replace("images.example", "localhost")
+    block = block.replace("/etc/ssl", str(tmp_path)).replace("/run/wmi", str(tmp_path))
+    (tmp_path / "nginx.conf").write_text(
+        f"{'user root;' if os.geteuid() == 0 else ''} daemon off; pid {tmp_path}/pid; error_log {tmp_path}/error;\n"
+        "events {}\n"
+        f"http {{ access_log off; client_body_temp_path {tmp_path}/b; proxy_temp_path {tmp_path}/p;"
+        f" fastcgi_temp_path {tmp_path}/f; uwsgi_temp_path {tmp_path}/u; scgi_temp_path {tmp_path}/s;\n{block} }}\n"
+    )
+    (tmp_path / "lucid.raw").write_bytes(os.urandom(3_000_000))
+    with contextlib.ExitStack() as stack:
+        for command in (
+            ["python3", folder / "wmi.py", "serve", "--sample", "--unix-socket", "wmi.sock", "--files", "."],
+            ["nginx", "-p", tmp_path, "-c", tmp_path / "nginx.conf"],
+        ):
+            process = stack.enter_context(
+                subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+            )
+            stack.callback(process.terminate)
+            if "serve" in command:
+                assert "serving" in process.stderr.readline()
+        with wmi.open_storage(f"sqlite:{tmp_path}/images.db") as storage:
+            uri = f"file://{tmp_path}/lucid.raw"
+            wmi.Catalog(storage).register({"id": "wmi-lucid", "account_id": "a-guest1", "source": {"uri": uri}})
+        client = wmi.Client(f"https://localhost:{port}", "a-guest1", cafile=str(certificate), retries=8)
+        assert client.index().total == 5
+        client.fetch("wmi-lucid", str(tmp_path / "copy"))
+        assert (tmp_path / "copy").read_bytes() == (tmp_path / "lucid.raw").read_bytes()
+        context = ssl.create_default_context(cafile=str(certificate))
+        page = urllib.request.urlopen(f"https://localhost:{port}/images/wmi-lucid0", context=context, timeout=15)
+        assert b" https://localhost" in page.read()
 
 
 def test_backend_of_the_readme_passes_the_contract(tmp_path, monkeypatch):
