@@ -1,11 +1,18 @@
-"""Say which wmi is tested, and know the option for the long runs."""
+"""Say which wmi is tested, know the option for the long runs, and make what the tests of the server share."""
 
 import os
 import sys
 
+import pytest
+
 # In a checkout, the file beside tests/. tox sets WMI_INSTALLED: there it is the installed wheel.
 if not os.environ.get("WMI_INSTALLED"):
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from serving import serving
+from support import Command, image
+
+import wmi
 
 
 def pytest_addoption(parser):
@@ -15,6 +22,84 @@ def pytest_addoption(parser):
 
 def pytest_report_header():
     """Show what is tested."""
-    import wmi
-
     return f"wmi: {wmi.__version__} from {wmi.__file__}"
+
+
+# ---- of the running server ----
+
+
+@pytest.fixture
+def storage():
+    """A store in memory with one image."""
+    with wmi.MemoryStorage() as storage:
+        storage.add(image())
+        yield storage
+
+
+@pytest.fixture
+def log():
+    """Take the log's lines."""
+    return []
+
+
+@pytest.fixture
+def quiet(log, capfd):
+    """Whatever is done to a server, it prints no traceback and logs no fault of its own."""
+    yield
+    text = capfd.readouterr()
+    assert "Traceback" not in text.err + text.out
+    assert not [line for line in log if "error: connection" in line]
+
+
+@pytest.fixture
+def served(storage, log):
+    """A running server."""
+    with serving(storage, log=log.append) as served:
+        yield served
+
+
+@pytest.fixture
+def shortened(monkeypatch):
+    """Make each deadline a fraction of a second."""
+    for name in ("IDLE_SECONDS", "HEAD_SECONDS", "BODY_SECONDS", "SEND_SECONDS", "LINGER_SECONDS"):
+        monkeypatch.setattr(wmi, name, 0.4)
+
+
+@pytest.fixture
+def large():
+    """A store whose index is one answer of 9 MB: more than the kernel's buffers hold."""
+    with wmi.MemoryStorage() as storage:
+        storage.add_all(image(f"wmi-{number}", description="x" * 10_000) for number in range(900))
+        yield storage
+
+
+@pytest.fixture
+def larger():
+    """A store whose index is streamed."""
+    with wmi.MemoryStorage() as storage:
+        storage.add_all(image(f"wmi-{number}", description="x" * 10_000) for number in range(1100))
+        yield storage
+
+
+@pytest.fixture
+def unserved(storage):
+    """A server whose loop does not run."""
+    server = wmi.Server(storage, port=0, host_names=None)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Start servers that end with the test."""
+    started = []
+
+    def start(*options, **more):
+        started.append(Command(tmp_path, *options, **more))
+        return started[-1]
+
+    if not hasattr(os, "fork"):
+        pytest.skip("signals and processes of POSIX")
+    yield start
+    for each in started:
+        each.end()

@@ -19,12 +19,10 @@ import time
 
 import pytest
 from serving import serving
+from support import ACCOUNT, SCRIPT, SECONDS
 
 import wmi
 
-ACCOUNT = "a-shpoolxx"
-SCRIPT = os.path.abspath(wmi.__file__)
-SECONDS = 20.0
 STORES = ["json:images", "sqlite:images"]
 HOSTILE = [
     "",

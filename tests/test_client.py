@@ -24,11 +24,10 @@ import time
 
 import pytest
 from serving import serving
+from support import ACCOUNT, SECONDS, image
 
 import wmi
 
-ACCOUNT = "a-shpoolxx"
-SECONDS = 20.0  # for anything to happen, on a machine that is busy
 SHOWN = {
     "id": "wmi-one",
     "uuid": "wmi-one",
@@ -39,11 +38,6 @@ SHOWN = {
 
 
 OK, NO = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 404 No\r\n"
-
-
-def image(id="wmi-one", **fields):
-    """Return the record of an image."""
-    return wmi.image_record({"id": id, "account_id": ACCOUNT, **fields})
 
 
 # ---- servers that are not ours ----

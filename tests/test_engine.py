@@ -1,27 +1,215 @@
-"""What an attack on the engine found: who leads, who has a turn, who gives way. Each once brought it down."""
+"""Who leads, who has a turn, who gives way; what is answered together, and how new it is."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
+import json
 import os
 import select
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
 
 import pytest
-from serving import read_answer, serving
-from test_slow_store import ACCOUNT, SECONDS, Stuck, connect, head, leaders, until
-from test_tls import make_certificate
+from serving import parse_answer, read_answer, serving
+from support import (
+    ACCOUNT,
+    CLOSE,
+    GET,
+    PUT,
+    SECONDS,
+    SLOW,
+    Slow,
+    Stub,
+    Stuck,
+    connect,
+    connections,
+    drive,
+    head,
+    held,
+    leaders,
+    make_certificate,
+    no_thread,
+    reset,
+    rest,
+    until,
+)
 
 import wmi
 
-HANG_UP = struct.pack("ii", 1, 0)  # SO_LINGER of no time: a close is a reset
+# ---- one leader ----
+
+
+def test_the_loop_looks_after_the_leader_by_default():
+    """Whoever embeds the server need not know how often the one that serves has to be watched."""
+    with Slow() as storage:
+        server = wmi.Server(storage, port=0, host_names=None)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with socket.create_connection(server.server_address[:2], SECONDS) as peer:
+            peer.sendall(SLOW)
+            assert storage.asked.acquire(timeout=SECONDS)
+            until(lambda: leaders() == 2, "another thread")
+            storage.told.set()
+            assert read_answer(peer)[0] == 200
+        server.shutdown()
+        assert server.stop()
+    default = inspect.signature(wmi.Server.serve_forever).parameters["poll_interval"].default
+    assert default == wmi.TURN_SECONDS == 0.05
+
+
+@pytest.mark.parametrize("slow", [1, 3])
+def test_a_slow_store_delays_nobody_else(slow, log):
+    """While requests wait for the store, others are answered; then all of them are, and one thread serves again."""
+    with Slow() as storage, serving(storage, log=log.append) as served, contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(connect(served)) for _ in range(slow + 1)]
+        for peer in peers[:slow]:
+            peer.sendall(SLOW)
+            assert storage.asked.acquire(timeout=SECONDS)
+        for _ in range(3):
+            peers[-1].sendall(GET)
+            assert read_answer(peers[-1])[0] == 200
+        assert not [line for line in log if "wmi-slow" in line]
+        storage.told.set()
+        for peer in peers[:slow]:
+            assert json.loads(read_answer(peer)[2])["id"] == "wmi-slow"
+        until(lambda: leaders() == 1, "the end of the other threads")
+        for peer in peers:  # they are all served on
+            peer.sendall(SLOW + GET)
+            assert [read_answer(peer)[0], read_answer(peer)[0]] == [200, 200]
+
+
+def test_what_arrives_meanwhile_is_not_taken_by_two(log):
+    """The connection of a request that takes long is left alone until it is answered."""
+    with Slow() as storage, serving(storage, log=log.append) as served, connect(served) as peer:
+        peer.sendall(SLOW)
+        assert storage.asked.acquire(timeout=SECONDS)
+        until(lambda: leaders() == 2, "another thread")
+        peer.sendall(GET * 3)
+        with connect(served) as other:
+            other.sendall(GET)
+            assert read_answer(other)[0] == 200
+        storage.told.set()
+        assert json.loads(read_answer(peer)[2])["id"] == "wmi-slow"
+        assert [read_answer(peer)[0] for _ in range(3)] == [200] * 3
+
+
+def test_without_threads_all_wait_for_the_store(monkeypatch, log):
+    """Where no thread can be started, a slow store holds up everybody, and everybody is served then."""
+    with (
+        Slow() as storage,
+        serving(storage, log=log.append) as served,
+        connect(served) as slow,
+        connect(served) as other,
+    ):
+        other.sendall(GET)
+        assert read_answer(other)[0] == 200
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
+        slow.sendall(SLOW)
+        assert storage.asked.acquire(timeout=SECONDS)
+        other.sendall(GET)
+        other.settimeout(0.3)
+        with pytest.raises(socket.timeout):
+            other.recv(1)
+        other.settimeout(SECONDS)
+        storage.told.set()
+        for peer in (slow, other):
+            assert read_answer(peer)[0] == 200
+        monkeypatch.undo()
+
+
+def test_a_first_thread_that_cannot_start_is_started_later(storage, monkeypatch):
+    """Where the system has no thread left, clients wait until it has one."""
+    server = wmi.Server(storage, port=0, host_names=None)
+    watcher = threading.Thread(target=server.serve_forever, daemon=True)
+    with monkeypatch.context() as patch:
+        watcher.start()
+        patch.setattr(threading.Thread, "start", no_thread)
+    with socket.create_connection(server.server_address[:2], SECONDS) as peer:
+        peer.sendall(CLOSE)
+        assert rest(peer).startswith(b"HTTP/1.1 200 ")
+    server.shutdown()
+    assert server.stop()
+
+
+# ---- what arrives together ----
+
+
+def test_what_arrives_together_needs_one_look_at_the_store(storage, monkeypatch):
+    """However many requests have arrived, the store is asked for its revision once."""
+    monkeypatch.setattr(wmi, "TURN_SECONDS", SECONDS)  # another thread would receive, and look, by itself
+    looks = []
+    storage.revision = lambda: looks.append(1) or "the same"
+    with serving(storage) as served, contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(connect(served)) for _ in range(9)]
+        until(lambda: connections(served) == 9, "all connections")
+        with held(served):  # the first wakes it, and it takes that one or more
+            for peer in peers:
+                peer.sendall(GET)
+        assert [read_answer(peer)[0] for peer in peers] == [200] * 9
+        assert len(looks) <= 5  # two, unless the machine stood still
+
+
+def test_what_arrives_together_waits_for_nobody(log):
+    """Requests that arrive with one that takes long are answered first of all by the thread that leads then."""
+    with Slow() as storage, serving(storage, log=log.append) as served, contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(connect(served)) for _ in range(6)]
+        until(lambda: connections(served) == 6, "all connections")
+        with held(served):
+            for number, peer in enumerate(peers):
+                peer.sendall(SLOW if number == 2 else GET)
+        assert [read_answer(peer)[0] for peer in peers[:2] + peers[3:]] == [200] * 5
+        assert not storage.told.is_set()
+        until(lambda: len(log) == 5, "their lines in the log")
+        storage.told.set()
+        assert read_answer(peers[2])[0] == 200
+
+
+def test_a_change_is_seen_by_what_follows_it(served):
+    """Requests sent in one piece are answered in order: what is behind a change shows it."""
+    shown = head("/api/12.03/images/wmi-one")
+    with connect(served) as peer:
+        for number in range(5):
+            peer.sendall(shown * 3 + PUT + b"display_name=%d" % number + shown * 2)
+            answers = [json.loads(read_answer(peer)[2])["display_name"] for _ in range(6)]
+            assert answers[3:] == [str(number)] * 3
+            assert answers[:3] == [str(number - 1) if number else ""] * 3
+
+
+def test_a_change_before_a_request_arrived_is_seen(unserved, storage):
+    """Also one that was made after the server looked for somebody else, while this request was on its way."""
+
+    class Changing(Stub):
+        def recv(self, size):
+            ask = wmi.parse_head(head("/api/images/wmi-one"))
+            unserved.service.answer(ask)
+            unserved.service.keep()
+            storage.replace("wmi-one", lambda record: {**record, "description": "changed"})
+            return super().recv(size)
+
+    stub = Changing(head("/api/images/wmi-one"))
+    drive(stub, unserved)
+    assert json.loads(parse_answer(stub.sent[0])[2])["description"] == "changed"
+
+
+def test_a_change_before_a_body_arrived_is_seen(served, storage):
+    """A request with a body is as new as the end of its body."""
+    shown = head("/api/images/wmi-one", "GET", "Content-Length: 2")
+    with connect(served) as slow, connect(served) as other:
+        slow.sendall(shown + b"a")
+        for _ in range(2):
+            other.sendall(head("/api/images/wmi-one"))
+            assert read_answer(other)[0] == 200
+        storage.replace("wmi-one", lambda record: {**record, "description": "changed"})
+        slow.sendall(b"b")
+        assert json.loads(read_answer(slow)[2])["description"] == "changed"
+
+
+# ---- what an attack found: each once brought it down ----
 
 
 def put(id, name):
@@ -59,8 +247,7 @@ def test_a_reset_before_tls_begins(tmp_path, text):
         for _ in range(60):
             peer = connect(served)
             peer.sendall(text)
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, HANG_UP)
-            peer.close()
+            reset(peer)
         assert served.raw(head("/nowhere")).startswith(b"HTTP/1.1 400 ")
         until(lambda: leaders() == 1)
 
@@ -85,8 +272,7 @@ def test_a_connection_has_one_turn_at_a_time(more):
             threading.Event().wait(0.1)
         until(lambda: served.server._held)
         if more is None:
-            other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, HANG_UP)
-            other.close()
+            reset(other)
         elif more:
             other.sendall(more)
         else:
@@ -154,6 +340,12 @@ def test_a_store_that_raises_anything_at_the_end_of_a_round():
         until(lambda: leaders() == 1 and served.server.service.waiting == 0)
 
 
+def read_on(peer):
+    """Read until the end, which may be that of this socket."""
+    with contextlib.suppress(OSError):
+        rest(peer)
+
+
 def test_streams_that_wait_for_the_store_are_bounded_too(monkeypatch):
     """Long answers whose next piece the store does not give take no more threads than requests."""
     told = threading.Event()
@@ -180,7 +372,7 @@ def test_streams_that_wait_for_the_store_are_bounded_too(monkeypatch):
             assert peer.recv(15) == b"HTTP/1.1 200 OK"
         told.clear()
         for peer in peers:
-            threading.Thread(target=rest, args=[peer], daemon=True).start()
+            threading.Thread(target=read_on, args=[peer], daemon=True).start()
         until(lambda: served.server.service.waiting >= 1)
         with connect(served) as peer:
             peer.sendall(head("/nowhere"))
@@ -197,13 +389,6 @@ def test_streams_that_wait_for_the_store_are_bounded_too(monkeypatch):
             peer.close()
         told.set()
         until(lambda: leaders() == 1)
-
-
-def rest(peer):
-    """Read until the end, however it ends."""
-    with contextlib.suppress(OSError):
-        while peer.recv(1 << 16):
-            pass
 
 
 def test_a_request_on_its_way_is_not_evicted():

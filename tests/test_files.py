@@ -13,11 +13,10 @@ import time
 
 import pytest
 from serving import parse_answer, serving
-from test_tls import make_certificate
+from support import SECONDS, make_certificate
 
 import wmi
 
-SECONDS = 20.0
 TEXT = random.Random(1).randbytes(3_000_000)
 GET = b"GET /file HTTP/1.1\r\nHost: a\r\n\r\n"
 

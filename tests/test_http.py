@@ -18,15 +18,9 @@ import time
 
 import pytest
 from serving import parse_answer, read_requests, serving, unchunk
+from support import ACCOUNT, image
 
 import wmi
-
-ACCOUNT = "a-shpoolxx"
-
-
-def image(id="wmi-one", **fields):
-    """Return the record of an image."""
-    return wmi.image_record({"id": id, "account_id": ACCOUNT, **fields})
 
 
 def request(target="/api/images", method="GET", account=ACCOUNT, **fields):

@@ -7,56 +7,15 @@ import importlib
 import json
 import os
 import select
-import socket
 import sqlite3
 import threading
 import time
 
 import pytest
 from serving import read_answer, serving
+from support import ACCOUNT, SECONDS, Stuck, connect, head, leaders, until
 
 import wmi
-
-ACCOUNT = "a-shpoolxx"
-SECONDS = 20.0
-
-
-def head(target, *fields):
-    """Return a raw head."""
-    lines = [f"GET {target} HTTP/1.1", "Host: a", f"X-VDC-ACCOUNT-UUID: {ACCOUNT}", *fields, "", ""]
-    return "\r\n".join(lines).encode()
-
-
-def connect(served):
-    """Return a connection to the server."""
-    return socket.create_connection((served.host, served.port), SECONDS)
-
-
-def leaders():
-    """Return how many threads serve, or are held up."""
-    return sum(thread.name == "wmi-leader" for thread in threading.enumerate())
-
-
-def until(condition):
-    """Wait until a condition holds."""
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        threading.Event().wait(0.01)
-
-
-class Stuck(wmi.MemoryStorage):
-    """A store whose `get` waits for as long as it is told to."""
-
-    def __init__(self):
-        super().__init__()
-        self.told = threading.Event()
-        self.add_all(wmi.image_record({"id": f"wmi-{n}", "account_id": ACCOUNT}) for n in range(3))
-
-    def get(self, id):
-        """Wait for the word, then return the record."""
-        assert self.told.wait(SECONDS)
-        return super().get(id)
 
 
 def test_what_the_store_does_not_answer_is_503_in_time(monkeypatch):
@@ -236,17 +195,14 @@ def test_streams_are_bounded(monkeypatch):
     with Long(20_000) as storage, serving(storage) as served, contextlib.ExitStack() as stack:
         peers = []
         for _ in range(wmi.MAX_STREAMS):
-            peers.append(stack.enter_context(socket.socket()))
-            peers[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            peers[-1].settimeout(SECONDS)
-            peers[-1].connect((served.host, served.port))
+            peers.append(stack.enter_context(connect(served, 4096)))
             peers[-1].sendall(head("/api/images"))
             assert peers[-1].recv(15) == b"HTTP/1.1 200 OK"
         late = stack.enter_context(connect(served))
         for _ in range(3):
             late.sendall(head("/api/images"))
             assert read_answer(late)[0] == 503
-        late.sendall(head("/api/images", "If-None-Match: *"))
+        late.sendall(head("/api/images", "GET", "If-None-Match: *"))
         peers[0].close()
         until(lambda: served.server.service._streams._value)
         assert late.recv(12) in (b"HTTP/1.1 503", b"HTTP/1.1 304")
@@ -260,9 +216,9 @@ def test_a_head_or_a_304_of_a_long_index_leaves_nothing(monkeypatch):
     monkeypatch.setattr(wmi, "MAX_STREAMS", 8)
     with Long(20_000) as storage, serving(storage) as served, connect(served) as peer:
         for _ in range(2 * wmi.MAX_STREAMS):
-            peer.sendall(head("/api/images", "If-None-Match: *"))
+            peer.sendall(head("/api/images", "GET", "If-None-Match: *"))
             assert peer.recv(65536).startswith(b"HTTP/1.1 304 ")
-            peer.sendall(head("/api/images").replace(b"GET", b"HEAD"))
+            peer.sendall(head("/api/images", "HEAD"))
             assert peer.recv(65536).startswith(b"HTTP/1.1 200 ")
         until(lambda: served.server.service._streams._value == wmi.MAX_STREAMS)
 
@@ -277,7 +233,7 @@ def test_what_clients_do_not_take_is_bounded(monkeypatch):
             for peer in peers:
                 peer.sendall(head("/api/images") * 150)
             until(lambda: len(served.server._connections) < 10)
-            assert served.raw(head("/nowhere", "Connection: close")).startswith(b"HTTP/1.1 404 ")
+            assert served.raw(head("/nowhere", "GET", "Connection: close")).startswith(b"HTTP/1.1 404 ")
             until(lambda: sum(len(each.unsent) for each in list(served.server._connections)) <= wmi.MAX_BUFFERED)
 
 

@@ -19,27 +19,11 @@ from collections.abc import Iterator
 import pytest
 from corpus import CASES, Case, Server, play
 from serving import Serving, parse_answer, serving
+from support import ACCOUNT, CLOSE, GET, SECONDS, make_certificate, rest
 
 import wmi
 
-ACCOUNT = "a-shpoolxx"
-SECONDS = 20.0
-GET = f"GET /api/images HTTP/1.1\r\nHost: a\r\nX-VDC-ACCOUNT-UUID: {ACCOUNT}\r\n\r\n".encode()
-CLOSE = GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
-
 pytestmark = pytest.mark.skipif(not shutil.which("openssl"), reason="certificates are made by the openssl program")
-
-
-def make_certificate(folder, name):
-    """Return the files of a certificate for this machine, signed by itself, and of its key."""
-    files = str(folder / f"{name}.pem"), str(folder / f"{name}.key")
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-out", files[0], "-keyout", files[1], "-subj", f"/CN={name}",
-         "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return files
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +46,6 @@ def connect(served, certificate) -> ssl.SSLSocket:
     context = ssl.create_default_context(cafile=certificate[0])
     plain = socket.create_connection((served.host, served.port), SECONDS)
     return context.wrap_socket(plain, server_hostname="localhost")
-
-
-def rest(peer):
-    """Return all that comes until the end, however it ends."""
-    text = b""
-    with contextlib.suppress(ConnectionResetError):
-        while piece := peer.recv(65536):
-            text += piece
-    return text
 
 
 # ---- the corpus, through a tunnel that speaks TLS to the server ----

@@ -7,11 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from support import ACCOUNT
 
 import wmi
 
 PROCESSES, IMAGES = 6, 12
-ACCOUNT = "a-shpoolxx"
 
 # What each of the six does: add, modify and delete on the store, and ask a server after each step.
 WORK = """
