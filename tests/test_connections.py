@@ -144,7 +144,9 @@ def test_who_is_idle_longest_gives_way(storage):
 def test_idle_clients_lock_nobody_out(storage):
     """Hundreds of connections on which nothing is asked, more than there are places for, delay no other client."""
     with serving(storage, max_connections=50) as served, contextlib.ExitStack() as stack:
-        for _ in range(150):
+        for number in range(500):
+            if number % 100 == 99:
+                assert served.request("GET", "/nowhere")[0] == 404  # those before it are accepted
             stack.enter_context(connect(served))
         began = time.monotonic()
         for _ in range(10):

@@ -11,7 +11,7 @@ from support import ACCOUNT
 
 import wmi
 
-PROCESSES, IMAGES = 6, 12
+PROCESSES, IMAGES = 6, 6
 
 # What each of the six does: add, modify and delete on the store, and ask a server after each step.
 WORK = """

@@ -151,16 +151,12 @@ def test_limit_and_start_page_the_list(server, version):
         assert listing(server, version, query) == (3, start, limit, page), query
 
 
-BAD_NUMBERS = ["abc", "-1", "1.5", "", "+1", "%201", "1%20", "1e3", "0x1", "%EF%BC%91", "1" * 19, "%FF",
-               "1%0A", "true"]
-
-
 @pytest.mark.parametrize("name", ["start", "limit"])
-@pytest.mark.parametrize("value", BAD_NUMBERS)
-def test_what_is_no_whole_number_is_refused(server, version, name, value):
-    """400, code 143; the message is the parameter's name."""
-    answer = call(server, "GET", f"{PATHS[version]}?{name}={value}")
-    refused(answer, version, "InvalidParameter", 400, "143", name)
+def test_what_is_no_whole_number_is_refused(server, version, name):
+    """400, code 143; the message is the parameter's name. All values are in test_catalog.py."""
+    for value in ("abc", "", "+1", "%201", "%EF%BC%91", "%FF", "1%0A"):
+        answer = call(server, "GET", f"{PATHS[version]}?{name}={value}")
+        refused(answer, version, "InvalidParameter", 400, "143", name)
 
 
 IN_BRACKETS = ["start[]=1", "start%5B%5D=1", "start[0]=1", "limit[a][b]=1", "limit[=1", "start=1&start[]=1"]
@@ -193,25 +189,16 @@ def test_unknown_parameters_are_ignored(server, version):
     ("query", "ids"),
     [
         ("is_public=true", ["wmi-gone2", "wmi-their1", "wmi-gone1", "wmi-mine2", "wmi-mine1"]),
-        ("is_public=1", ["wmi-gone2", "wmi-their1", "wmi-gone1", "wmi-mine2", "wmi-mine1"]),
-        ("is_public=false", ["wmi-gone1", "wmi-mine2"]),
         ("is_public=0", ["wmi-gone1", "wmi-mine2"]),
-        ("service_type=std", ["wmi-gone1", "wmi-mine2", "wmi-mine1"]),
         ("service_type=lb", []),
         ("state=alive", ["wmi-mine2", "wmi-mine1"]),
-        ("state=alive_with_deleted", ["wmi-gone1", "wmi-mine2", "wmi-mine1"]),
-        ("state=available", ["wmi-mine2", "wmi-mine1"]),
         ("state=deleted", ["wmi-gone1"]),
         ("state=alive&is_public=true", ["wmi-their1", "wmi-mine2", "wmi-mine1"]),
-        ("state=deleted&is_public=true", ["wmi-gone2", "wmi-gone1"]),
-        ("created_since=2011-11-23T07:36:00Z", ["wmi-gone1", "wmi-mine2", "wmi-mine1"]),
         ("created_since=2011-11-23T16:36:01%2B09:00", []),
         ("created_until=2011-11-23T07:36:00Z", ["wmi-gone1", "wmi-mine2", "wmi-mine1"]),
-        ("created_until=2011-11-23T07:35:59Z", []),
         ("deleted_since=2011-12-24", ["wmi-gone1"]),
         ("deleted_until=2011-12-23T23:59:59Z", []),
         ("sort_by=id.asc", ["wmi-mine1", "wmi-mine2", "wmi-gone1"]),
-        ("sort_by=id.desc", ["wmi-gone1", "wmi-mine2", "wmi-mine1"]),
         ("sort_by=uuid.asc", ["wmi-gone1", "wmi-mine1", "wmi-mine2"]),
         ("sort_by=deleted_at.desc&limit=1", ["wmi-gone1"]),
         ("filter=deleted_at.nil", ["wmi-mine2", "wmi-mine1"]),
@@ -222,20 +209,16 @@ def test_unknown_parameters_are_ignored(server, version):
     ],
 )
 def test_the_filters_of_12_03(server, query, ids):
-    """Each parameter with each value, as it stands in a query."""
+    """Each parameter as it stands in a query; what each value finds is in test_catalog.py."""
     assert listing(server, "12.03", f"?{query}")[3] == ids
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *[("is_public", value) for value in ("2", "TRUE", "yes", "nil", "true%20")],
-        *[("service_type", value) for value in ("bogus", "STD", "")],
-        *[("state", value) for value in ("bogus", "init", "Alive", "")],
-        *[(f"{field}_{end}", value) for field in ("created", "deleted") for end in ("since", "until")
-          for value in ("abc", "", "2011-02-30", "1322033760", "2011-11-23T07:36:00%2B99:99", "%FF")],
-        *[("sort_by", value) for value in ("id", "nope.asc", "id.up", "id.asc.x", ".asc", "", "md5sum.asc")],
-        *[("filter", value) for value in ("deleted_at", "nope.nil", "deleted_at.null", ".nil", "")],
+        ("is_public", "true%20"), ("is_public", "2"), ("service_type", "STD"), ("service_type", ""), ("state", "init"),
+        ("created_since", "2011-11-23T07:36:00%2B99:99"), ("created_until", "2011-02-30"), ("deleted_since", ""),
+        ("deleted_until", "%FF"), ("sort_by", "id"), ("sort_by", "md5sum.asc"), ("filter", "nope.nil"), ("filter", ""),
     ],
 )  # fmt: skip
 def test_an_unknown_value_or_field_of_a_filter_is_refused(server, name, value):
@@ -311,23 +294,15 @@ def test_a_volume_shows_its_snapshot(server):
 @pytest.mark.parametrize(
     ("account", "id", "older", "newest"),
     [
-        (ME, "wmi-mine1", 200, 200),
-        (ME, "wmi-mine2", 200, 200),
         (ME, "wmi-gone1", 404, 200),
-        (ME, "wmi-their1", 200, 200),
         (ME, "wmi-their2", 403, 404),
-        (ME, "wmi-gone2", 404, 200),
-        (ME, "wmi-gone3", 404, 404),
         (ME, "wmi-nope", 404, 404),
         ("a-brandnew1", "wmi-mine1", 200, 200),
-        ("a-brandnew1", "wmi-mine2", 403, 404),
         (SYSTEM, "wmi-mine2", 200, 404),
-        (SYSTEM, "wmi-gone1", 404, 404),
-        (SYSTEM, "wmi-their2", 200, 404),
     ],
 )
 def test_who_may_see_an_image(server, version, account, id, older, newest):
-    """Own, public, and for the system account all; what is deleted is shown in 12.03 alone."""
+    """A row for each outcome; every combination is in test_catalog.py."""
     answer = call(server, "GET", f"{PATHS[version]}/{id}", account)
     status = newest if version == "12.03" else older
     assert answer[0] == status
@@ -339,9 +314,8 @@ def test_who_may_see_an_image(server, version, account, id, older, newest):
 
 
 BAD_IDS = [
-    "lucid0", "WMI-lucid0", "wmi-", "wmi", "i-lucid0", "wmi-Lucid", "wmi-a_b", "wmi-a%20b", "wmi-a%0Ab",
-    "wmi-a%2Fb", "wmi-a%2Ejson", "%E6%97%A5", "wmi-%F0%9F%98%80", "wmi-%00", "..%2F", "wmi-" + "a" * 252,
-    "wmi-%", "wmi-%zz",
+    "lucid0", "wmi-a%20b", "wmi-a%0Ab", "wmi-a%2Fb", "wmi-a%2Ejson", "wmi-%F0%9F%98%80", "wmi-%00", "..%2F", "wmi-%",
+    "wmi-%zz",
 ]  # fmt: skip
 
 
@@ -354,7 +328,7 @@ def test_what_cannot_be_an_id_is_refused_in_the_originals_words(server, version,
     answer = call(server, method, f"{PATHS[version]}/{id}")
     asked = {
         "wmi-a%20b": "wmi-a b", "wmi-a%0Ab": "wmi-a\nb", "wmi-a%2Fb": "wmi-a/b", "wmi-a%2Ejson": "wmi-a.json",
-        "%E6%97%A5": "日", "wmi-%F0%9F%98%80": "wmi-😀", "wmi-%00": "wmi-\0", "..%2F": "../",
+        "wmi-%F0%9F%98%80": "wmi-😀", "wmi-%00": "wmi-\0", "..%2F": "../",
     }.get(id, id)  # fmt: skip
     if id.startswith(".."):
         assert answer[0] == 404  # a dot begins the extension
@@ -362,7 +336,7 @@ def test_what_cannot_be_an_id_is_refused_in_the_originals_words(server, version,
     refused(answer, version, "InvalidParameter", 400, "143", f"Invalid UUID Syntax: {asked}")
 
 
-@pytest.mark.parametrize("extension", ["", ".json", ".yml"])
+@pytest.mark.parametrize("extension", ["", ".yml"])
 @pytest.mark.parametrize("id", ["wmi-%FF", "wmi-%ED%A0%80", "%C3", "wmi-%ED%B3%BF"])
 def test_an_id_that_is_not_unicode_is_refused_in_unicode(server, version, id, extension):
     """The answer itself is valid UTF-8, without halves of surrogate pairs, whatever was asked for."""
@@ -396,12 +370,8 @@ def test_the_account_header_in_any_spelling(server, version, name):
         assert b"wmi-mine2" in answer
 
 
-BAD_ACCOUNTS = ["xyz", "a-", "a", "A-shpoolxx", "a-Shpoolxx", "a-shpool_xx", "a-x,a-y", "shpoolxx",
-                "a-" + "x" * 254]
-
-
 @pytest.mark.parametrize("method", ["GET", "DELETE", "PUT"])
-@pytest.mark.parametrize("account", BAD_ACCOUNTS)
+@pytest.mark.parametrize("account", ["xyz", "a-x,a-y"])
 def test_a_malformed_account_is_refused(changing, version, method, account):
     """400, code 103, in the originals' words, before anything is done."""
     if method == "PUT" and version != "12.03":
@@ -412,7 +382,7 @@ def test_a_malformed_account_is_refused(changing, version, method, account):
     assert call(changing, "GET", f"{PATHS[version]}/wmi-mine1")[0] == 200
 
 
-@pytest.mark.parametrize("target", ["", "/wmi-mine1", "/wmi-nope", "/lucid0", "?start=abc"])
+@pytest.mark.parametrize("target", ["", "/wmi-nope", "/lucid0", "?start=abc"])
 @pytest.mark.parametrize("account", [None, "", " "])
 def test_a_missing_account_is_refused(server, version, target, account):
     """400, code 103, before all else; the document's reader is told what to send."""
@@ -435,11 +405,8 @@ def test_two_accounts_are_none(server, version):
 # ---- formats ----
 
 
-ACCEPTS = [None, "text/yaml", "application/json", "text/html", "application/xml;q=1", "nonsense"]
-
-
 @pytest.mark.parametrize("extension", ["", ".json", ".yml", ".yaml"])
-@pytest.mark.parametrize("accept", ACCEPTS)
+@pytest.mark.parametrize("accept", [None, "text/yaml", "application/json"])
 def test_the_extension_alone_chooses_the_format(server, version, extension, accept):
     """JSON without one; Accept never changes it; errors come in the same format."""
     fields = {"Accept": accept} if accept else {}
@@ -590,19 +557,13 @@ def test_one_store_is_seen_by_all_versions(changing):
     ("account", "id", "older", "newest"),
     [
         (ME, "wmi-their1", 403, 404),
-        (ME, "wmi-their2", 403, 404),
-        (ME, "wmi-gone2", 404, 404),
-        (ME, "wmi-gone3", 404, 404),
         (ME, "wmi-nope", 404, 404),
         (SYSTEM, "wmi-mine1", 200, 404),
-        (SYSTEM, "wmi-their2", 200, 404),
-        (SYSTEM, "wmi-gone3", 404, 404),
-        (OTHER, "wmi-their1", 200, 200),
         (OTHER, "wmi-gone3", 404, 200),
     ],
 )
 def test_who_may_change_an_image(changing, version, method, account, id, older, newest):
-    """Its owner; in the older versions the system account; a public one is still somebody's."""
+    """A row for each outcome; every combination is in test_catalog.py."""
     if method == "PUT" and version != "12.03":
         return
     status = newest if version == "12.03" else older
@@ -772,7 +733,7 @@ METHODS = ["POST", "PUT", "PATCH", "DELETE", "TRACE", "CONNECT", "get", "PROPFIN
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("extension", ["", ".json", ".yml"])
+@pytest.mark.parametrize("extension", ["", ".yml"])
 @pytest.mark.parametrize("on_image", [False, True])
 def test_other_methods_are_not_allowed(server, version, method, extension, on_image):
     """405 with Allow, before the account is looked at; PUT exists in 12.03 only."""
@@ -896,9 +857,9 @@ def test_a_streamed_index_is_the_same_as_a_short_one(version, extension):
     """Beyond a thousand images the answer comes in chunks: nothing is lost, doubled or out of order."""
     storage = wmi.open_storage("memory:")
     storage.add_all(wmi.image_record({"id": f"wmi-{n}", "account_id": ME,
-                                      "description": "é" * 20}) for n in range(2500))
+                                      "description": "é" * 20}) for n in range(1500))
     with serving(storage) as server:
-        target = f"{PATHS[version]}{extension}?limit=2400"
+        target = f"{PATHS[version]}{extension}?limit=1400"
         _, headers, body = server.request("GET", target, ACCOUNT)
         assert headers.get("transfer-encoding") == "chunked"
         if extension == ".json":
@@ -907,7 +868,7 @@ def test_a_streamed_index_is_the_same_as_a_short_one(version, extension):
             ids = [image["id"] for image in images]
         else:
             ids = re.findall(r"^ *- :id: (\S+)$", body.decode(), re.MULTILINE)
-        assert ids == [f"wmi-{n}" for n in range(2499, 99, -1)]
+        assert ids == [f"wmi-{n}" for n in range(1499, 99, -1)]
 
 
 def test_every_error_is_in_the_form_of_the_api(server):
