@@ -155,7 +155,7 @@ def test_stalled_handshakes(served, certificate, text):
     with contextlib.ExitStack() as stack:
         for number in range(200):
             if number % 100 == 99:
-                connect(served, certificate).close()  # until those before it are accepted: a full backlog costs a second
+                connect(served, certificate).close()  # those before it are accepted: a full backlog would cost a second
             peer = stack.enter_context(socket.create_connection((served.host, served.port), SECONDS))
             peer.sendall(text)
         began = time.monotonic()
