@@ -40,11 +40,16 @@ class Serving(NamedTuple):
 
 @contextlib.contextmanager
 def serving(
-    storage: wmi.Storage, log: Callable[[str], object] = lambda line: None, **options: Any
+    storage: wmi.Storage, log: Callable[[str], object] = lambda line: None, send_buffer: int = 0, **options: Any
 ) -> Iterator[Serving]:
-    """Serve a store on a port of the system's choice for as long as the block runs; log takes one line at a time."""
+    """Serve a store on a port of the system's choice for as long as the block runs; log takes one line at a time.
+
+    With a send_buffer the system takes so many bytes of what a client does not read, not some megabytes.
+    """
     options.setdefault("host_names", None)
     with wmi.Server(storage, port=0, log=lambda text: [log(line) for line in text.splitlines()], **options) as server:
+        if send_buffer:
+            server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         parts = urlsplit(server.url)
         yield Serving(server, server.url, str(parts.hostname), int(parts.port or 0))
         server.shutdown()

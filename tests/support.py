@@ -74,14 +74,11 @@ def connect(served, receive_buffer=0):
 
 def rest(peer):
     """Return all that still comes until the end, however it ends."""
-    text = b""
+    pieces = []
     with contextlib.suppress(ConnectionResetError):
-        while True:
-            piece = peer.recv(65536)
-            if not piece:
-                return text
-            text += piece
-    return text
+        while piece := peer.recv(65536):
+            pieces.append(piece)
+    return b"".join(pieces)
 
 
 def reset(peer):

@@ -1347,8 +1347,8 @@ def test_a_client_sees_that_a_stream_was_cut():
 def test_a_change_during_the_stream_does_not_break_it(scheme, tmp_path):
     """A writer is not held up by a slow reader of a stream, and the stream stays a whole JSON text."""
     with wmi.open_storage(f"{scheme}:{tmp_path / 'images'}") as storage:
-        storage.add_all(image(f"wmi-{n}", description="x" * 4000) for n in range(2000))
-        with serving(storage) as served, socket.socket() as peer:
+        storage.add_all(image(f"wmi-{n}", description="x" * 400) for n in range(1500))
+        with serving(storage, send_buffer=65536) as served, socket.socket() as peer:
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)  # the server must wait for us
             peer.settimeout(10)
             peer.connect((served.host, served.port))
@@ -1361,7 +1361,7 @@ def test_a_change_during_the_stream_does_not_break_it(scheme, tmp_path):
             text += b"".join(iter(lambda: peer.recv(1 << 20), b""))
     shown = [row["id"] for row in json.loads(parse_answer(text)[2])["result"]]
     assert len(set(shown)) == len(shown)
-    assert set(shown) - {"wmi-new"} >= {f"wmi-{n}" for n in range(2, 2000)}
+    assert set(shown) - {"wmi-new"} >= {f"wmi-{n}" for n in range(2, 1500)}
 
 
 def test_memory_of_a_stream_is_bounded():

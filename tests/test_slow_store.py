@@ -38,8 +38,9 @@ def test_what_the_store_does_not_answer_is_503_in_time(monkeypatch):
     assert [line.split()[5] for line in log if "/wmi-1.yml " in line] == ["503"]
 
 
-def test_threads_are_bounded():
+def test_threads_are_bounded(monkeypatch):
     """However many requests wait for the store: those beyond the bound are refused at once, and the rest goes on."""
+    monkeypatch.setattr(wmi, "STORE_SECONDS", 2 * SECONDS)  # by then the others are refused, too
     with Stuck() as storage, serving(storage) as served, contextlib.ExitStack() as stack:
         peers = [stack.enter_context(connect(served)) for _ in range(60)]
         peers[0].sendall(head("/api/images"))
@@ -76,7 +77,7 @@ def test_clients_that_hung_up_keep_no_thread(monkeypatch):
 def locked(tmp_path, monkeypatch):
     """A store in sqlite with 30 images, and another program's connection that can lock it."""
     url = f"sqlite:{tmp_path / 'images.db'}"
-    monkeypatch.setattr(importlib.import_module("wmi.sqlite_store"), "BUSY_S", 1.0)
+    monkeypatch.setattr(importlib.import_module("wmi.sqlite_store"), "BUSY_S", 0.5)
     with wmi.open_storage(url) as storage:
         storage.add_all(wmi.image_record({"id": f"wmi-{n}", "account_id": ACCOUNT}) for n in range(30))
         os.utime(tmp_path / "images.db", (1e9, 1e9))  # as if nobody had written for a while
@@ -169,8 +170,9 @@ def test_a_walk_whose_client_is_gone_ends():
         assert storage.walked < storage.count * 0.6
 
 
-def test_walks_are_bounded():
+def test_walks_are_bounded(monkeypatch):
     """Requests that look at all images beyond the bound are 503 at once; others are answered."""
+    monkeypatch.setattr(wmi, "STORE_SECONDS", 2 * SECONDS)  # by then the others are 503, too
     with Long(4_000) as storage, serving(storage) as served, contextlib.ExitStack() as stack:
         storage.going.clear()
         peers = [stack.enter_context(connect(served)) for _ in range(wmi.MAX_WALKS + 3)]
@@ -192,7 +194,7 @@ def test_walks_are_bounded():
 def test_streams_are_bounded(monkeypatch):
     """So many long indexes are sent at once; one more is 503, until one of them ends or is given up."""
     monkeypatch.setattr(wmi, "MAX_STREAMS", 8)
-    with Long(20_000) as storage, serving(storage) as served, contextlib.ExitStack() as stack:
+    with Long(5_000) as storage, serving(storage, send_buffer=65536) as served, contextlib.ExitStack() as stack:
         peers = []
         for _ in range(wmi.MAX_STREAMS):
             peers.append(stack.enter_context(connect(served, 4096)))

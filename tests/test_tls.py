@@ -186,8 +186,9 @@ def test_a_stalled_handshake_ends(certificate, monkeypatch):
 def test_slow_readers(certificate):
     """A long answer arrives whole at a client that reads slowly, in records that TLS makes of it."""
     with wmi.MemoryStorage() as storage:
-        storage.add_all(wmi.image_record({"account_id": ACCOUNT, "description": "x" * 10_000}) for _ in range(600))
-        with serving(storage, tls=wmi.tls_context(*certificate)) as served, connect(served, certificate) as slow:
+        storage.add_all(wmi.image_record({"account_id": ACCOUNT, "description": "x" * 2000}) for _ in range(600))
+        tls = wmi.tls_context(*certificate)
+        with serving(storage, send_buffer=65536, tls=tls) as served, connect(served, certificate) as slow:
             slow.sendall(CLOSE)
             text = slow.recv(1000)
             with connect(served, certificate) as other:
