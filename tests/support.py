@@ -221,12 +221,9 @@ class Command:
         more = {"stderr": subprocess.PIPE, "start_new_session": True, **more}
         port = () if "--unix-socket" in options or "pass_fds" in more else ("--port", "0")
         self.process = subprocess.Popen(
-            [sys.executable, *script, "serve", "--store", store, "--host-name", "a", *port, *options],
-            cwd=folder,
-            env={**clean, "PYTHONPATH": HERE},
-            text=True,
-            **more,
-        )
+            [sys.executable, *script, "serve", "--store", store, "--host-name", "a", *port, *options], cwd=folder,
+            env={**clean, "PYTHONPATH": HERE}, text=True, **more,
+        )  # fmt: skip
         self.said = []
         for line in self.process.stderr:
             self.said.append(line)

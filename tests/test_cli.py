@@ -25,20 +25,9 @@ import wmi
 
 STORES = ["json:images", "sqlite:images"]
 HOSTILE = [
-    "",
-    " ",
-    "é\n\"'\\",
-    "\x00\x1b[2J\x07\x7f\x85\x9b31m",
-    "\u2028\u202e\ufeff",
-    "\U0001f4a9" * 30,
-    "--- !ruby/object:Gem {}",
-    "null",
-    "a: b #c",
-    "\r\n",
-    "x" * 40_000,
-    "<script>",
-    "%s{}",
-]
+    "", " ", "é\n\"'\\", "\x00\x1b[2J\x07\x7f\x85\x9b31m", "\u2028\u202e\ufeff", "\U0001f4a9" * 30,
+    "--- !ruby/object:Gem {}", "null", "a: b #c", "\r\n", "x" * 40_000, "<script>", "%s{}",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -165,54 +154,28 @@ def test_add_volume(done):
     "options",
     [
         [
-            "--account-id",
-            ACCOUNT,
-            "--uuid",
-            "wmi-abc",
-            "--arch",
-            "x86",
-            "--md5sum",
-            "0" * 32,
-            "--description",
-            "text",
-            "--is-public",
+            "--account-id", ACCOUNT, "--uuid", "wmi-abc", "--arch", "x86", "--md5sum", "0" * 32, "--description",
+            "text", "--is-public",
         ],
         [
-            "--account_id",
-            ACCOUNT,
-            "--uuid",
-            "wmi-abc",
-            "--arch",
-            "x86",
-            "--md5sum",
-            "0" * 32,
-            "--description",
-            "text",
-            "--is_public",
+            "--account_id", ACCOUNT, "--uuid", "wmi-abc", "--arch", "x86", "--md5sum", "0" * 32, "--description",
+            "text", "--is_public",
         ],
         ["-a", ACCOUNT, "-u", "wmi-abc", "-r", "x86", "-m", "0" * 32, "-d", "text", "-p"],
         [f"-a{ACCOUNT}", "-uwmi-abc", "-rx86", "-m" + "0" * 32, "-dtext", "-p"],
         [
-            f"--account-id={ACCOUNT}",
-            "--uuid=wmi-abc",
-            "--arch=x86",
-            "--md5sum=" + "0" * 32,
-            "--description=text",
+            f"--account-id={ACCOUNT}", "--uuid=wmi-abc", "--arch=x86", "--md5sum=" + "0" * 32, "--description=text",
             "--is-public",
         ],
     ],
-)
+)  # fmt: skip
 def test_add_takes_both_generations_of_options(done, options):
     """vdc-manage of 11.12 and of 12.03 spelled them differently: all are understood."""
     assert done("add", "local", "file:///x", *options) == "wmi-abc\n"
     (record,) = kept()
     assert [record[name] for name in ("account_id", "arch", "md5sum", "description", "is_public")] == [
-        ACCOUNT,
-        "x86",
-        "0" * 32,
-        "text",
-        True,
-    ]
+        ACCOUNT, "x86", "0" * 32, "text", True,
+    ]  # fmt: skip
 
 
 def test_add_of_every_field(done):
@@ -230,26 +193,14 @@ def test_add_of_every_field(done):
     }
     flags = itertools.chain.from_iterable((f"--{name}", value) for name, value in options.items())
     done(
-        "add",
-        "volume",
-        "snap-1",
-        "-a",
-        ACCOUNT,
-        *flags,
-        "--is-cacheable",
-        "--no-is-public",
-        "--feature",
-        "virtio",
-        "--feature",
-        "acpi",
-    )
+        "add", "volume", "snap-1", "-a", ACCOUNT, *flags, "--is-cacheable", "--no-is-public", "--feature", "virtio",
+        "--feature", "acpi",
+    )  # fmt: skip
     (record,) = kept()
     assert {name: record[name.replace("-", "_")] for name in options} == options
     assert (record["is_cacheable"], record["is_public"], record["features"]) == (
-        True,
-        False,
-        {"virtio": True, "acpi": True},
-    )
+        True, False, {"virtio": True, "acpi": True},
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -322,16 +273,10 @@ def where(request, monkeypatch):
 def test_list(done, where):
     """The newest comes first, in each form; --start and --limit page."""
     assert done("list", *where, "-o", "id") == "wmi-2\nwmi-1\nwmi-0\n"
-    assert [row["id"] for row in json.loads(done("list", *where, "-o", "json"))] == [
-        "wmi-2",
-        "wmi-1",
-        "wmi-0",
-    ]
+    assert [row["id"] for row in json.loads(done("list", *where, "-o", "json"))] == ["wmi-2", "wmi-1", "wmi-0"]
     assert re.findall(r"^- :id: (\S+)|^  :id: ", done("list", *where, "-o", "yaml"), re.MULTILINE) == [
-        "wmi-2",
-        "wmi-1",
-        "wmi-0",
-    ]
+        "wmi-2", "wmi-1", "wmi-0",
+    ]  # fmt: skip
     table = done("list", *where).splitlines()
     assert table[0].split() == ["ID", "ACCOUNT", "ARCH", "BOOT", "PUBLIC", "STATE", "NAME"]
     assert table[1].split() == ["wmi-2", ACCOUNT, "x86_64", "local", "true", "init"]
@@ -375,28 +320,16 @@ def test_modify_and_features_on_a_store(done, refused):
     """On a store every field can be set, features also by their own command, which keeps the others."""
     fill("sqlite:images.db", 1)
     done(
-        "modify",
-        "wmi-0",
-        "--account_id",
-        "a-new",
-        "--arch",
-        "x86",
-        "--no-is-public",
-        "--state",
-        "available",
-        "--feature",
-        "virtio",
-    )
+        "modify", "wmi-0", "--account_id", "a-new", "--arch", "x86", "--no-is-public", "--state", "available",
+        "--feature", "virtio",
+    )  # fmt: skip
     done("features", "wmi-0", "--acpi")
     assert kept()[0]["features"] == {"virtio": True, "acpi": True}
     done("features", "wmi-0", "--no-virtio")
     (record,) = kept()
     assert (record["account_id"], record["arch"], record["state"], record["features"]) == (
-        "a-new",
-        "x86",
-        "available",
-        {"acpi": True},
-    )
+        "a-new", "x86", "available", {"acpi": True},
+    )  # fmt: skip
     refused("features", "wmi-9", "--acpi")
     refused("modify", "wmi-9", "--arch", "x86")
     assert "arch" in refused("modify", "wmi-0", "--arch", "arm")
@@ -545,20 +478,10 @@ def test_certificates_are_passed_on(run, monkeypatch, argv):
 @pytest.mark.parametrize(
     "url",
     [
-        "",
-        "images.db",
-        "nope:x",
-        "SQLITE:x",
-        ":x",
-        "../x:y",
-        "sys:x",
-        "os.path:x",
-        "json store:x",
-        "sqlite",
-        "é:x",
+        "", "images.db", "nope:x", "SQLITE:x", ":x", "../x:y", "sys:x", "os.path:x", "json store:x", "sqlite", "é:x",
         "\x1b[2J:x",
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize(
     "argv", [["list"], ["dump"], ["add", "volume", "snap-1", "-a", ACCOUNT], ["serve", "--port", "0"]]
 )
@@ -572,14 +495,10 @@ def test_bad_store_urls(refused, url, argv):
 @pytest.mark.parametrize(
     "url",
     [
-        "json:.",
-        "sqlite:.",
-        "json:no/such/folder/x",
-        "sqlite:no/such/folder/x",
-        "json:/dev/null/x",
+        "json:.", "sqlite:.", "json:no/such/folder/x", "sqlite:no/such/folder/x", "json:/dev/null/x",
         "sqlite:/dev/null/x",
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("argv", [["list"], ["add", "volume", "snap-1", "-a", ACCOUNT]])
 def test_stores_that_cannot_be_opened(run, url, argv):
     """A folder, or a file in no folder, is an error; nothing is made."""
@@ -606,14 +525,11 @@ FOREIGN = {
 @pytest.mark.parametrize(
     "argv",
     [
-        ["list", "--store"],
-        ["add", "volume", "snap-1", "-a", ACCOUNT, "--store"],
-        ["check"],
-        ["load", "--store"],
+        ["list", "--store"], ["add", "volume", "snap-1", "-a", ACCOUNT, "--store"], ["check"], ["load", "--store"],
         ["copy", "memory:"],
     ],
     ids=lambda argv: argv[0],
-)
+)  # fmt: skip
 def test_files_of_others_are_refused_and_untouched(refused, content, scheme, argv):
     """A file that is not ours, does not parse, or is newer, is named and stays as it is, byte for byte."""
     with open("precious", "wb") as file:
@@ -652,22 +568,11 @@ def test_unreadable_folder(refused):
 @pytest.mark.parametrize(
     "argv",
     [
-        [],
-        ["nope"],
-        ["show"],
-        ["list", "--nope"],
-        ["list", "-o", "xml"],
-        ["add"],
-        ["add", "local"],
-        ["copy", "memory:"],
-        ["serve", "--port", "x"],
-        ["serve", "--unversioned", "1"],
-        ["features", "wmi-1", "--magic"],
-        ["load", "a", "b"],
-        ["delete"],
-        ["modify", "wmi-1", "--uuid", "wmi-2"],
+        [], ["nope"], ["show"], ["list", "--nope"], ["list", "-o", "xml"], ["add"], ["add", "local"],
+        ["copy", "memory:"], ["serve", "--port", "x"], ["serve", "--unversioned", "1"],
+        ["features", "wmi-1", "--magic"], ["load", "a", "b"], ["delete"], ["modify", "wmi-1", "--uuid", "wmi-2"],
     ],
-)
+)  # fmt: skip
 def test_wrong_usage(run, argv):
     """What cannot be understood is exit code 2, with the usage, and nothing is done."""
     code, out, err = run(*argv)
@@ -686,19 +591,11 @@ def test_version_and_help(run):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--port", "70000"],
-        ["--port", "-1"],
-        ["--workers", "0"],
-        ["--workers", "-1"],
-        ["--max-connections", "0"],
-        ["--workers", "2", "--store", "memory:"],
-        ["--host", "no.such.host.invalid."],
-        ["--host", "a..b"],
-        ["--host", "x" * 300],
-        ["--host", "\udcff"],
-        ["--log", "no/such/folder/log"],
+        ["--port", "70000"], ["--port", "-1"], ["--workers", "0"], ["--workers", "-1"], ["--max-connections", "0"],
+        ["--workers", "2", "--store", "memory:"], ["--host", "no.such.host.invalid."], ["--host", "a..b"],
+        ["--host", "x" * 300], ["--host", "\udcff"], ["--log", "no/such/folder/log"],
     ],
-)
+)  # fmt: skip
 def test_serve_refuses(refused, options):
     """What cannot be served is said in one line, before anything is served; no signal stays blocked."""
     refused("serve", "--store", "memory:", "--port", "0", *options)
@@ -715,16 +612,10 @@ def test_serve_on_a_port_that_is_taken(refused):
 @pytest.mark.parametrize(
     "url",
     [
-        "http://127.0.0.1:1",
-        "ftp://127.0.0.1/",
-        "nope",
-        "http://[::1",
-        "file:///etc/passwd",
-        "http://127.0.0.1:99999",
-        "http://a b",
-        "http://\x1b[2J",
+        "http://127.0.0.1:1", "ftp://127.0.0.1/", "nope", "http://[::1", "file:///etc/passwd", "http://127.0.0.1:99999",
+        "http://a b", "http://\x1b[2J",
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize(
     "argv",
     [["list"], ["show", "wmi-1"], ["delete", "wmi-1"], ["modify", "wmi-1", "-o", "id", "--description", "x"]],
@@ -870,23 +761,12 @@ GOOD = {
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"arch": None},
-        {"boot_dev_type": []},
-        {"boot_dev_type": {}},
-        {"description": 5},
-        {"state": ["x"]},
-        {"id": "wmi-\ud800"},
-        {"description": "\ud800"},
-        {"account_id": {"a": {}}},
-        {"id": "wmi-\x1b[2J"},
-        {"is_public": "\x9b31m\n"},
-        {"\x1b[2J\n": "x"},
-        {"id": None},
-        {"arch": "..."},
+        {}, {"arch": None}, {"boot_dev_type": []}, {"boot_dev_type": {}}, {"description": 5}, {"state": ["x"]},
+        {"id": "wmi-\ud800"}, {"description": "\ud800"}, {"account_id": {"a": {}}}, {"id": "wmi-\x1b[2J"},
+        {"is_public": "\x9b31m\n"}, {"\x1b[2J\n": "x"}, {"id": None}, {"arch": "..."},
     ],
     ids=ascii,
-)
+)  # fmt: skip
 @pytest.mark.parametrize("output", ["table", "json", "yaml", "id"])
 @pytest.mark.parametrize("verb", [["list"], ["show", "wmi-one"]], ids=["list", "show"])
 def test_hostile_servers(run, monkeypatch, changes, output, verb):
@@ -1054,11 +934,9 @@ def test_full_disk(argv):
     fill("sqlite:images.db", 3)
     with open("/dev/full", "wb") as full:
         done = process(
-            *argv,
-            capture_output=False,
-            stdout=full if len(argv) < 2 or argv[0] == "show" else subprocess.PIPE,
+            *argv, capture_output=False, stdout=full if len(argv) < 2 or argv[0] == "show" else subprocess.PIPE,
             stderr=subprocess.PIPE,
-        )
+        )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert done.stderr.startswith(b"wmi: ") and done.stderr.count(b"\n") == 1
 
@@ -1072,11 +950,9 @@ def test_full_disk(argv):
 def test_closed_descriptors(closed, argv):
     """A cron job without stdin, stdout or stderr gets an exit code, no traceback."""
     done = subprocess.run(
-        ["sh", "-c", f'exec "$0" "$1" {argv} {closed}', sys.executable, SCRIPT],
-        capture_output=True,
-        timeout=SECONDS,
+        ["sh", "-c", f'exec "$0" "$1" {argv} {closed}', sys.executable, SCRIPT], capture_output=True, timeout=SECONDS,
         stdin=subprocess.DEVNULL,
-    )
+    )  # fmt: skip
     assert done.returncode in (0, 1, 2)
     assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
 
@@ -1226,10 +1102,9 @@ BAD = {
 
 
 @pytest.mark.parametrize(
-    "url, bad",
-    [*(("json:images", bad) for bad in BAD.values()), ("sqlite:images", BAD["duplicate"])],
+    "url, bad", [*(("json:images", bad) for bad in BAD.values()), ("sqlite:images", BAD["duplicate"])],
     ids=[*BAD, "sqlite"],
-)
+)  # fmt: skip
 def test_load_of_bad_lines(refused, run, url, bad):
     """The line's number is told, and nothing of the file is loaded; with --keep-going all the others are."""
     text = b"\n".join([LINE % 1, b"", LINE % 2, bad, LINE % 3])
@@ -1245,11 +1120,7 @@ def test_load_of_bad_lines(refused, run, url, bad):
 
 @pytest.mark.parametrize(
     "text",
-    [
-        LINE % 1 + b"\r\n" + LINE % 2 + b"\r\n",
-        LINE % 1 + b"\n\n\n" + LINE % 2,
-        b" \t" + LINE % 1 + b" \n" + LINE % 2,
-    ],
+    [LINE % 1 + b"\r\n" + LINE % 2 + b"\r\n", LINE % 1 + b"\n\n\n" + LINE % 2, b" \t" + LINE % 1 + b" \n" + LINE % 2],
 )
 def test_load_of_other_line_ends(done, text):
     """CRLF, empty lines, blanks around, no end after the last line: all are lines."""
@@ -1626,10 +1497,9 @@ def test_serve(tmp_path):
     """The command serves what the other commands change, and the sample only where the store is empty."""
     for _ in range(2):
         child = subprocess.Popen(
-            [sys.executable, SCRIPT, "serve", "--sample", "--port", "0", "--log", "-"],
-            stderr=subprocess.PIPE,
+            [sys.executable, SCRIPT, "serve", "--sample", "--port", "0", "--log", "-"], stderr=subprocess.PIPE,
             text=True,
-        )
+        )  # fmt: skip
         try:
             url = re.search(r"(http://\S*)/api/images", child.stderr.readline())[1]
             caller = wmi.Client(url, ACCOUNT)
@@ -1650,21 +1520,9 @@ def test_serve(tmp_path):
 def test_serve_of_another_version(tmp_path):
     """--unversioned makes /api/images speak another version."""
     child = subprocess.Popen(
-        [
-            sys.executable,
-            SCRIPT,
-            "serve",
-            "--sample",
-            "--port",
-            "0",
-            "--unversioned",
-            "12.03",
-            "--store",
-            "memory:",
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+        [sys.executable, SCRIPT, "serve", "--sample", "--port", "0", "--unversioned", "12.03", "--store", "memory:"],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     try:
         url = re.search(r"(http://\S*)/api/images", child.stderr.readline())[1]
         page = wmi.Client(url, ACCOUNT).index()

@@ -103,11 +103,9 @@ def http(body=b"[]", status="200 OK", *fields, length=None):
     """Return a raw answer with its length."""
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [
-        f"HTTP/1.1 {status}",
-        f"Content-Length: {len(body) if length is None else length}",
-        "Connection: close",
+        f"HTTP/1.1 {status}", f"Content-Length: {len(body) if length is None else length}", "Connection: close",
         *fields,
-    ]
+    ]  # fmt: skip
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
@@ -180,12 +178,10 @@ def storage():
     with wmi.MemoryStorage() as storage:
         storage.add(
             image(
-                "wmi-mine",
-                source={"uri": "file:///a b"},
-                features={"virtio": True},
+                "wmi-mine", source={"uri": "file:///a b"}, features={"virtio": True},
                 description="\u00e9\n\"'\u2028\U0001f4a9",
             )
-        )
+        )  # fmt: skip
         storage.add(image("wmi-public", account_id="a-other", is_public=True))
         storage.add(image("wmi-private", account_id="a-other"))
         storage.add(image("wmi-volume", boot_dev_type=1, source={"snapshot_id": "snap-1"}, md5sum="0" * 32))
@@ -223,11 +219,7 @@ def test_index(opened, version):
 def test_filters(opened):
     """The filters of 12.03 are named and valued alike."""
     catalog = opened(version="12.03")
-    assert [row["id"] for row in catalog.index(is_public=True).images] == [
-        "wmi-volume",
-        "wmi-public",
-        "wmi-mine",
-    ]
+    assert [row["id"] for row in catalog.index(is_public=True).images] == ["wmi-volume", "wmi-public", "wmi-mine"]
     assert catalog.index(filter="deleted_at.nil", state="alive").total == 2
     assert catalog.index(filter=["deleted_at.nil", "parent_image_id.nil"], state="alive").total == 2
     assert catalog.index(filter=["deleted_at.nil", "parent_image_id.not_nil"], state="alive").total == 0
@@ -561,25 +553,11 @@ def test_requests_as_they_are_sent(storage):
 @pytest.mark.parametrize(
     "url",
     [
-        "file:///etc/passwd",
-        "ftp://127.0.0.1/",
-        "127.0.0.1:9001",
-        "//127.0.0.1",
-        "",
-        "http://",
-        "http:///x",
-        "data:,x",
-        "gopher://h",
-        "http://h/?a",
-        "http://h/#a",
-        "http://h /",
-        "http://h\r\nX: y/",
-        "http://user:word@h/",
-        "HTTP//h",
-        "javascript:0",
-        "unix:/x",
+        "file:///etc/passwd", "ftp://127.0.0.1/", "127.0.0.1:9001", "//127.0.0.1", "", "http://", "http:///x",
+        "data:,x", "gopher://h", "http://h/?a", "http://h/#a", "http://h /", "http://h\r\nX: y/", "http://user:word@h/",
+        "HTTP//h", "javascript:0", "unix:/x",
     ],
-)
+)  # fmt: skip
 def test_urls_that_are_refused(url):
     """Only http and https, a host, and nothing that could become a header."""
     with pytest.raises(wmi.InvalidParameter):
@@ -589,19 +567,11 @@ def test_urls_that_are_refused(url):
 @pytest.mark.parametrize(
     "url",
     [
-        "http://127.0.0.1:99999",
-        "http://127.0.0.1:99999999999999999999",
-        "http://127.0.0.1:x",
-        "http://a..b",
-        "http://[::1",
-        "http://\u0100" + "x" * 70,
-        "http://127.0.0.1:-1",
-        "http://[zz]",
-        "http://.",
-        "http://127.0.0.1:1/\u00e9",
-        "http://%00",
+        "http://127.0.0.1:99999", "http://127.0.0.1:99999999999999999999", "http://127.0.0.1:x", "http://a..b",
+        "http://[::1", "http://\u0100" + "x" * 70, "http://127.0.0.1:-1", "http://[zz]", "http://.",
+        "http://127.0.0.1:1/\u00e9", "http://%00",
     ],
-)
+)  # fmt: skip
 def test_urls_that_cannot_work(url):
     """A URL that passes the check and yet cannot be called is an Error too."""
     with pytest.raises(wmi.Error):
@@ -635,14 +605,10 @@ def test_redirect_on_the_same_server_is_followed(status):
 @pytest.mark.parametrize(
     "form",
     [
-        "http://127.0.0.1:{port}/x",
-        "http://localhost:{same}/x",
-        "https://127.0.0.1:{same}/x",
-        "//127.0.0.1:{port}/x",
-        "http://u:p@127.0.0.1:{same}/x",
-        "http://127.0.0.1/x",
+        "http://127.0.0.1:{port}/x", "http://localhost:{same}/x", "https://127.0.0.1:{same}/x", "//127.0.0.1:{port}/x",
+        "http://u:p@127.0.0.1:{same}/x", "http://127.0.0.1/x",
     ],
-)
+)  # fmt: skip
 def test_redirect_to_another_server_is_not_followed(form):
     """The account is never handed to another scheme, host, port or user: not a byte goes there."""
     with Scripted(http(SHOWN)) as other:
@@ -716,10 +682,8 @@ def test_redirect_in_a_circle():
 
 @pytest.mark.parametrize("status", ["301 M", "302 F", "303 S", "307 T", "308 P"])
 @pytest.mark.parametrize(
-    "call",
-    [lambda c: c.destroy("wmi-one"), lambda c: c.update("wmi-one", display_name="x")],
-    ids=["DELETE", "PUT"],
-)
+    "call", [lambda c: c.destroy("wmi-one"), lambda c: c.update("wmi-one", display_name="x")], ids=["DELETE", "PUT"],
+)  # fmt: skip
 def test_changes_do_not_follow_redirects(status, call):
     """A DELETE or PUT that is redirected is an error; it is not done elsewhere, nor as a GET."""
     with Scripted(moved("/elsewhere", status), http(SHOWN)) as server:
@@ -1162,10 +1126,9 @@ def test_other_errors_are_final(status):
 
 @pytest.mark.parametrize("failure", ["503", "reset", "cut body"])
 @pytest.mark.parametrize(
-    "call",
-    [lambda c: c.index(), lambda c: c.destroy("wmi-one"), lambda c: c.update("wmi-one", display_name="x")],
+    "call", [lambda c: c.index(), lambda c: c.destroy("wmi-one"), lambda c: c.update("wmi-one", display_name="x")],
     ids=["GET", "DELETE", "PUT"],
-)
+)  # fmt: skip
 def test_each_verb_is_tried_again(failure, call):
     """GET, DELETE and PUT may be sent twice, and are sent the same way again."""
     answer = http({**SHOWN, "total": 0, "start": 0, "limit": None, "results": []})
@@ -1338,20 +1301,13 @@ def test_endless_answers_are_refused(begin):
 @pytest.mark.parametrize(
     "answer",
     [
-        b"HTTP/1.1 200 OK\r\nA: b\r\n",
-        b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 1000,
-        b"HTTP/1.1 200 OK\r\nA: " + b"b" * 100_000,
-        b"HTTP/1.1 999999 OK\r\n\r\n",
-        b"HTTP/1.1 2x0 OK\r\n\r\n",
-        b"\x00" * 100,
-        b"HTTP/9.9 200 OK\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n",
-        b"HTTP/1.1 204 No\r\n\r\n",
-        b"HTTP/1.1 304 No\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nA: b\r\n", b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 1000,
+        b"HTTP/1.1 200 OK\r\nA: " + b"b" * 100_000, b"HTTP/1.1 999999 OK\r\n\r\n", b"HTTP/1.1 2x0 OK\r\n\r\n",
+        b"\x00" * 100, b"HTTP/9.9 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n", b"HTTP/1.1 204 No\r\n\r\n", b"HTTP/1.1 304 No\r\n\r\n",
         b"HTTP/1.1 101 S\r\n\r\n",
     ],
-)
+)  # fmt: skip
 def test_broken_answers_are_errors(answer):
     """Whatever a server sends, what is raised is one of our errors."""
     with Scripted(answer) as server, pytest.raises(wmi.Error):

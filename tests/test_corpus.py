@@ -177,14 +177,11 @@ def test_split_of_line_ends(case: Case) -> None:
 @pytest.mark.parametrize(
     "raw",
     [
-        many_fields(FIELD_LIMIT)[:-4] + b"a" * LINE_LIMIT,
-        long_head(HEAD_LIMIT),
-        sized(long_body(BODY_LIMIT)),
-        in_chunks(long_body(BODY_LIMIT), 1),
-        b"\r\n" * (HEAD_LIMIT // 2) + request(),
+        many_fields(FIELD_LIMIT)[:-4] + b"a" * LINE_LIMIT, long_head(HEAD_LIMIT), sized(long_body(BODY_LIMIT)),
+        in_chunks(long_body(BODY_LIMIT), 1), b"\r\n" * (HEAD_LIMIT // 2) + request(),
     ],
     ids=["field", "head", "body", "chunks", "empty-lines"],
-)
+)  # fmt: skip
 def test_bytes_one_by_one_cost_little(raw: bytes) -> None:
     """The largest legal requests, byte by byte, cost far less time than they take to send."""
     began = time.thread_time()

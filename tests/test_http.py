@@ -55,21 +55,11 @@ def test_request_line_is_taken_apart():
 @pytest.mark.parametrize(
     "line",
     [
-        b"",
-        b"GET",
-        b"GET /",
-        b"GET  / HTTP/1.1",
-        b"GET / HTTP/1.1 ",
-        b"GET / http/1.1",
-        b"GET / HTTP/1",
-        b"GET / HTTP/1.10",
-        b"GET / HTTP/0.9",
-        b"G\xc3\x89T / HTTP/1.1",
-        b"GET /\xe9 HTTP/1.1",
-        b"GET /a b HTTP/1.1",
+        b"", b"GET", b"GET /", b"GET  / HTTP/1.1", b"GET / HTTP/1.1 ", b"GET / http/1.1", b"GET / HTTP/1",
+        b"GET / HTTP/1.10", b"GET / HTTP/0.9", b"G\xc3\x89T / HTTP/1.1", b"GET /\xe9 HTTP/1.1", b"GET /a b HTTP/1.1",
         b"GET /\x7f HTTP/1.1",
     ],
-)
+)  # fmt: skip
 def test_request_line_of_another_form_is_refused(line):
     """What is not METHOD SP TARGET SP HTTP/1.d is a BadRequest."""
     with pytest.raises(wmi.BadRequest):
@@ -122,21 +112,10 @@ def test_equal_lengths_are_one():
 @pytest.mark.parametrize(
     "line",
     [
-        b"",
-        b"A",
-        b": a",
-        b"A : a",
-        b" A: a",
-        b"\tA: a",
-        b"A\xe9: a",
-        b"A: a\x00",
-        b"A: \x0b",
-        b"A: a\rb",
-        b"A: a\nb",
-        b"A: \x7f",
-        b"A(b): c",
+        b"", b"A", b": a", b"A : a", b" A: a", b"\tA: a", b"A\xe9: a", b"A: a\x00", b"A: \x0b", b"A: a\rb", b"A: a\nb",
+        b"A: \x7f", b"A(b): c",
     ],
-)
+)  # fmt: skip
 def test_field_of_another_form_is_refused(line):
     """RFC 9112, 5.1 and 5.2: no folding, no blank before the colon, no control character."""
     with pytest.raises(wmi.BadRequest):
@@ -250,20 +229,10 @@ def test_targets(target, path, query):
 @pytest.mark.parametrize(
     "target",
     [
-        "a",
-        "?a",
-        "/a#b",
-        "#",
-        "*",
-        "ftp://h/",
-        "http:/a",
-        "http://",
-        "http://a b/",
-        "http://u@h/",
-        "http://h:x/",
+        "a", "?a", "/a#b", "#", "*", "ftp://h/", "http:/a", "http://", "http://a b/", "http://u@h/", "http://h:x/",
         "h:443",
     ],
-)
+)  # fmt: skip
 def test_no_targets(target):
     """RFC 9112, 3.2: another form is 400; * belongs to OPTIONS alone (3.2.4)."""
     with pytest.raises(wmi.BadRequest):
@@ -404,15 +373,10 @@ def test_an_empty_line_is_no_field(version):
 @pytest.mark.parametrize(
     "buffer",
     [
-        b"\x16\x03\x01",
-        b"GET / HTTP/1.1\r\nA: \x00",
-        b"GET / HTTP/1.1\nHost",
-        b"GET / HTTP/2.0\r\n",
-        b"a" * 8193,
-        b"GET /\r\r",
-        b"PRI * HTTP/2.0\r\n",
+        b"\x16\x03\x01", b"GET / HTTP/1.1\r\nA: \x00", b"GET / HTTP/1.1\nHost", b"GET / HTTP/2.0\r\n", b"a" * 8193,
+        b"GET /\r\r", b"PRI * HTTP/2.0\r\n",
     ],
-)
+)  # fmt: skip
 def test_hopeless_heads_are_refused_early(buffer):
     """A head that cannot become legal is refused before the rest of it is waited for."""
     with pytest.raises(wmi.Error):
@@ -784,19 +748,12 @@ def test_an_answer_from_before_a_restore_is_not_served(target):
     "targets",
     [
         [
-            "/api/images",
-            "/api/images.yml",
-            "/api/images.json",
-            "/api/images?limit=1",
-            "/api/images?start=1",
-            "/api/11.12/images",
-            "/api/12.03/images",
-            "/api/12.03/images?is_public=true",
-            "/api/images/wmi-one",
+            "/api/images", "/api/images.yml", "/api/images.json", "/api/images?limit=1", "/api/images?start=1",
+            "/api/11.12/images", "/api/12.03/images", "/api/12.03/images?is_public=true", "/api/images/wmi-one",
             "/api/11.12/images/wmi-one.yml",
         ],
     ],
-)
+)  # fmt: skip
 def test_everything_that_decides_an_answer_is_in_its_key(service, storage, targets):
     """Path, query and account each have answers and ETags of their own, whatever was asked before."""
     storage.add(image("wmi-two", account_id="a-other", is_public=True))
@@ -919,10 +876,9 @@ def test_another_process_is_seen_at_once(scheme, tmp_path):
         service = wmi.Service(storage)
         last, asked = [0], 0
         writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, url, "60"],
-            stdout=subprocess.PIPE,
+            [sys.executable, "-c", WRITER, url, "60"], stdout=subprocess.PIPE,
             cwd=os.path.dirname(os.path.abspath(wmi.__file__)),
-        )
+        )  # fmt: skip
 
         def follow():
             for line in writer.stdout:
@@ -1015,10 +971,9 @@ CALLS = [
 
 @pytest.mark.parametrize("method, target", CALLS)
 @pytest.mark.parametrize(
-    "error",
-    [OSError(5, "secret"), ValueError("secret\nline"), PermissionError(13, "secret", "/secret")],
+    "error", [OSError(5, "secret"), ValueError("secret\nline"), PermissionError(13, "secret", "/secret")],
     ids=["io", "closed", "denied"],
-)
+)  # fmt: skip
 def test_a_store_that_fails_is_503(error, method, target, lines):
     """What fails below is DatabaseError: try again later; the reason is in the log and nowhere else."""
     answer = wmi.Service(Failing(error), report=lines.append).answer(request(target, method))
@@ -1144,20 +1099,10 @@ def test_put_sets_fields(service, storage, body, kind):
 @pytest.mark.parametrize(
     "body",
     [
-        b"{",
-        b"[]",
-        b"1",
-        b"null",
-        b'"x"',
-        b'{"image": 5}',
-        b'{"display_name": 5}',
-        b"\xff",
-        b"NaN",
-        b'{"display_name": "\\ud800"}',
-        b'{"display_name": ["x"]}',
-        b'{"image": []}',
+        b"{", b"[]", b"1", b"null", b'"x"', b'{"image": 5}', b'{"display_name": 5}', b"\xff", b"NaN",
+        b'{"display_name": "\\ud800"}', b'{"display_name": ["x"]}', b'{"image": []}',
     ],
-)
+)  # fmt: skip
 def test_put_of_nonsense_is_400(service, storage, body):
     """A body that cannot be used is 400 with DCMGR's code, and changes nothing."""
     before = storage.get("wmi-one")

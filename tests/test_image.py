@@ -362,10 +362,9 @@ def test_features_are_taken_as_the_text_that_was_shown(text, kept):
     "fields",
     [
         {"source": {"uri": "file:///a: b # 'c' \"d\" 日.raw"}, "features": {"virtio": True, "acpi": False}},
-        {"source": {"snapshot_id": "snap-1"}, "boot_dev_type": 1},
-        {},
+        {"source": {"snapshot_id": "snap-1"}, "boot_dev_type": 1}, {},
     ],
-)
+)  # fmt: skip
 def test_what_a_version_shows_can_be_registered_again(version, fields):
     """A shown image, its source and features as text, makes the same record."""
     record = make(**fields)

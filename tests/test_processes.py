@@ -155,12 +155,9 @@ def test_unix_socket_that_a_crash_left_is_taken_over(command, tmp_path):
     with socket.socket(socket.AF_UNIX) as peer:
         peer.connect(path)
     second = subprocess.run(
-        [sys.executable, SCRIPT, "serve", "--store", "memory:", "--unix-socket", path],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+        [sys.executable, SCRIPT, "serve", "--store", "memory:", "--unix-socket", path], cwd=tmp_path,
+        capture_output=True, text=True, timeout=SECONDS,
+    )  # fmt: skip
     assert second.returncode == 1
     assert second.stderr.count("\n") == 1 and "Traceback" not in second.stderr
     with socket.socket(socket.AF_UNIX) as peer:
@@ -177,12 +174,9 @@ def test_unix_socket_does_not_replace_a_file(tmp_path):
     path = tmp_path / "precious"
     path.write_text("text")
     done = subprocess.run(
-        [sys.executable, SCRIPT, "serve", "--store", "memory:", "--unix-socket", str(path)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+        [sys.executable, SCRIPT, "serve", "--store", "memory:", "--unix-socket", str(path)], cwd=tmp_path,
+        capture_output=True, text=True, timeout=SECONDS,
+    )  # fmt: skip
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and str(path) in done.stderr
     assert path.read_text() == "text"
 
@@ -200,23 +194,14 @@ def activated(listener, folder, *options):
     number = listener.fileno()
     return subprocess.Popen(
         [
-            sys.executable,
-            "-c",
-            ACTIVATE,
-            str(number),
-            SCRIPT,
-            "serve",
-            "--store",
-            "sqlite:images.db",
-            "--host-name",
-            "a",
-            *options,
+            sys.executable, "-c", ACTIVATE, str(number), SCRIPT, "serve", "--store", "sqlite:images.db", "--host-name",
+            "a", *options,
         ],
         cwd=folder,
         stderr=subprocess.PIPE,
         text=True,
         pass_fds=[number],
-    )
+    )  # fmt: skip
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX only")

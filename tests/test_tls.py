@@ -146,10 +146,8 @@ def test_http_on_the_port_of_https(served):
 
 
 @pytest.mark.parametrize(
-    "text",
-    [b"", b"\x16\x03\x01\x02\x00", b"\x00" * 100, b"SSH-2.0-x\r\n"],
-    ids=["silent", "hello", "zeros", "ssh"],
-)
+    "text", [b"", b"\x16\x03\x01\x02\x00", b"\x00" * 100, b"SSH-2.0-x\r\n"], ids=["silent", "hello", "zeros", "ssh"],
+)  # fmt: skip
 def test_stalled_handshakes(served, certificate, text):
     """200 clients that stop within the handshake delay nobody, and are closed at the deadline of a head."""
     with contextlib.ExitStack() as stack:
