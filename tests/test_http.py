@@ -895,7 +895,7 @@ def test_another_process_is_seen_at_once(scheme, tmp_path):
         writer.stdout.close()
         assert writer.wait() == 0
         assert json.loads(ask(service, request("/api/images/wmi-one")).body)["description"] == "59"
-        assert asked > 10
+        assert asked > 1
 
 
 # ---- the service: conditions ----
