@@ -109,6 +109,7 @@ def test_command(copy, work, scheme, way):
 
 def test_exit_code(copy, work):
     """The script exits with what main returns, 1 here, and says why in one line."""
+    wmi.open_storage(f"sqlite:{work / 'images'}").close()
     message = run(copy / "wmi.py", "show", "wmi-none", "--store", "sqlite:images", cwd=work, code=1)
     assert message == "wmi: no such image: wmi-none in sqlite:images\n"
 
@@ -202,6 +203,7 @@ def test_zip(archive, work):
     """A zip is imported from and run like a folder, backends included."""
     printed = run("-c", "import wmi as module" + EXERCISE, work, path=[archive], cwd=work)
     assert printed.split() == ["wmi", "wmi.json_store", "wmi.sqlite_store"]
+    wmi.open_storage(f"sqlite:{work / 'new'}").close()
     for how, path in (([archive], []), (["-m", "wmi"], [archive])):
         assert run(*how, "list", "-o", "id", "--store", "sqlite:new", path=path, cwd=work) == ""
     assert "json, memory, sqlite" in run(archive, "list", "--store", "none:x", cwd=work, code=1)
