@@ -8,6 +8,7 @@ import pytest
 # In a checkout, the file beside tests/. tox sets WMI_INSTALLED: there it is the installed wheel.
 if not os.environ.get("WMI_INSTALLED"):
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    os.environ["PYTHONPATH"] = sys.path[0]  # for the processes that tests start
 
 from serving import serving
 from support import Command, image

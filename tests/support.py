@@ -22,8 +22,8 @@ import wmi
 
 ACCOUNT = "a-shpoolxx"
 SECONDS = 20.0  # for anything to happen, on a machine that is busy
-SCRIPT = os.path.abspath(wmi.__file__)
-HERE = os.path.dirname(SCRIPT)
+MODULE = "-mwmi"  # the command, which as a script would be compiled each time; conftest.py says where it is
+HERE = os.path.dirname(os.path.abspath(wmi.__file__))
 PYPY = sys.implementation.name == "pypy"
 needs_unix = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets here")
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="no /proc here")
@@ -214,15 +214,15 @@ def drive(stub, server):
 class Command:
     """A `wmi serve` in a process, and what it prints."""
 
-    def __init__(self, folder, *options, store="sqlite:images.db", script=(SCRIPT,), **more):
+    def __init__(self, folder, *options, store="sqlite:images.db", program=(MODULE,), **more):
         clean = {
             name: value for name, value in os.environ.items() if not name.startswith(("WMI_", "LISTEN_"))
         }
         more = {"stderr": subprocess.PIPE, "start_new_session": True, **more}
         port = () if "--unix-socket" in options or "pass_fds" in more else ("--port", "0")
         self.process = subprocess.Popen(
-            [sys.executable, *script, "serve", "--store", store, "--host-name", "a", *port, *options], cwd=folder,
-            env={**clean, "PYTHONPATH": HERE}, text=True, **more,
+            [sys.executable, *program, "serve", "--store", store, "--host-name", "a", *port, *options], cwd=folder,
+            env=clean, text=True, **more,
         )  # fmt: skip
         self.said = []
         for line in self.process.stderr:

@@ -19,7 +19,7 @@ import time
 
 import pytest
 from serving import serving
-from support import ACCOUNT, SCRIPT, SECONDS
+from support import ACCOUNT, MODULE, SECONDS
 
 import wmi
 
@@ -84,7 +84,7 @@ def refused(run):
 def process(*argv, **options):
     """Run the command in a process of its own."""
     options = {"capture_output": True, "timeout": SECONDS, **options}
-    return subprocess.run([sys.executable, SCRIPT, *argv], **options)
+    return subprocess.run([sys.executable, MODULE, *argv], **options)
 
 
 def kept(url="sqlite:images.db"):
@@ -377,7 +377,7 @@ def test_features_set_by_two_commands_at_once(url):
     fill(url, 2)
     for id in ("wmi-0", "wmi-1"):
         children = [
-            subprocess.Popen([sys.executable, SCRIPT, "features", id, f"--{name}", "--store", url])
+            subprocess.Popen([sys.executable, MODULE, "features", id, f"--{name}", "--store", url])
             for name in ("virtio", "acpi")
         ]
         assert [child.wait(SECONDS) for child in children] == [0, 0]
@@ -814,7 +814,7 @@ def terminal(*argv):
     pty = pytest.importorskip("pty", reason="terminals are POSIX's")
     ours, theirs = pty.openpty()
     child = subprocess.Popen(
-        [sys.executable, SCRIPT, *argv], stdout=subprocess.DEVNULL, stderr=theirs, stdin=subprocess.DEVNULL
+        [sys.executable, MODULE, *argv], stdout=subprocess.DEVNULL, stderr=theirs, stdin=subprocess.DEVNULL
     )
     os.close(theirs)
     shown = b""
@@ -835,7 +835,7 @@ def screen(*argv):
     """Run the command with stdout on a terminal; return its exit code and the text that the terminal got."""
     pty = pytest.importorskip("pty", reason="terminals are POSIX's")
     ours, theirs = pty.openpty()
-    child = subprocess.Popen([sys.executable, SCRIPT, *argv], stdout=theirs, stdin=subprocess.DEVNULL)
+    child = subprocess.Popen([sys.executable, MODULE, *argv], stdout=theirs, stdin=subprocess.DEVNULL)
     os.close(theirs)
     pieces = []
     try:
@@ -918,7 +918,7 @@ def test_head_is_no_error():
     fill("sqlite:images.db", 2000)
     for argv in (["list"], ["list", "-o", "json"], ["list", "-o", "yaml"], ["dump"]):
         child = subprocess.Popen(
-            [sys.executable, SCRIPT, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [sys.executable, MODULE, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         child.stdout.read(10)
         child.stdout.close()
@@ -950,7 +950,7 @@ def test_full_disk(argv):
 def test_closed_descriptors(closed, argv):
     """A cron job without stdin, stdout or stderr gets an exit code, no traceback."""
     done = subprocess.run(
-        ["sh", "-c", f'exec "$0" "$1" {argv} {closed}', sys.executable, SCRIPT], capture_output=True, timeout=SECONDS,
+        ["sh", "-c", f'exec "$0" "$1" {argv} {closed}', sys.executable, MODULE], capture_output=True, timeout=SECONDS,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode in (0, 1, 2)
@@ -965,7 +965,7 @@ def test_output_that_goes_nowhere_is_an_error(argv):
     full = ["> /dev/full"] if os.path.exists("/dev/full") else []
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # argparse needs it
     for where in [">&-", *full]:
-        done = subprocess.run(["sh", "-c", f'exec "$0" "$1" {argv} {where}', sys.executable, SCRIPT],
+        done = subprocess.run(["sh", "-c", f'exec "$0" "$1" {argv} {where}', sys.executable, MODULE],
                               capture_output=True, text=True, timeout=SECONDS, env=buffered)  # fmt: skip
         assert done.returncode == 1, done
         assert re.fullmatch("wmi: standard output: (Bad file descriptor|No space left on device)\n", done.stderr)
@@ -978,7 +978,7 @@ def test_nothing_to_say_needs_no_output():
     """With standard output closed, a command that prints nothing does its work."""
     fill("sqlite:images.db", 3)
     for argv in ("list -o id --start 9", "features wmi-1 --acpi"):
-        done = subprocess.run(["sh", "-c", f'exec "$0" "$1" {argv} >&-', sys.executable, SCRIPT],
+        done = subprocess.run(["sh", "-c", f'exec "$0" "$1" {argv} >&-', sys.executable, MODULE],
                               capture_output=True, text=True, timeout=SECONDS)  # fmt: skip
         assert (done.returncode, done.stderr) == (0, "")
 
@@ -987,7 +987,7 @@ def test_nothing_to_say_needs_no_output():
 def test_interrupted():
     """SIGINT in the middle of long work is exit code 130 without a traceback, and nothing is half done."""
     os.mkfifo("pipe")
-    child = subprocess.Popen([sys.executable, SCRIPT, "load", "pipe"], stderr=subprocess.PIPE)
+    child = subprocess.Popen([sys.executable, MODULE, "load", "pipe"], stderr=subprocess.PIPE)
     with open("pipe", "wb") as pipe:  # waits until the command reads
         pipe.write(b'{"account_id": "a-x"}\n' * 10)
         pipe.flush()
@@ -1187,7 +1187,7 @@ def test_load_of_an_input_that_cannot_be_read(source):
     """No input at all, or the store itself: an error that does not put it down to the store."""
     fill("sqlite:images.db", 1)
     os.link("images.db", "link")
-    done = subprocess.run(["sh", "-c", f'exec "$0" "$1" load {source}', sys.executable, SCRIPT],
+    done = subprocess.run(["sh", "-c", f'exec "$0" "$1" load {source}', sys.executable, MODULE],
                           capture_output=True, text=True, timeout=SECONDS)  # fmt: skip
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     expected = "/dev/stdin is a file of the store" if "db" in source or "link" in source else "cannot read line 1"
@@ -1363,7 +1363,7 @@ def test_dump_to_what_is_no_file_streams(done):
     fill("sqlite:images.db", 2)
     expected = done("dump").encode()
     os.mkfifo("pipe")
-    child = subprocess.Popen([sys.executable, SCRIPT, "dump", "pipe"])
+    child = subprocess.Popen([sys.executable, MODULE, "dump", "pipe"])
     assert content("pipe") == expected
     assert child.wait(SECONDS) == 0 and stat.S_ISFIFO(os.stat("pipe").st_mode)
     assert process("dump", "-").stdout == process("dump", "/dev/stdout").stdout == expected
@@ -1497,7 +1497,7 @@ def test_serve(tmp_path):
     """The command serves what the other commands change, and the sample only where the store is empty."""
     for _ in range(2):
         child = subprocess.Popen(
-            [sys.executable, SCRIPT, "serve", "--sample", "--port", "0", "--log", "-"], stderr=subprocess.PIPE,
+            [sys.executable, MODULE, "serve", "--sample", "--port", "0", "--log", "-"], stderr=subprocess.PIPE,
             text=True,
         )  # fmt: skip
         try:
@@ -1520,7 +1520,7 @@ def test_serve(tmp_path):
 def test_serve_of_another_version(tmp_path):
     """--unversioned makes /api/images speak another version."""
     child = subprocess.Popen(
-        [sys.executable, SCRIPT, "serve", "--sample", "--port", "0", "--unversioned", "12.03", "--store", "memory:"],
+        [sys.executable, MODULE, "serve", "--sample", "--port", "0", "--unversioned", "12.03", "--store", "memory:"],
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

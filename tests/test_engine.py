@@ -21,6 +21,7 @@ from support import (
     ACCOUNT,
     CLOSE,
     GET,
+    MODULE,
     PUT,
     SECONDS,
     SLOW,
@@ -456,7 +457,7 @@ def test_many_long_works_delay_what_needs_no_store():
 def test_a_worker_that_stands_still_does_not_make_another_spin(tmp_path):
     """What a worker with fewer connections does not take in time, another one takes, at little cost."""
     process = subprocess.Popen(
-        [sys.executable, wmi.__file__, "serve", "--store", "json:i", "--port", "0", "--workers", "2", "--log", "-"],
+        [sys.executable, MODULE, "serve", "--store", "json:i", "--port", "0", "--workers", "2", "--log", "-"],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

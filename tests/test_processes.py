@@ -17,7 +17,7 @@ from support import (
     ACCOUNT,
     CLOSE,
     GET,
-    SCRIPT,
+    MODULE,
     SECONDS,
     WORKERS,
     alive,
@@ -57,8 +57,9 @@ def test_a_dead_worker_is_replaced(command):
     after = until(lambda: (found := children(server.pid) - {victim}) and len(found) == 2 and found)
     assert len(after & before) == 1
     survivor = (after & before).pop()
-    os.kill(survivor, signal.SIGKILL)  # now only the new one serves
+    os.kill(survivor, signal.SIGSTOP)  # now only the new one serves
     server.ready()
+    os.kill(survivor, signal.SIGCONT)
     os.kill(server.pid, signal.SIGTERM)
     assert server.wait() == 0
     assert not [pid for pid in after if alive(pid)]
@@ -68,7 +69,7 @@ def test_a_dead_worker_is_replaced(command):
 def test_workers_share_the_connections(command):
     """However fast they come, each process gets as many, or the others' cores are of no use."""
     patient = f"import sys, wmi; wmi.SHARE_SECONDS = {SECONDS / 4}; sys.exit(wmi.main())"  # on a busy machine
-    server = command("--workers", "2", script=["-c", patient])
+    server = command("--workers", "2", program=["-c", patient])
     server.ready()
     workers = until(lambda: (found := children(server.pid)) and len(found) == 2 and found)
 
@@ -155,7 +156,7 @@ def test_unix_socket_that_a_crash_left_is_taken_over(command, tmp_path):
     with socket.socket(socket.AF_UNIX) as peer:
         peer.connect(path)
     second = subprocess.run(
-        [sys.executable, SCRIPT, "serve", "--store", "memory:", "--unix-socket", path], cwd=tmp_path,
+        [sys.executable, MODULE, "serve", "--store", "memory:", "--unix-socket", path], cwd=tmp_path,
         capture_output=True, text=True, timeout=SECONDS,
     )  # fmt: skip
     assert second.returncode == 1
@@ -174,7 +175,7 @@ def test_unix_socket_does_not_replace_a_file(tmp_path):
     path = tmp_path / "precious"
     path.write_text("text")
     done = subprocess.run(
-        [sys.executable, SCRIPT, "serve", "--store", "memory:", "--unix-socket", str(path)], cwd=tmp_path,
+        [sys.executable, MODULE, "serve", "--store", "memory:", "--unix-socket", str(path)], cwd=tmp_path,
         capture_output=True, text=True, timeout=SECONDS,
     )  # fmt: skip
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and str(path) in done.stderr
@@ -194,7 +195,7 @@ def activated(listener, folder, *options):
     number = listener.fileno()
     return subprocess.Popen(
         [
-            sys.executable, "-c", ACTIVATE, str(number), SCRIPT, "serve", "--store", "sqlite:images.db", "--host-name",
+            sys.executable, "-c", ACTIVATE, str(number), MODULE, "serve", "--store", "sqlite:images.db", "--host-name",
             "a", *options,
         ],
         cwd=folder,

@@ -14,7 +14,7 @@ import pytest
 from serving import read_answer, serving
 from support import (
     GET,
-    SCRIPT,
+    MODULE,
     SECONDS,
     SLOW,
     WORKERS,
@@ -197,7 +197,7 @@ def test_a_signal_right_after_the_start_line(tmp_path, workers):
     for _ in range(4):
         path = tmp_path / "wmi.sock"
         process = subprocess.Popen(
-            [sys.executable, SCRIPT, "serve", "--store", "json:images.json", "--unix-socket", str(path),
+            [sys.executable, MODULE, "serve", "--store", "json:images.json", "--unix-socket", str(path),
              "--workers", workers],
             cwd=tmp_path, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip

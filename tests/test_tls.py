@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import pytest
 from corpus import CASES, Case, Server, play
 from serving import Serving, parse_answer, serving
-from support import ACCOUNT, CLOSE, GET, SECONDS, make_certificate, rest
+from support import ACCOUNT, CLOSE, GET, MODULE, SECONDS, make_certificate, rest
 
 import wmi
 
@@ -216,7 +216,7 @@ def test_nothing_waits_inside_tls(served, certificate):
 def start(folder, *options):
     """Return `wmi serve` on a port of the system's choice, and its URL."""
     process = subprocess.Popen(
-        [sys.executable, wmi.__file__, "serve", "--store", "sqlite:images.db", "--sample", "--port", "0", *options],
+        [sys.executable, MODULE, "serve", "--store", "sqlite:images.db", "--sample", "--port", "0", *options],
         cwd=folder, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     line = process.stderr.readline()
@@ -271,7 +271,7 @@ def test_a_bad_certificate_is_refused(tmp_path, text):
     """One clear line that names the file, and exit code 1."""
     (tmp_path / "bad.pem").write_text(text)
     done = subprocess.run(
-        [sys.executable, wmi.__file__, "serve", "--store", "memory:", "--port", "0", "--tls-cert", "bad.pem"],
+        [sys.executable, MODULE, "serve", "--store", "memory:", "--port", "0", "--tls-cert", "bad.pem"],
         cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS,
     )  # fmt: skip
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "bad.pem" in done.stderr

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from support import ACCOUNT
+from support import ACCOUNT, MODULE
 
 import wmi
 
@@ -40,7 +40,7 @@ with wmi.open_storage(store) as storage:
 def start_server(store, folder):
     """Return a server of two worker processes on any free port, and its URL."""
     process = subprocess.Popen(
-        [sys.executable, wmi.__file__, "serve", "--store", store, "--port", "0", "--workers", "2", "--log", "-"],
+        [sys.executable, MODULE, "serve", "--store", store, "--port", "0", "--workers", "2", "--log", "-"],
         cwd=folder, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     url = re.search(r"http://[0-9.:]+", process.stderr.readline())

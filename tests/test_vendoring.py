@@ -68,6 +68,12 @@ def run(*arguments, path=(), cwd=None, code=0, site=False):
     return done.stdout if code == 0 else done.stderr
 
 
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    """Nothing is found in the checkout unless a test says so."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+
+
 @pytest.fixture
 def copy(tmp_path):
     """Return a folder with wmi.py and backends/ as in a checkout, elsewhere."""
@@ -95,8 +101,7 @@ def test_what_is_tested():
 # ---- a file that is run or imported ----
 
 
-@pytest.mark.parametrize("scheme", ["json", "sqlite"])
-@pytest.mark.parametrize("way", ["script", "module"])
+@pytest.mark.parametrize("way, scheme", [("script", "json"), ("module", "sqlite")])
 def test_command(copy, work, scheme, way):
     """`python wmi.py` and `python -m wmi` are the command, from any folder, with every backend."""
     how, path = (["-m", "wmi"], [copy]) if way == "module" else ([copy / "wmi.py"], [])
