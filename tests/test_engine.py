@@ -229,7 +229,8 @@ def test_a_leader_that_starts_fast_is_watched(monkeypatch):
             threading.Event().wait(0.05)  # the new leader is at work by now
 
     monkeypatch.setattr(threading.Thread, "start", slowly)
-    with Stuck() as storage, serving(storage) as served, contextlib.ExitStack() as stack:
+    log = []
+    with Stuck() as storage, serving(storage, log=log.append) as served, contextlib.ExitStack() as stack:
         for _ in range(4):
             stack.enter_context(connect(served)).sendall(head("/api/images/wmi-1"))
         for _ in range(3):
@@ -237,6 +238,8 @@ def test_a_leader_that_starts_fast_is_watched(monkeypatch):
                 peer.sendall(head("/nowhere"))
                 assert read_answer(peer)[0] == 404
         storage.told.set()
+        until(lambda: leaders() == 1 and served.server.service.waiting == 0)
+    assert not [line for line in log if "error: " in line]
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="certificates are made by the openssl program")

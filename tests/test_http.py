@@ -736,8 +736,7 @@ def test_an_answer_from_before_a_restore_is_not_served(target):
     before = storage.revision()
     records.append(storage.get("wmi-one"))
     storage.delete("wmi-one")  # by another process
-    gone = service.answer(request(target), arrived)
-    service.keep()
+    gone = ask(service, request(target), arrived)
     assert b"wmi-one" not in gone.body or gone.status == 404
     storage.add(records[0])  # the backup
     storage.put_back = before
@@ -799,6 +798,14 @@ def test_cache_is_bounded_in_bytes(monkeypatch):
             assert ask(service, request(f"/api/images?limit=20&unknown={number}")).status == 200
         most = max(most, kept_bytes(service))
     assert 1 << 17 < most < 1 << 19
+
+
+def test_an_answer_that_takes_the_place_of_another_counts_once(service, storage):
+    """The count of bytes is that of what is kept, however often an answer is made anew."""
+    for number in range(5):
+        storage.replace("wmi-one", lambda record, number=number: {**record, "description": "x" * number})
+        ask(service, request())
+        assert kept_bytes(service) == len(ask(service, request()).body)
 
 
 def kept_bytes(service):
