@@ -1924,7 +1924,8 @@ class Service:
                 with self.walking(catalog, pulse) as walking:
                     body = self._gather_page(walking, query, format)
         answer = content_answer(request, _CONTENT_TYPES[format], body)
-        if isinstance(answer.body, bytes) and len(self.fresh) < FRESH_AT_MOST and self._was_asked(request.cache_key):
+        is_kept = len(self.fresh) < FRESH_AT_MOST and request.cache_key[1] == catalog.account  # no other account's
+        if is_kept and isinstance(answer.body, bytes) and self._was_asked(request.cache_key):
             size = len(answer.head) + len(answer.body) + sum(map(len, request.cache_key)) + 1024  # objects around them
             self.fresh.append((request.cache_key, (revision, answer, size)))
         return answer
@@ -2940,7 +2941,7 @@ _JSON = json.JSONDecoder(parse_int=_WHOLE, parse_float=_WHOLE, parse_constant=_W
 # The type of each field of an image, apart from null. Values are not checked: another server may know more of them.
 _TYPES = {name: str if default is None else type(default) for name, (_, default) in FIELDS.items()}
 _TYPES.update({"uuid": str, **dict.fromkeys(_ALWAYS_EMPTY, list)})
-_LOOPBACK = r"https?://(127(\.[0-9]+){3}|\[::1\]|localhost)(:|/|$)"
+_LOOPBACK = r"https?://(127(\.[0-9]+){3}|\[::1\]|localhost)(:[0-9]*)?(/|$)"
 _check_url = _matching(r"https?://[^/?#@\s]+(/[^?#\s]*)?", "http://HOST:PORT or https://HOST:PORT")
 
 
@@ -2966,7 +2967,7 @@ class Client:
         self._url = _check_url("url", url).rstrip("/") + self.version.path
         self._fields = {"X-VDC-ACCOUNT-UUID": self.account} if self.account else {}
         if token:
-            if not (plain_token or url.startswith("https:") or re.match(_LOOPBACK, url)):
+            if not (plain_token or url.startswith("https:") or (re.match(_LOOPBACK, url) and not proxies)):
                 raise InvalidParameter("over http others could read the token: use https, or allow it, --plain-token")
             if not re.fullmatch("[!-~]{1,4096}", token):  # and it is not shown
                 raise InvalidParameter("token: expected visible ASCII without blanks")
@@ -3489,6 +3490,8 @@ LOG_FORMATS["json"] = LogFormat(_json_answer, _json_failure)
 
 # ---- tokens ----
 
+_CONTRADICTION = "the token is another account's"
+
 
 class Tokens:
     """Who may call: a file of lines `ACCOUNT SHA256-OF-TOKEN`, read again when it changes; `#` begins a comment.
@@ -3499,33 +3502,31 @@ class Tokens:
     def __init__(self, path: str) -> None:
         self._path, self._key = path, os.urandom(16)
         self._accounts: dict[bytes, str] = {}
-        self._state: object = None  # of the file, when it was read
+        self._state: object = None  # of the file when it was read; None: it has to be read again
         self._fault = ""  # that was told last
+        self._lock = threading.Lock()  # of the thread that reads; if it is held up, the others do not wait
         if fault := self.refresh():
             raise InvalidParameter(fault)
 
-    @property
-    def is_exposed(self) -> bool:
-        """Say whether others may read the file."""
-        return bool(os.stat(self._path).st_mode & stat.S_IROTH)
-
     def refresh(self) -> str:
-        """Read the file if it has changed; return what is wrong with it, in which case nothing changes."""
+        """Read the file if it has changed; return what is newly wrong with it, in which case nothing changes."""
+        if not self._lock.acquire(blocking=False):
+            return ""
+        known, fault, self._state = self._state, "", None
         try:
-            state = os.stat(self._path)
-            found = state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
-            if found == self._state:
-                return ""
-            # A file that was written just now may be written again within the same tick of its clock.
-            self._state = found if abs(time.time() - state.st_mtime) > TICK_SECONDS else None
-            with open(self._path, encoding="utf-8") as file:
-                self._accounts = dict(self._parse_lines(file))
+            status = os.stat(self._path)
+            state = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+            if state != known:
+                with open(self._path, encoding="utf-8") as file:
+                    self._accounts = dict(self._parse_lines(file))
+            # A file that was changed just now may change again within the same tick of its clock.
+            self._state = state if abs(time.time() - status.st_ctime) > TICK_SECONDS else None
         except (OSError, ValueError, InvalidParameter) as error:
             fault = f"{self._path}: {getattr(error, 'strerror', '') or error}"
-            told, self._fault = fault == self._fault, fault
-            return "" if told else fault
-        self._fault = ""
-        return ""
+        finally:
+            self._lock.release()
+        told, self._fault = self._fault, fault
+        return "" if fault == told else fault
 
     def _parse_lines(self, lines: Iterable[str]) -> Iterator[tuple[bytes, str]]:
         for number, line in enumerate(lines, 1):
@@ -3550,12 +3551,12 @@ class Tokens:
         """
         user, token = presented_token(request.fields)
         account = self._accounts.get(self._keyed(hashlib.sha256(token.encode("utf-8", "replace")).digest()))
-        if account is None or user not in ("", account):
+        if not token or account is None or user not in ("", account):
             error = InvalidRequestCredentials("a token of a known account is needed")
             error.status = 401
             raise error
         if (request.fields.get("x-vdc-account-uuid") or account) != account:
-            raise OperationNotPermitted("the token is another account's")
+            raise OperationNotPermitted(_CONTRADICTION)
         return account
 
     def identify(self, request: Request) -> Request:
@@ -3586,12 +3587,13 @@ def add_token(account: str, path: str) -> str:
     """Make a token for an account, append its digest to a file of tokens, and return it. Raises OSError."""
     import secrets  # here: it is needed once
 
-    token = secrets.token_urlsafe(32)
+    token = f"wmi_{secrets.token_urlsafe(32)}"  # never begins with -, which would make an option of it
     line = f"{check_account('account', account)} {hashlib.sha256(token.encode()).hexdigest()}\n"
-    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b", buffering=0) as file:
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b") as file:
         if file.seek(0, io.SEEK_END) and (file.seek(-1, io.SEEK_END), file.read(1))[1] != b"\n":
             line = "\n" + line  # somebody's editor left the last line without its end
         file.write(line.encode())
+        file.flush()  # all of the line in one write, or an error
         os.fsync(file.fileno())
     return token
 
@@ -4224,7 +4226,10 @@ def _serve(options: Any) -> int:
         ours = storage if options.workers == 1 else open_storage(options.store)
         return Server(ours, listener=listener, unversioned=options.unversioned, host_names=options.host_name,
                       max_connections=options.max_connections, tls=context, log=log, log_format=options.log_format,
-                      files=options.files, tokens=Tokens(options.tokens) if options.tokens else None)  # fmt: skip
+                      files=options.files, tokens=read_tokens())  # fmt: skip
+
+    def read_tokens() -> Tokens | None:
+        return Tokens(options.tokens) if options.tokens else None
 
     def renew(server: Server | None) -> None:  # None: the parent, for the workers to come
         nonlocal context
@@ -4240,6 +4245,8 @@ def _serve(options: Any) -> int:
             _add_sample(storage)
         if options.workers > 1:
             storage.close()
+        if read_tokens():  # and so is a bad file of tokens
+            _warn_if_exposed(options.tokens)
         listener = listen(options.host, options.port, options.unix_socket)
         address = address_of(listener, "https" if context else "http")
         if address == f"unix:{options.unix_socket}":
@@ -4289,12 +4296,15 @@ def _log_writer(options: Any) -> Callable[[str], object]:
 
 
 def _announce(options: Any, address: str) -> None:
-    if options.tokens and Tokens(options.tokens).is_exposed:
-        print(f"wmi: warning: {options.tokens} can be read by others; use chmod o= {options.tokens}", file=sys.stderr)
     if not options.tokens and not address.startswith("unix:") and not re.match(_LOOPBACK, address):
         print(f"wmi: warning: {address} is open to others, and a caller may claim any account", file=sys.stderr)
     page = "" if address.startswith("unix:") else f" (page: {address}/)"
     print(f"wmi: serving {options.store} on {address}/api/images{page}", file=sys.stderr, flush=True)
+
+
+def _warn_if_exposed(path: str) -> None:
+    if os.stat(path).st_mode & (stat.S_IROTH | stat.S_IWOTH):
+        print(f"wmi: warning: {path} is open to others on this machine; use chmod o= {path}", file=sys.stderr)
 
 
 def _add(options: Any, boot_dev_type: int, location: str) -> None:
@@ -4351,6 +4361,9 @@ def _client(options: Any, version: str = DOCUMENT) -> Client:
     if options.token_file:
         with open(options.token_file, encoding="ascii", errors="replace") as file:
             token = file.read(8192).strip()
+        if not token:
+            raise InvalidParameter(f"{options.token_file}: holds no token")
+        _warn_if_exposed(options.token_file)
     if not options.url:
         raise InvalidParameter("a file is fetched from a server: give --url http://HOST:PORT or set WMI_URL")
     if not options.account and not token:
@@ -4650,8 +4663,8 @@ def _add_arguments(command: Any, names: Iterable[str]) -> None:
                 continue
             if "action" not in settings:
                 settings = {"metavar": name.split("_")[-1].upper(), **settings}
-            if name in _PLACE_OPTIONS:
-                settings = {**settings, "default": os.environ.get(f"WMI_{name.upper()}") or settings.get("default")}
+                if name in _PLACE_OPTIONS:
+                    settings["default"] = os.environ.get(f"WMI_{name.upper()}") or settings.get("default")
             group.add_argument(f"--{name.replace('_', '-')}", *short.split(), help=help, **settings)
 
 
@@ -4664,7 +4677,9 @@ def _explain(error: Exception, options: Any) -> str:
     if text in ("start", "limit") and hasattr(options, text):
         return f"--{text}: {getattr(options, text)!r} is not a whole number of at most 18 digits"
     if getattr(error, "status", 0) == 401:
-        return f"{options.url} asks for a token: set WMI_TOKEN, or name the file that holds it, --token-file FILE"
+        return f"{options.url} wants a valid token: set WMI_TOKEN, or name the file that holds it, --token-file FILE"
+    if text == _CONTRADICTION:
+        return f"not permitted: {text}; leave --account out"
     if text.startswith("Invalid UUID Syntax: "):
         return f"{text[21:]!r} is not an id: an id is wmi- and letters a-z or digits"
     cause: Any = getattr(error.__cause__, "reason", error.__cause__)  # urllib wraps what the system says
