@@ -1684,9 +1684,15 @@ def make_answer(status: int, lines: str, body: bytes | Body = b"") -> Answer:
 
 
 def error_answer(error: Error, version: Version, format: str = "json") -> Answer:
-    """Return the one form in which every error is answered."""
+    """Return the one form in which the API answers every error."""
     name = version.prefix + type(error).__name__
-    lines = f"Content-Type: {_CONTENT_TYPES[format]}\r\n"
+    shown = {"error": name, "message": str(error) or name, "code": error.code}
+    return make_error(error, _CONTENT_TYPES[format], encode(shown, format))
+
+
+def make_error(error: Error, type: str, body: bytes, lines: str = "") -> Answer:
+    """Return an answer with an error's status and the header lines that belong to it."""
+    lines += f"Content-Type: {type}\r\n"
     if isinstance(error, MethodNotAllowed):
         lines += f"Allow: {error}\r\n"
     if isinstance(error, RangeNotSatisfiable):
@@ -1695,8 +1701,7 @@ def error_answer(error: Error, version: Version, format: str = "json") -> Answer
         lines += "Retry-After: 1\r\n"
     if error.status == 401:
         lines += 'WWW-Authenticate: Basic realm="wmi", charset="UTF-8"\r\nWWW-Authenticate: Bearer realm="wmi"\r\n'
-    shown = {"error": name, "message": str(error) or name, "code": error.code}
-    return make_answer(error.status, lines, encode(shown, format))
+    return make_answer(error.status, lines, body)
 
 
 _json = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
@@ -1839,7 +1844,10 @@ class Service:
         """Return the answer to a request that could not be read, or not be answered."""
         version, format = self.unversioned, "json"
         with contextlib.suppress(NotFound):
-            version, _, format, _ = self._route(request.path) if request else (version, None, format, None)
+            if request:
+                version, _, format, read = self._route(request.path)
+                if read in ERROR_PAGES:
+                    return ERROR_PAGES[read](error, request)
         return error_answer(error, version, format)
 
     def _route(self, path: str) -> Route:
@@ -1977,6 +1985,7 @@ class Service:
 # What a path is served by: a pattern of a version, an id and an ending; who reads; and the option of Service without
 # which there is no such path. Optional adds rows.
 ROUTES: list[tuple[re.Pattern[str], Read, str]] = [(_IMAGES_PATH, Service.read_images, "")]
+ERROR_PAGES: dict[Read, Callable[[Error, Request], Answer]] = {}  # of readers whose errors people read
 
 
 def content_answer(request: Request, type: str, body: bytes | Body, lines: str = "") -> Answer:
@@ -3603,66 +3612,70 @@ def add_token(account: str, path: str) -> str:
 PAGE_SIZE = 20  # images on a page
 _NOBODY = "a-" + os.urandom(16).hex()  # an account that owns nothing, for visitors who name none
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #5a6572; --line: #d5dbe1; --paper: #fff; --card: #f6f8fa;
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --line: #d5dbe1; --paper: #fff; --card: #f6f8fa;
   --link: #0a58ad; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e7ebef; --soft: #a0abb6; --line: #3a434d; --paper: #14181c;
   --card: #1d2329; --link: #7db8ff; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 1rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 56rem; padding: 0 1rem 3rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-a { color: var(--link); }
-:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
-h1 { font-size: 1.5rem; margin: .5rem 0; } h1 a { color: inherit; text-decoration: none; }
-h2 { font-size: 1.15rem; margin: 0; } p { margin: .25rem 0; } .soft, dt, label { color: var(--soft); }
-.forms { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 1rem 0; }
-form { display: flex; gap: .5rem; align-items: end; flex: 1 1 20rem; } label { flex: 1; font-size: .875rem; }
-input, button, .button { font: inherit; border: 1px solid var(--soft); border-radius: .375rem; padding: .4rem .8rem;
-  min-height: 2.75rem; }
-input { display: block; width: 100%; color: inherit; background: var(--paper); }
-button, .button { background: var(--link); border-color: var(--link); color: var(--paper); cursor: pointer; }
-.button { display: inline-block; text-decoration: none; margin: .5rem 0; }
-ol { list-style: none; padding: 0; margin: 1rem 0; }
-li { border: 1px solid var(--line); border-radius: .5rem; background: var(--card); padding: .75rem 1rem; }
-li + li { margin-top: .5rem; }
-.tag { border: 1px solid var(--soft); border-radius: 1rem; padding: 0 .6rem; font-size: .8125rem; white-space: nowrap; }
-nav { display: flex; gap: 1.5rem; }
-dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .35rem 1rem; }
-dd { margin: 0; white-space: pre-wrap; }
-code { display: block; background: var(--card); border: 1px solid var(--line); border-radius: .375rem; margin: .5rem 0;
-  padding: .6rem .8rem; white-space: pre-wrap; user-select: all; -webkit-user-select: all; font-size: .875rem; }
+a { color: var(--link); text-decoration: none; } a:hover { text-decoration: underline; }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; border-radius: .25rem; }
+header { margin-bottom: 1.25rem; padding: .9rem 0; border-bottom: 1px solid var(--line); font-weight: 600; }
+h1 { margin: 0; font-size: 1.5rem; line-height: 1.25; } h2 { margin: 0; font-size: 1.0625rem; } p { margin: .5rem 0; }
+small, dt, label, .soft { color: var(--soft); font-size: .875rem; }
+form { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; margin: 1rem 0; } label { flex: 1 1 14rem; }
+input, button, .button { padding: .5rem 1rem; border: 1px solid var(--soft); border-radius: .375rem; font: inherit; }
+input { display: block; width: 100%; margin-top: .25rem; color: var(--ink); background: var(--paper); font-size: 1rem; }
+button, .button { display: inline-block; color: var(--paper); background: var(--link); border-color: var(--link); }
+ol { margin: 1rem 0; padding: 0; list-style: none; border-top: 1px solid var(--line); }
+li { padding: .8rem 0; border-bottom: 1px solid var(--line); } li p { margin: .125rem 0 0; }
+.tag { margin-right: .375rem; padding: 0 .5rem; border: 1px solid var(--line); border-radius: 1rem; color: var(--ink);
+  background: var(--card); font-size: .8125rem; } .tag, time { white-space: nowrap; }
+nav { display: flex; justify-content: space-between; }
+.empty { margin: 1rem 0; padding: 2.5rem 1rem; border: 1px dashed var(--soft); border-radius: .5rem; text-align: center; }
+dl { display: grid; grid-template-columns: fit-content(30%) 1fr; gap: .5rem 1.25rem; margin: 1.5rem 0; }
+dt { padding-top: .1rem; } dd { margin: 0; white-space: pre-wrap; }
+pre { margin: .25rem 0 1rem; padding: .7rem .9rem; border: 1px solid var(--line); border-radius: .375rem;
+  background: var(--card); font-size: .875rem; white-space: pre-wrap; user-select: all; -webkit-user-select: all; }
 """
 _PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,"><title>{title}</title><style>{style}</style></head>
-<body>
-<header><h1><a href="{home}">Machine images</a></h1></header>
+<body><header><a href="{home}">Machine images</a></header>
 <main>
 {main}
-</main>
-</body>
-</html>
+</main></body></html>
 """
-_SEARCH_FORM = """<form role="search" action="/">{hidden}<label>Search
-<input type="search" name="q" value="{words}"></label><button>Search</button></form>"""
-_ACCOUNT_FORM = """<form action="/"><label>Account, such as a-shpoolxx
-<input name="account" value="{account}" pattern="a-[a-z0-9]+" autocapitalize="none"></label>
-<button>Show its images</button></form>"""
+_FORM = """<form role="search" action="/"><label>Search
+<input type="search" name="q" value="{words}"></label>{account}<button>Show</button></form>"""
+_ACCOUNT_FIELD = """
+<label>Account <input name="account" value="{account}" placeholder="a-shpoolxx" pattern="a-[a-z0-9]+"
+title="a- and letters a-z or digits" autocapitalize="none" autocomplete="username" spellcheck="false"></label>"""
+_HINT = "Name your account to list the images that only it may see, too."
 _PAGE_ERRORS = {
+    400: "Something in this address is not right: {error}",
+    401: "Load the page again to sign in: the user name is your account, and the password is its token.",
     403: "This image belongs to another account, and is not public.",
-    404: "There is no such image.",
-    503: "The images cannot be read at this moment. Try again.",
+    404: "It may have been deleted, or its address is misspelled.",
+    503: "The images cannot be read at this moment. Try again soon.",
 }
+# What people look for in an image, in that order; the other fields follow under their own names.
+_LABELS = {
+    "display_name": "Name", "description": "Description", "id": "ID", "file": "File", "md5sum": "MD5",
+    "arch": "Architecture", "os_type": "System", "is_public": "Visible to", "account_id": "Owner", "state": "State",
+    "created_at": "Registered", "updated_at": "Changed", "boot_dev_type": "Boots from", "source": "Source",
+}  # fmt: skip
 
 
-@functools.lru_cache(maxsize=1)
-def _page_fields() -> str:
-    """Return the header lines of a page: nothing in it runs, and it loads nothing but its own style."""
-    import base64  # here: only who asks for a page needs it
+def _page_body(title: str, main: str, account: str) -> tuple[bytes, str]:
+    """Return a page, and its header lines: nothing in it runs, and it loads nothing but its own style."""
+    import binascii  # here: only who asks for a page needs it
 
-    digest = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+    digest = binascii.b2a_base64(hashlib.sha256(_STYLE.encode()).digest(), newline=False).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; form-action 'self'; base-uri 'none'"
-    return f"Content-Security-Policy: {policy}; frame-ancestors 'none'\r\nReferrer-Policy: no-referrer\r\n"
+    lines = f"Content-Security-Policy: {policy}; frame-ancestors 'none'\r\nReferrer-Policy: no-referrer\r\n"
+    return _PAGE.format(title=_html(title), style=_STYLE, main=main, home=_link("/", account=account)).encode(), lines
 
 
 def _html(value: Any) -> str:
@@ -3670,7 +3683,7 @@ def _html(value: Any) -> str:
     import html  # here: it is large
 
     text = value if isinstance(value, str) else to_json(value)
-    return html.escape(re.sub("[^\t\n -~\xa0-\ufdcf\ufdf0-\ufffd\U00010000-\U0010ffff]|[\ufffe\uffff]", "\ufffd", text))
+    return html.escape(re.sub("[^\t\n -~\xa0-\ud7ff\ue000-\ufdcf\ufdf0-\ufffd\U00010000-\U0010ffff]", "\ufffd", text))
 
 
 def _link(path: str, **query: Any) -> str:
@@ -3680,59 +3693,64 @@ def _link(path: str, **query: Any) -> str:
 
 
 def read_page(service: Service, request: Request, route: Route, arrived: float, pulse: Pulse) -> Answer:
-    """Answer GET and HEAD of / and /images/ID with a page for people.
+    """Answer GET and HEAD of / and /images/ID, which are pages for people, and of the file that such a page links.
 
     Without tokens the account stands in the query; who names none sees what is public.
     """
-    query, account, status = {}, "", 200
-    try:
-        query = parse_query(request.query, ("account", "q", "start"))
-        account = "" if service.tokens else query.get("account", "")
-        catalog = service.catalog(request, find_version(DOCUMENT), account or _NOBODY)
-        if route.id is None:
-            title, parts = "Machine images", _index_page(service, catalog, query, account, pulse)
-        else:
-            title, parts = f"{route.id} · images", _image_page(service, request, catalog.show(route.id), account)
-        main = "\n".join(parts)
-    except Error as error:
-        if error.status == 401:  # so that a browser asks for account and token
-            raise
-        status, title = error.status, "Machine images"
-        main = f"<p>{_html(_PAGE_ERRORS.get(status, str(error)))}</p>"
-    body = _PAGE.format(title=_html(title), style=_STYLE, main=main, home=_link("/", account=account))
-    answer = content_answer(request, "text/html;charset=utf-8", body.encode(), _page_fields())
-    return answer if status == 200 else answer._replace(status=status)
+    query = parse_query(request.query, ("account", "q", "start"))
+    named = query.get("account", "") and check_account("account", query["account"])
+    catalog = service.catalog(request, find_version(DOCUMENT), named or _NOBODY)
+    account = "" if catalog.account == _NOBODY else str(catalog.account)
+    linked = "" if service.tokens else account  # by links, as the browser sends a token by itself
+    if route.id is None:
+        title, parts = "Machine images", _index_page(service, catalog, query, account, linked, pulse)
+    else:
+        image = catalog.show(route.id)
+        if request.path.endswith("/file"):
+            return file_answer(request, image, open_image_file(service.files or "", image))
+        title, parts = f"{route.id} · Machine images", _image_page(service, request, image, account, linked)
+    body, lines = _page_body(title, "\n".join(parts), linked)
+    return content_answer(request, "text/html;charset=utf-8", body, lines)
+
+
+def error_page(error: Error, request: Request) -> Answer:
+    """Return an error as a page for people."""
+    account = re.search("(?:^|&)account=(a-[a-z0-9]+)(?:&|$)", request.query)
+    text = _PAGE_ERRORS.get(error.status, "{error}").format(error=error)
+    main = f"<h1>{_REASONS[error.status]}</h1>\n<p><bdi>{_html(text)}</bdi></p>"
+    body, lines = _page_body(_REASONS[error.status], main, account[1] if account else "")
+    return make_error(error, "text/html;charset=utf-8", body, f"{lines}Cache-Control: {_CACHE_CONTROL}\r\n")
 
 
 def _index_page(
-    service: Service, catalog: Catalog, query: Mapping[str, str], account: str, pulse: Pulse
+    service: Service, catalog: Catalog, query: Mapping[str, str], account: str, linked: str, pulse: Pulse
 ) -> Iterator[str]:
-    start, words, total, images = whole_number("start", query.get("start", "0")), query.get("q", "").strip(), 0, []
+    start, total, images = whole_number("start", query.get("start") or "0"), 0, []
+    words = " ".join(query.get("q", "").encode("utf-8", "replace").decode().split())
     if words:
-        with service.walking(catalog, pulse) as walking:
+        with service.walking(catalog, pulse) as walking, storage_errors():
             found = walking.matching(True, False, [functools.partial(_has_words, words.lower().split())])
             for total, image in enumerate(found, 1):
                 if start < total <= start + PAGE_SIZE:
                     images.append(image)
     else:
         total, _, _, images = catalog.index(start, PAGE_SIZE)  # type: ignore[assignment]
-    yield '<div class="forms">'
-    hidden = f'<input type="hidden" name="account" value="{_html(account)}">' if account else ""
-    yield _SEARCH_FORM.format(hidden=hidden, words=_html(words))
-    if not service.tokens:
-        yield _ACCOUNT_FORM.format(account=_html(account))
-    whose = f"that {catalog.account} may see" if account or service.tokens else "that are public"
-    having = f"with “{words}” " if words else ""
-    count = f"{start + 1:,} to {start + len(images):,} of {total:,} images" if images else "There are no images"
-    yield f"</div>\n<p>{_html(f'{count} {having}{whose}')}</p>\n<ol>"
-    for image in images:
-        yield _list_item(image, account)
-    yield "</ol>\n<nav>"
-    if start:
-        yield f'<a href="{_link("/", account=account, q=words, start=max(0, start - PAGE_SIZE))}">← Newer</a>'
-    if start + PAGE_SIZE < total:
-        yield f'<a href="{_link("/", account=account, q=words, start=start + PAGE_SIZE)}">Older →</a>'
-    yield "</nav>"
+    yield f"<h1>Images for {account}</h1>" if account else "<h1>Public images</h1>"
+    field = "" if service.tokens else _ACCOUNT_FIELD.format(account=account)
+    yield _FORM.format(words=_html(words), account=field)
+    if not account:
+        yield f'<p class="soft">{_HINT}</p>'
+    if images:
+        yield f'<p class="soft">Images {start + 1:,} to {start + len(images):,} of {total:,}</p>\n<ol>'
+        yield from (_list_item(image, linked) for image in images)
+        yield "</ol>"
+    else:
+        none = f"Nothing here has <bdi>“{_html(words)}”</bdi> in it." if words else "There are no images yet."
+        yield f'<p class="empty">{"There are no more images." if total else none}</p>'
+    before, after = max(0, min(start, total) - PAGE_SIZE), start + PAGE_SIZE
+    newer, older = (_link("/", account=linked, q=words, start=offset) for offset in (before, after))
+    yield "<nav><span>" + (f'<a href="{newer}">← Newer</a>' if start else "") + "</span>"  # keeps the other one right
+    yield (f'<a href="{older}">Older →</a>' if after < total else "") + "</nav>"
 
 
 def _has_words(words: Sequence[str], record: Record) -> bool:
@@ -3740,43 +3758,58 @@ def _has_words(words: Sequence[str], record: Record) -> bool:
     return all(word in text.lower() for word in words)
 
 
-def _title_of(image: Record) -> str:
-    return str(image["display_name"] or image["description"] or image["id"])[:200]
+def _heading(image: Record) -> str:
+    """Return what an image is called, which can be seen."""
+    texts = (str(image[name] or "")[:200] for name in ("display_name", "description", "id"))
+    return f"<bdi>{_html(next(text for text in texts if any(map(str.isalnum, text))))}</bdi>"
 
 
-def _list_item(image: Record, account: str) -> str:
+def _tags(image: Record) -> str:
     tags = [image["arch"], "public" if image["is_public"] else "private"]
     tags += [image["state"]] if image["state"] not in ("init", "available") else []
-    return (f'<li><h2><a href="{_link("/images/" + image["id"], account=account)}"><bdi>{_html(_title_of(image))}</bdi>'
-            f'</a></h2>\n<p class="soft">{image["id"]} · {image["account_id"]} · {image["created_at"][:10]}</p>\n<p>'
-            + " ".join(f'<span class="tag">{_html(tag)}</span>' for tag in tags) + "</p></li>")  # fmt: skip
+    return "".join(f'<span class="tag">{tag}</span>' for tag in tags)
 
 
-def _image_page(service: Service, request: Request, image: Record, account: str) -> Iterator[str]:
+def _list_item(image: Record, linked: str) -> str:
+    about = f"{image['id']} · {image['account_id']} · <time>{image['created_at'][:10]}</time>"
+    return (f'<li><h2><a href="{_link("/images/" + image["id"], account=linked)}">{_heading(image)}</a></h2>\n'
+            f"<p>{_tags(image)} <small>{about}</small></p></li>")  # fmt: skip
+
+
+def _image_page(service: Service, request: Request, image: Record, account: str, linked: str) -> Iterator[str]:
     secure = service.secure or request.fields.get("x-forwarded-proto") == "https"
     base = f"{'https' if secure else 'http'}://{request.fields.get('host', 'localhost')}"
-    id, uri, caller = image["id"], image["source"].get("uri", ""), account or "a-guest1"
-    yield f"<h2><bdi>{_html(_title_of(image))}</bdi></h2>"
+    id, uri, caller = image["id"], image["source"].get("uri", ""), account or "a-guest"
+    yield f"<h1>{_heading(image)}</h1>\n<p>{_tags(image)} <small>{id}</small></p>"
     if service.files and uri.startswith("file:"):
-        uri = f"/images/{id}/file"
-    if uri.startswith(("/", "http://", "https://")):
-        address = _link(uri, account=account) if uri[0] == "/" else _html(uri)
+        address = _link(f"/images/{id}/file", account=linked)
+    else:
+        address = _html(uri) if re.match("https?://", uri) else ""
+    if address:
         yield f'<p><a class="button" href="{address}" rel="noreferrer">Download</a></p>'
-        named = "" if service.tokens else f" --account {caller}"
-        yield f'<code tabindex="0">python3 wmi.py fetch {id} --url {_html(base + named)}</code>'
-    proof = '"Authorization: Bearer $WMI_TOKEN"' if service.tokens else f"'X-VDC-ACCOUNT-UUID: {caller}'"
-    yield f'<code tabindex="0">curl -H {_html(f"{proof} {base}/api/images/{id}")}</code>\n<dl>'
-    for name, value in image.items():
-        if value not in (None, "", {}):
-            yield f"<dt>{name}</dt><dd><bdi>{_html(value)}</bdi></dd>"
-    yield "</dl>"
+    yield f"<dl>\n{''.join(_rows(image))}</dl>"
+    if address:
+        proof = "--token-file ~/.wmi-token" if service.tokens else f"--account {caller}"
+        yield _command("Fetch the file, checked and resumed", f"wmi fetch {id} --url {base} {proof}")
+    proof = f"-u {caller}" if service.tokens else f"-H 'X-VDC-ACCOUNT-UUID: {caller}'"  # curl asks for the password
+    yield _command("Read the record", f"curl {proof} {base}/api/images/{id}")
 
 
-def read_page_file(service: Service, request: Request, route: Route, arrived: float, pulse: Pulse) -> Answer:
-    """Answer GET and HEAD of /images/ID/file, linked by the page: as read_file, the account in the query."""
-    account = parse_query(request.query, ("account",)).get("account", _NOBODY)
-    record = service.catalog(request, find_version(DOCUMENT), account).show(route.id or "")
-    return file_answer(request, record, open_image_file(service.files or "", record))
+def _command(what: str, line: str) -> str:
+    return f'<h2>{what}</h2>\n<pre tabindex="0">{_html(line)}</pre>'
+
+
+def _rows(image: Record) -> Iterator[str]:
+    source = image["source"]
+    shown = {**dict.fromkeys(_LABELS), **image, "source": "".join(source.values())}
+    shown["file"] = safe_name(image) if "uri" in source else None
+    shown["is_public"] = "everybody" if image["is_public"] else f"{image['account_id']} only"
+    shown["boot_dev_type"] = "a volume" if image["boot_dev_type"] == BOOT_DEV_SAN else "a local file"
+    shown["features"] = ", ".join(name for name, present in image["features"].items() if present)
+    for name, value in shown.items():
+        if value not in (None, ""):
+            label = _LABELS.get(name) or name.replace("_", " ").capitalize()
+            yield f"<dt>{label}</dt><dd><bdi>{_html(value)}</bdi></dd>\n"
 
 
 def read_health(service: Service, request: Request, route: Route, arrived: float, pulse: Pulse) -> Answer:
@@ -3789,9 +3822,10 @@ def read_health(service: Service, request: Request, route: Route, arrived: float
 ROUTES += [
     (re.compile("()/()()"), read_page, ""),
     (re.compile("()/images/([^/.]+)()"), read_page, ""),
-    (re.compile("()/images/([^/.]+)/file()"), read_page_file, "files"),
+    (re.compile("()/images/([^/.]+)/file()"), read_page, "files"),
     (re.compile("()/health()()"), read_health, ""),
 ]
+ERROR_PAGES[read_page] = error_page
 
 
 # ---- fetch ----
@@ -4246,7 +4280,7 @@ def _serve(options: Any) -> int:
         if options.workers > 1:
             storage.close()
         if read_tokens():  # and so is a bad file of tokens
-            _warn_if_exposed(options.tokens)
+            _warn_if_exposed(options, options.tokens)
         listener = listen(options.host, options.port, options.unix_socket)
         address = address_of(listener, "https" if context else "http")
         if address == f"unix:{options.unix_socket}":
@@ -4297,14 +4331,20 @@ def _log_writer(options: Any) -> Callable[[str], object]:
 
 def _announce(options: Any, address: str) -> None:
     if not options.tokens and not address.startswith("unix:") and not re.match(_LOOPBACK, address):
-        print(f"wmi: warning: {address} is open to others, and a caller may claim any account", file=sys.stderr)
+        _tell(options, f"warning: {address} is open to others, and a caller may claim any account")
     page = "" if address.startswith("unix:") else f" (page: {address}/)"
-    print(f"wmi: serving {options.store} on {address}/api/images{page}", file=sys.stderr, flush=True)
+    _tell(options, f"serving {options.store} on {address}/api/images{page}")
 
 
-def _warn_if_exposed(path: str) -> None:
+def _tell(options: Any, text: str) -> None:
+    """Print a line to standard error, in the form of the log."""
+    is_json = getattr(options, "log_format", "text") == "json"
+    print(json.dumps({"time": now(), "message": text}) if is_json else f"wmi: {text}", file=sys.stderr, flush=True)
+
+
+def _warn_if_exposed(options: Any, path: str) -> None:
     if os.stat(path).st_mode & (stat.S_IROTH | stat.S_IWOTH):
-        print(f"wmi: warning: {path} is open to others on this machine; use chmod o= {path}", file=sys.stderr)
+        _tell(options, f"warning: {path} is open to others on this machine; use chmod o= {path}")
 
 
 def _add(options: Any, boot_dev_type: int, location: str) -> None:
@@ -4363,7 +4403,7 @@ def _client(options: Any, version: str = DOCUMENT) -> Client:
             token = file.read(8192).strip()
         if not token:
             raise InvalidParameter(f"{options.token_file}: holds no token")
-        _warn_if_exposed(options.token_file)
+        _warn_if_exposed(options, options.token_file)
     if not options.url:
         raise InvalidParameter("a file is fetched from a server: give --url http://HOST:PORT or set WMI_URL")
     if not options.account and not token:
