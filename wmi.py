@@ -3633,7 +3633,7 @@ li { padding: .8rem 0; border-bottom: 1px solid var(--line); } li p { margin: .1
 .tag { margin-right: .375rem; padding: 0 .5rem; border: 1px solid var(--line); border-radius: 1rem; color: var(--ink);
   background: var(--card); font-size: .8125rem; } .tag, time { white-space: nowrap; }
 nav { display: flex; justify-content: space-between; }
-.empty { margin: 1rem 0; padding: 2.5rem 1rem; border: 1px dashed var(--soft); border-radius: .5rem; text-align: center; }
+.empty { margin: 1rem 0; padding: 2rem; border: 1px dashed var(--soft); border-radius: .5rem; text-align: center; }
 dl { display: grid; grid-template-columns: fit-content(30%) 1fr; gap: .5rem 1.25rem; margin: 1.5rem 0; }
 dt { padding-top: .1rem; } dd { margin: 0; white-space: pre-wrap; }
 pre { margin: .25rem 0 1rem; padding: .7rem .9rem; border: 1px solid var(--line); border-radius: .375rem;
