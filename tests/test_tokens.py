@@ -1,0 +1,845 @@
+"""Tokens: who may call, over raw sockets, by the command and by the client; and what never leaves with a token."""
+
+import base64
+import contextlib
+import hashlib
+import http.server
+import json
+import os
+import random
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from serving import SECONDS, parse_answer, read_answer, serving
+
+import wmi
+
+ACCOUNTS = ["a-one", "a-two", "a-three", "a-00000000"]
+TOKENS = {account: f"secret-of-{account}" for account in ACCOUNTS}
+ONE = TOKENS["a-one"]
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path, monkeypatch):
+    """Each test has an empty folder, and an environment without our variables."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith(("WMI_", "LISTEN_"))]:
+        monkeypatch.delenv(name)
+
+
+def digest(token):
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def lines(accounts=ACCOUNTS):
+    """Return a file of tokens."""
+    return "".join(f"{account} {digest(TOKENS[account])}\n" for account in accounts)
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Return the path of a file of tokens, which was written some time ago."""
+    path = tmp_path / "tokens"
+    path.write_text(lines())
+    path.chmod(0o600)
+    return path
+
+
+def filled():
+    """Return a store with a private image of each account, and a public one."""
+    storage = wmi.MemoryStorage()
+    for account in ACCOUNTS:
+        uri = "file:///nowhere.raw"
+        fields = {"id": f"wmi-{account[2:]}", "account_id": account, "description": account, "source": {"uri": uri}}
+        storage.add(wmi.image_record(fields))
+    storage.add(wmi.image_record({"id": "wmi-public", "account_id": "a-nobody", "is_public": True}))
+    return storage
+
+
+@pytest.fixture
+def server(path):
+    """Serve with tokens; the log is in server.server.log_lines."""
+    log = []
+    with serving(filled(), log.append, tokens=wmi.Tokens(str(path))) as server:
+        server.server.log_lines = log
+        yield server
+
+
+def bearer(token):
+    return {"Authorization": f"Bearer {token}"}
+
+
+def basic(user, token):
+    return {"Authorization": "Basic " + base64.b64encode(f"{user}:{token}".encode()).decode()}
+
+
+def ids_of(answer):
+    """Return the ids of an index."""
+    status, _, body = answer
+    assert status == 200, body
+    return {image["id"] for image in json.loads(body)["result"]}
+
+
+# ---- three ways to present a token, and what is refused ----
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        bearer(ONE),
+        {"Authorization": f"bEaReR   {ONE} "},
+        basic("a-one", ONE),
+        {"Authorization": basic("a-one", ONE)["Authorization"].replace("Basic", "BASIC")},
+        {"X-VDC-REQUESTER-TOKEN": ONE},
+        {"X_VDC_REQUESTER_TOKEN": ONE},
+        {**bearer(ONE), "X-VDC-ACCOUNT-UUID": "a-one"},
+        {**bearer(ONE), "X_VDC_ACCOUNT_UUID": "a-one"},
+        {**bearer(ONE), "X-VDC-ACCOUNT-UUID": ""},
+        {"X-VDC-Requester-Token": ONE, "X-VDC-Account-UUID": "a-one", "X-VDC-Account-Quota": "{}"},  # ruby-hijiki
+    ],
+)
+def test_ways_to_present_a_token(server, fields):
+    """Bearer, Basic with the account as user name, and the header of ruby-hijiki prove the account."""
+    assert ids_of(server.request("GET", "/api/images", fields)) == {"wmi-one", "wmi-public"}
+    assert server.request("GET", "/api/images/wmi-two", fields)[0] == 403
+    assert server.request("DELETE", "/api/images/wmi-one", fields)[0] == 200
+
+
+BAD = [
+    {},
+    {"X-VDC-ACCOUNT-UUID": "a-one"},
+    {"X-VDC-ACCOUNT-UUID": "a-00000000"},
+    bearer("wrong"),
+    bearer(""),
+    {"Authorization": "Bearer"},
+    {"Authorization": ONE},
+    {"Authorization": f"Token {ONE}"},
+    {"Authorization": "Digest x", "X-VDC-REQUESTER-TOKEN": ONE},
+    bearer(f"{ONE}, Bearer {ONE}"),
+    bearer(digest(ONE)),
+    bearer(ONE[:-1]),
+    bearer(ONE.upper()),
+    bearer("\xe9"),
+    basic("a-two", ONE),
+    basic("", ONE),
+    basic("a-one", ""),
+    basic("a-one", "wrong"),
+    {"Authorization": "Basic a-one:" + ONE},
+    {"Authorization": "Basic ====="},
+    {"Authorization": "Basic /////w=="},
+    {"Authorization": "Basic " + base64.b64encode(b"a-one").decode()},
+    {"X-VDC-REQUESTER-TOKEN": ""},
+    {"X-VDC-REQUESTER-TOKEN": "wrong"},
+]
+
+
+@pytest.mark.parametrize("fields", BAD)
+def test_no_token_or_a_wrong_one_is_401(server, fields):
+    """Whatever does not prove an account gets 401, both challenges and code 103, and the same answer as any other."""
+    status, _, body = server.request("GET", "/api/images", fields)
+    plain = server.request("GET", "/api/images")
+    assert (status, json.loads(body)["code"]) == (401, "103")
+    assert (status, body) == (plain[0], plain[2])  # nothing tells whether an account or a token exists
+    raw = server.raw(b"GET /api/images HTTP/1.0\r\n\r\n").decode()
+    assert 'WWW-Authenticate: Basic realm="wmi", charset="UTF-8"\r\n' in raw
+    assert 'WWW-Authenticate: Bearer realm="wmi"\r\n' in raw
+
+
+@pytest.mark.parametrize(
+    "method, target",
+    [
+        *[("GET", f"{base}{rest}") for base in ("/api/images", "/api/11.12/images", "/api/12.03/images")
+          for rest in ("", ".yml", "/wmi-one", "/wmi-public.json", "/wmi-nope", "?limit=1", "?start=x")],
+        ("HEAD", "/api/images"), ("DELETE", "/api/images/wmi-one"), ("PUT", "/api/12.03/images/wmi-one?display_name=x"),
+        ("GET", "/"), ("GET", "/?account=a-one"), ("GET", "/images/wmi-one"), ("GET", "/images/wmi-one?account=a-one"),
+    ],
+)  # fmt: skip
+def test_nothing_is_said_without_a_token(server, method, target):
+    """Every call of every version, and the page, is 401 before anything else is looked at; nothing changes."""
+    status, headers, body = server.request(method, target, {"X-VDC-ACCOUNT-UUID": "a-one"})
+    assert (status, "www-authenticate" in headers) == (401, True)
+    assert b"wmi-" not in body and b"a-one" not in body.replace(b"/?account=a-one", b"")
+    assert server.server.service.storage.get("wmi-one")["display_name"] == ""
+
+
+def test_another_account_is_403(server):
+    """A header that names another account than the token's is 403 and 105, whoever it names."""
+    for named in ("a-two", "a-00000000", "A-one", "a-one, a-one", "-"):
+        fields = {**bearer(ONE), "X-VDC-ACCOUNT-UUID": named}
+        for method, target in (("GET", ""), ("GET", "/wmi-one"), ("DELETE", "/wmi-one")):
+            status, _, body = server.request(method, f"/api/images{target}", fields)
+            assert (status, json.loads(body)["code"]) == (403, "105")
+
+
+def test_operator_needs_its_own_token(server):
+    """The account a-00000000 has its privilege with its own token, and nobody else has it."""
+    fields = bearer(TOKENS["a-00000000"])
+    assert server.request("GET", "/api/images/wmi-two", fields)[0] == 200
+    assert server.request("GET", "/api/images/wmi-two", {**bearer(ONE), "X-VDC-ACCOUNT-UUID": "a-00000000"})[0] == 403
+    assert server.request("DELETE", "/api/images/wmi-two", fields)[0] == 200
+
+
+def test_page_of_an_account(server):
+    """With a token the page shows what its account may see, and an account in the query changes nothing."""
+    status, headers, body = server.request("GET", "/?account=a-two", basic("a-one", ONE))
+    assert (status, headers["content-type"]) == (200, "text/html;charset=utf-8")
+    assert set(re.findall(rb"/images/(wmi-\w+)", body)) == {b"wmi-one", b"wmi-public"}
+    assert server.request("GET", "/images/wmi-two?account=a-two", basic("a-one", ONE))[0] == 403
+
+
+def test_without_tokens_nothing_is_proved():
+    """A server without tokens takes the account from the header, and a token means nothing to it."""
+    with serving(filled()) as server:
+        answer = server.request("GET", "/api/images", {**bearer("wrong"), "X-VDC-ACCOUNT-UUID": "a-two"})
+        assert ids_of(answer) == {"wmi-two", "wmi-public"}
+
+
+def test_digest_of_nothing_admits_nobody(path):
+    """Even if the file holds the digest of an empty token, whoever presents none is refused."""
+    path.write_text(f"a-one {digest('')}\n")
+    with serving(filled(), tokens=wmi.Tokens(str(path))) as server:
+        for fields in ({}, bearer(""), {"X-VDC-REQUESTER-TOKEN": ""}, basic("a-one", "")):
+            assert server.request("GET", "/api/images", fields)[0] == 401
+
+
+def test_lookup_tells_nothing_by_its_time(path):
+    """Digests are looked up under a secret key of each process, so no comparison can be timed byte by byte."""
+    first, second = wmi.Tokens(str(path)), wmi.Tokens(str(path))
+    assert len(first._accounts) == len(ACCOUNTS)
+    assert not set(first._accounts) & set(second._accounts)
+    assert not set(first._accounts) & {bytes.fromhex(digest(token)) for token in TOKENS.values()}
+
+
+# ---- no secret leaves ----
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_no_token_in_any_log_or_answer(path, log_format):
+    """Neither tokens nor digests stand in the log or an answer; the log has the proven account, or none."""
+    log = []
+    storage = filled()
+    with serving(storage, log.append, tokens=wmi.Tokens(str(path)), log_format=log_format) as server:
+        answers = b""
+        ways = [bearer(ONE), basic("a-one", ONE), {"X-VDC-REQUESTER-TOKEN": ONE}, basic("a-two", ONE),
+                {**bearer(ONE), "X-VDC-ACCOUNT-UUID": "a-two"}, bearer(ONE + "x")]  # fmt: skip
+        calls = ["GET /api/images HTTP/1.1", "GET /?start=x HTTP/1.1", "BREW / HTTP/1.1", "GET /no HTTP/1.1",
+                 "GET /images/wmi-one HTTP/1.1", "GET /api/images HTTP/3.1", "GET http://u:p@h/ HTTP/1.1"]  # fmt: skip
+        for fields in ways:
+            head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+            for line in calls:
+                request = f"{line}\r\nHost: h\r\nConnection: close\r\n{head}\r\n"
+                answers += server.raw(request.encode())
+        path.write_text(f"a-one {ONE}\n")  # somebody writes the token itself into the file
+        answers += server.raw(f"GET / HTTP/1.0\r\nAuthorization: Bearer {ONE}\r\n\r\n".encode())
+        storage.close()  # every call fails from now on
+        answers += server.raw(f"GET /api/images HTTP/1.0\r\nAuthorization: Bearer {ONE}\r\n\r\n".encode())
+    text = "\n".join(log) + answers.decode()
+    assert "503" in text and "line 1" in text
+    for secret in (ONE, digest(ONE), base64.b64encode(f"a-one:{ONE}".encode()).decode()):
+        assert secret not in text
+    accounts = {json.loads(line).get("account") for line in log} if log_format == "json" else {
+        line.split(" ")[2] for line in log if " error: " not in line}  # fmt: skip
+    assert accounts - {None} == {"a-one", "-"}  # never a-two, which was only named
+
+
+def run(*argv, **env):
+    """Run the command in a process; return exit code, standard output and standard error."""
+    done = subprocess.run([sys.executable, wmi.__file__, *map(str, argv)], env={**os.environ, **env},
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def command(capsys):
+    """Return a function that calls the command and returns its exit code and what it printed."""
+
+    def command(*argv):
+        try:
+            code = wmi.main(list(map(str, argv)))
+        except SystemExit as error:
+            code = error.code
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return command
+
+
+def test_token_of_the_environment_or_of_a_file(server, command, tmp_path, monkeypatch):
+    """WMI_TOKEN, --token-file and --token prove the account, which then need not be named."""
+    (tmp_path / "mine").write_text(f"{ONE}\n")
+    (tmp_path / "mine").chmod(0o600)
+    listing = ["list", "--url", server.url, "-o", "id"]
+    for options in (["--token-file", tmp_path / "mine"], ["--token", ONE]):
+        assert command(*listing, *options) == (0, "wmi-public\nwmi-one\n", "")
+    assert command(*listing, "--token", "wrong", "--token-file", tmp_path / "mine")[0] == 0  # the file counts
+    monkeypatch.setenv("WMI_TOKEN", ONE)
+    assert command(*listing) == (0, "wmi-public\nwmi-one\n", "")
+    assert command("delete", "wmi-one", "--url", server.url) == (0, "wmi-one\n", "")
+
+
+def test_process_list_has_no_token(server, tmp_path):
+    """With WMI_TOKEN or --token-file no token is among the words of the process, which others can see."""
+    silent = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+    child = subprocess.Popen([sys.executable, wmi.__file__, "list", "--url", url], env={**os.environ, "WMI_TOKEN": ONE})
+    try:
+        silent.settimeout(60)
+        peer, _ = silent.accept()
+        with peer:
+            peer.settimeout(60)
+            text = b""
+            while b"\r\n\r\n" not in text:
+                text += peer.recv(4096) or pytest.fail("no request came")
+            assert f"Authorization: Bearer {ONE}\r\n".encode() in text
+            if os.path.exists(f"/proc/{child.pid}/cmdline"):
+                with open(f"/proc/{child.pid}/cmdline", "rb") as file:
+                    assert ONE.encode() not in file.read()
+    finally:
+        child.kill()
+        child.wait()
+        silent.close()
+
+
+def test_help_says_who_sees_a_token(command):
+    """--token is documented as visible to others."""
+    _, out, _ = command("list", "--help")
+    assert re.search(r"--token T\s+proves it, but others can see it here: rather set WMI_TOKEN", out)
+    assert ONE not in out
+
+
+@pytest.mark.parametrize("argv", [["list"], ["show", "wmi-one"], ["delete", "wmi-one"], ["fetch", "wmi-one"]])
+def test_errors_of_the_command_name_no_token(server, command, monkeypatch, argv):
+    """A wrong token, one of another account, and one that cannot be sent are told in one line without the token."""
+    argv = [*argv, "--url", server.url]
+    monkeypatch.setenv("WMI_TOKEN", "wrong-secret")
+    wrong = command(*argv)
+    assert wrong[0] == 1 and "wants a valid token" in wrong[2] and "WMI_TOKEN" in wrong[2]
+    monkeypatch.setenv("WMI_TOKEN", ONE)
+    other = command(*argv, "--account", "a-two")
+    assert other == (1, "", "wmi: not permitted: the token is another account's; leave --account out\n")
+    monkeypatch.setenv("WMI_TOKEN", "secret\nX-Evil: 1")
+    broken = command(*argv)
+    for code, out, err in (wrong, other, broken):
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert "secret" not in err
+
+
+def test_token_file_of_a_client(server, command, tmp_path):
+    """A token file that others can read or write gets a warning; one without a token, or that is absent, is refused."""
+    mine = tmp_path / "mine"
+    mine.write_text(ONE)
+    for mode, warned in ((0o600, False), (0o640, False), (0o604, True), (0o602, True)):
+        mine.chmod(mode)
+        code, _, err = command("list", "--url", server.url, "--token-file", mine, "-o", "id")
+        assert (code, "warning" in err, f"chmod o= {mine}" in err) == (0, warned, warned)
+    mine.write_text(" \n")
+    assert command("list", "--url", server.url, "--token-file", mine, "--account", "a-one")[0] == 1
+    assert command("list", "--url", server.url, "--token-file", tmp_path / "none", "--account", "a-one")[0] == 1
+
+
+# ---- the command `token` ----
+
+
+def test_command_token(command, path):
+    """The command prints a new token once, and appends its digest and nothing else."""
+    before = path.read_text()
+    code, token, err = command("token", "a-new", "--tokens", path)
+    assert (code, err) == (0, "") and re.fullmatch(r"wmi_[\w-]{43}\n", token)
+    assert path.read_text() == f"{before}a-new {digest(token.strip())}\n"
+    assert command("token", "a-new", "--tokens", path)[1] != token
+    with serving(filled(), tokens=wmi.Tokens(str(path))) as server:
+        assert server.request("GET", "/api/images", bearer(token.strip()))[0] == 200
+        assert server.request("GET", "/api/images", bearer(ONE))[0] == 200
+
+
+def test_new_file_of_tokens_is_private(command, tmp_path):
+    """A file that is made has mode 0600 whatever the umask; one that is there keeps its mode."""
+    umask = os.umask(0)
+    try:
+        assert command("token", "a-one", "--tokens", tmp_path / "new")[0] == 0
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "new").chmod(0o640)
+    assert command("token", "a-one", "--tokens", tmp_path / "new")[0] == 0
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o640
+
+
+def test_line_without_end_stays_one_line(command, path):
+    """A last line that an editor left without its end is not continued."""
+    path.write_text("# ours\na-two " + digest("two"))
+    assert command("token", "a-one", "--tokens", path)[0] == 0
+    assert len(path.read_text().splitlines()) == 3 and len(wmi.Tokens(str(path))._accounts) == 2
+
+
+@pytest.mark.parametrize(
+    "argv", [["a-one"], ["A-one", "--tokens", "new"], ["a-", "--tokens", "new"], ["a-one", "--tokens", "no/new"],
+             ["a-one", "--tokens", "."], ["a-one", "--tokens", "/dev/full"]]
+)  # fmt: skip
+def test_token_is_not_made(command, tmp_path, argv):
+    """Without a file, for what is no account, and where the line cannot be written, no token is printed."""
+    if "/dev/full" in argv and not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full here")
+    code, out, err = command("token", *argv)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert not (tmp_path / "new").exists()
+
+
+def test_tokens_made_at_once(path):
+    """Commands that append at the same moment lose no line and mix none."""
+    made = []
+    threads = [threading.Thread(target=lambda number=number: made.append(wmi.add_token(f"a-t{number}", str(path))))
+               for number in range(24)]  # fmt: skip
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(made)) == 24
+    assert {digest(token) for token in made} <= set(path.read_text().split())
+    assert len(wmi.Tokens(str(path))._accounts) == len(ACCOUNTS) + 24
+
+
+# ---- the file: changed, replaced, removed, malformed ----
+
+
+def status_of(server, token=ONE):
+    return server.request("GET", "/api/images/wmi-public", bearer(token))[0]
+
+
+def replace(path, text):
+    """Replace a file by rename."""
+    other = path.with_name("other")
+    other.write_text(text)
+    os.replace(other, path)
+
+
+def overwrite(path, text):
+    """Write into the same file."""
+    with open(path, "r+") as file:
+        file.write(text)
+        file.truncate()
+
+
+@pytest.mark.parametrize("write", [overwrite, replace])
+def test_change_counts_at_once(server, path, write):
+    """What is edited or replaced by rename is in force with the next request, in both directions."""
+    for _ in range(3):
+        write(path, lines(["a-two"]))
+        assert (status_of(server), status_of(server, TOKENS["a-two"])) == (401, 200)
+        write(path, lines(["a-one"]))
+        assert (status_of(server), status_of(server, TOKENS["a-two"])) == (200, 401)
+
+
+def test_revocation_reaches_open_connections(server, path):
+    """A token that is revoked is refused with the next request on a connection that was opened with it."""
+    request = f"GET /api/images HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {ONE}\r\n\r\n".encode()
+    with contextlib.ExitStack() as opened:
+        peers = [opened.enter_context(socket.create_connection((server.host, server.port), SECONDS)) for _ in range(3)]
+        for peer in [*peers, *peers, *peers]:  # also from what is kept
+            peer.sendall(request)
+            assert read_answer(peer)[0] == 200
+        overwrite(path, lines(["a-two"]))
+        for peer in peers:
+            peer.sendall(request)
+            assert read_answer(peer)[0] == 401
+        overwrite(path, lines())
+        for peer in peers:
+            peer.sendall(request)
+            assert read_answer(peer)[0] == 200
+
+
+def test_two_changes_within_a_tick(path):
+    """A change that leaves inode, size and times as they were is seen, as long as the file was changed just now."""
+
+    class SlowClock:  # a file system whose clock has not ticked since the first change
+        def __getattr__(self, name):
+            return getattr(os, name)
+
+        def stat(self, *arguments):
+            found = os.stat(*arguments)
+            fields = {name: getattr(found, name) for name in dir(found) if name.startswith("st_")}
+            return type("Status", (), {**fields, "st_ctime_ns": stamp, "st_ctime": stamp / 1e9})
+
+    stamp = time.time_ns()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wmi, "os", SlowClock())
+        tokens = wmi.Tokens(str(path))
+        for account, token in (("a-one", "1"), ("a-two", "2"), ("a-one", "3")):
+            overwrite(path, f"{account} {digest(token)}\n")
+            os.utime(path, ns=(10**18, 10**18))  # as `cp -p` or an editor does
+            assert tokens.refresh() == ""
+            assert [*tokens._accounts] == [tokens._keyed(bytes.fromhex(digest(token)))]
+
+
+def test_file_is_read_only_when_it_has_changed(path):
+    """A file that has rested for a while is asked for its state, and not read."""
+    tokens = wmi.Tokens(str(path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wmi.time, "time", lambda: os.stat(path).st_ctime + 60)
+        assert tokens.refresh() == ""
+        accounts = tokens._accounts
+        assert tokens.refresh() == "" and tokens._accounts is accounts
+
+
+def test_file_that_is_removed(server, path):
+    """While the file is away the last tokens stay in force; that is told once each time."""
+    for times in (1, 2):
+        path.rename(path.with_name("away"))
+        assert [status_of(server) for _ in range(3)] == [200] * 3
+        told = [line for line in server.server.log_lines if "tokens" in line and "No such file" in line]
+        assert len(told) == times and "the last good ones stay in force" in told[0]
+        path.with_name("away").rename(path)
+        assert status_of(server) == 200
+
+
+MALFORMED = [
+    ("a-one", 1),
+    ("\n# comment\na-one  \n", 3),
+    (f"a-one {digest(ONE)} more\n", 1),
+    (f"a-one {ONE}\n", 1),
+    (f"A-one {digest(ONE)}\n", 1),
+    (f"one {digest(ONE)}\n", 1),
+    (f"a-one {digest(ONE)[:-1]}\n", 1),
+    (f"a-one {digest(ONE)[:-1]}g\n", 1),
+    (f"a-one {'0' * 63}\u0660\n", 1),
+    (f"a-two {digest('two')}\r\na-one:{digest(ONE)}\r\n", 2),
+]
+
+
+@pytest.mark.parametrize("text, line", MALFORMED)
+def test_malformed_file(path, text, line):
+    """A file that is malformed is refused at the start, by its path and line, without a digest or token."""
+    path.write_text(text)
+    with pytest.raises(wmi.InvalidParameter, match=f"{path}: line {line}: ") as error:
+        wmi.Tokens(str(path))
+    assert ONE not in str(error.value) and digest(ONE)[:-1] not in str(error.value)
+
+
+def test_well_formed_files(path):
+    """Comments, blanks, empty lines and other ends of lines are no fault; of equal digests the last line counts."""
+    path.write_text(f"\n  # ours\r\n\t a-one\t{digest(ONE).upper()}  # laptop\r\n\r\na-two {digest(ONE)}")
+    tokens = wmi.Tokens(str(path))
+    assert [*tokens._accounts.values()] == ["a-two"]
+    path.write_text("")
+    assert tokens.refresh() == "" and tokens._accounts == {}
+
+
+@pytest.mark.parametrize("content", [b"a-one nothing\n", b"\xff\xfe\n", b"\0" * 100])
+def test_last_good_tokens_stay_in_force(server, path, content):
+    """A file that becomes malformed changes nothing, is told once with its line, and counts again when it is mended."""
+    path.write_bytes(content)
+    assert [status_of(server) for _ in range(4)] == [200] * 4
+    assert status_of(server, "wrong") == 401
+    told = [line for line in server.server.log_lines if "stay in force" in line]
+    assert len(told) == 1 and str(path) in told[0]
+    path.write_text(lines(["a-two"]))
+    assert (status_of(server), status_of(server, TOKENS["a-two"])) == (401, 200)
+
+
+def test_file_that_could_not_be_opened_is_read_later(path):
+    """Where no descriptor was free, the file is read as soon as one is, although it has not changed since."""
+    tokens = wmi.Tokens(str(path))
+    path.write_text(lines(["a-two"]))
+    os.utime(path, (1, 1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wmi.time, "time", lambda: os.stat(path).st_ctime + 60)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            fault = tokens.refresh()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert "Too many open files" in fault and len(tokens._accounts) == len(ACCOUNTS)
+        assert tokens.refresh() == "" and [*tokens._accounts.values()] == ["a-two"]
+
+
+def test_one_thread_reads(path):
+    """While one thread is held up by the file, others go on with the tokens that they have, and do not wait."""
+    tokens = wmi.Tokens(str(path))
+    path.unlink()
+    os.mkfifo(path)  # opening it waits for who writes
+    reader = threading.Thread(target=tokens.refresh)
+    reader.start()
+    try:
+        while not tokens._lock.locked():
+            time.sleep(0.001)
+        began = time.monotonic()
+        assert tokens.refresh() == "" and time.monotonic() - began < SECONDS
+        assert len(tokens._accounts) == len(ACCOUNTS)
+    finally:
+        with open(path, "w") as file:
+            file.write(lines(["a-two"]))
+        reader.join(SECONDS)
+    assert [*tokens._accounts.values()] == ["a-two"]
+
+
+# ---- kept answers ----
+
+
+def expected(account):
+    """Return the ids that an account's index has."""
+    return {f"wmi-{account[2:]}", "wmi-public"}
+
+
+def call_in_pairs(host, port, count, seed):
+    """Send requests of two random callers in turn on shared connections; each must get what is its own."""
+    pick, tags = random.Random(seed), {}
+    with contextlib.ExitStack() as opened:
+        peers = [opened.enter_context(socket.create_connection((host, port), SECONDS)) for _ in range(4)]
+        for _ in range(count):
+            for caller in pick.sample([*ACCOUNTS, ""], 2):
+                target = "/api/images" + pick.choice(["", ".json", "?limit=9", "/wmi-public"])
+                token = TOKENS.get(caller, "none")
+                fields = pick.choice([bearer(token), basic(caller, token), {"X-VDC-REQUESTER-TOKEN": token}])
+                named = pick.choice(["", caller, *ACCOUNTS])
+                fields |= {"X-VDC-ACCOUNT-UUID": named} if named else {}
+                tag = pick.choice(["", *tags.values()])
+                fields |= {"If-None-Match": tag} if tag else {}
+                head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+                peer = pick.choice(peers)
+                peer.sendall(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n{head}\r\n".encode())
+                status, headers, body = read_answer(peer)
+                if not caller:
+                    assert status == 401
+                elif named not in ("", caller):
+                    assert status == 403
+                elif status == 304:
+                    assert tag == tags.get((caller, target), tags.get(("", target)))
+                elif status != 200:
+                    pytest.fail(f"{status} {body!r}")
+                elif "wmi-public" in target:
+                    assert json.loads(body)["id"] == "wmi-public"
+                    tags["", target] = headers["etag"]
+                else:
+                    assert {image["id"] for image in json.loads(body)["result"]} == expected(caller)
+                    tags[caller, target] = headers["etag"]
+
+
+def test_kept_answers_never_cross_accounts(server):
+    """Random pairs of callers, however they name themselves, get their own answers, most of them kept ones."""
+    call_in_pairs(server.host, server.port, 200, 13)
+    kept = {key[1] for key in server.server.service._kept}
+    assert kept == set(ACCOUNTS)
+
+
+def test_answer_is_not_kept_for_whom_it_was_not_made(path):
+    """If a token passes to another account while its request is answered, the answer is kept for neither."""
+
+    class Reassigning(wmi.MemoryStorage):
+        def revision(self):
+            if armed:
+                armed.clear()
+                path.write_text(f"a-two {digest(ONE)}\n")
+                assert tokens.refresh() == ""
+            return super().revision()
+
+    tokens, armed = wmi.Tokens(str(path)), []
+    storage = Reassigning()
+    storage.add_all(filled().walk(oldest_first=True))
+    service = wmi.Service(storage, tokens=tokens)
+    request = wmi.parse_head(f"GET /api/images HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {ONE}\r\n\r\n".encode())
+    for _ in range(3):
+        service.answer(request)
+        service.keep()
+    assert [key[1] for key in service._kept] == ["a-one"]
+    storage.add(wmi.image_record({"account_id": "a-nobody"}))  # what is kept is out of date
+    armed.append(1)
+    assert b"wmi-two" in service.answer(request).body
+    service.keep()
+    assert all(b"wmi-two" not in answer.body for _, answer, _ in service._kept.values())
+
+
+@contextlib.contextmanager
+def serve(*options):
+    """Run `serve` in a process of its own; yield it, its address, and the lines before the one that has that."""
+    storage = wmi.open_storage("json:images.json")
+    storage.add_all(filled().walk(oldest_first=True))
+    storage.close()
+    argv = ["serve", "--store", "json:images.json", "--port", "0", "--log", "log", *options]
+    child = subprocess.Popen([sys.executable, wmi.__file__, *map(str, argv)], stderr=subprocess.PIPE, text=True)
+    try:
+        said = []
+        while not (said and (match := re.search(r"serving .* on http://([0-9.]+):([0-9]+)", said[-1]))):
+            said.append(child.stderr.readline() or pytest.fail(f"it ended: {said}"))
+        yield child, match[1], int(match[2]), said
+    finally:
+        child.send_signal(signal.SIGTERM)
+        try:
+            child.wait(30)
+        finally:
+            child.kill()
+            child.wait()
+            child.stderr.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are forked")
+def test_workers_with_tokens(path):
+    """Workers keep accounts apart, too, and each of them sees a change of the file; the log has no token."""
+    path.chmod(0o644)
+    with serve("--workers", 2, "--tokens", path) as (_, host, port, said):
+        assert any(f"warning: {path} is open to others" in line for line in said)
+        threads = [threading.Thread(target=call_in_pairs, args=(host, port, 40, seed)) for seed in (1, 2)]
+        failures = []
+        hook, threading.excepthook = threading.excepthook, failures.append
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            threading.excepthook = hook
+        assert not failures
+        overwrite(path, lines(["a-two"]))
+        request = f"GET / HTTP/1.0\r\nAuthorization: Bearer {ONE}\r\n\r\n".encode()
+        for _ in range(8):
+            with socket.create_connection((host, port), SECONDS) as peer:
+                peer.sendall(request)
+                assert peer.recv(100).startswith(b"HTTP/1.1 401")
+    with open("log", encoding="ascii") as file:
+        text = file.read()
+    assert ONE not in text and digest(ONE) not in text and " a-one GET " in text
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_malformed_file_ends_serve(path, workers):
+    """A malformed file is one line of error and exit 1, and no worker is started to fail again and again."""
+    path.write_text("a-one\n")
+    code, out, err = run("serve", "--store", "json:images.json", "--port", 0, "--workers", workers, "--tokens", path)
+    assert (code, out) == (1, "")
+    assert err == f"wmi: {path}: line 1: expected ACCOUNT SHA256-OF-TOKEN, as `wmi token` writes it\n"
+
+
+# ---- the client ----
+
+
+def refused_url(url, **options):
+    """Say whether a client with a token refuses a URL."""
+    try:
+        wmi.Client(url, None, token=ONE, **options)
+    except wmi.InvalidParameter as error:
+        assert ONE not in str(error)
+        return True
+    return False
+
+
+def test_token_over_plain_http():
+    """Over http a token is sent to loopback only, unless that is allowed; a proxy is not loopback."""
+    for url in ("http://127.0.0.1:9001", "http://127.9.8.7", "http://[::1]:9001/", "http://localhost/x",
+                "https://images.example", "https://images.example:9001"):  # fmt: skip
+        assert not refused_url(url)
+    for url in ("http://images.example", "http://10.0.0.1:9001", "http://localhost.evil.example", "http://[::2]",
+                "http://127.0.0.1.evil.example", "http://127.0.0.1:.evil.example", "http://127.0.0.1:x@evil.example",
+                "http://localhost:80.evil.example", "http://evil.example/http://localhost/"):  # fmt: skip
+        assert refused_url(url)
+    assert not refused_url("http://images.example", plain_token=True)
+    assert refused_url("http://127.0.0.1:9001", proxies=True)
+    assert not refused_url("https://images.example", proxies=True)
+
+
+def test_plain_http_is_allowed_by_its_option_only(command, monkeypatch):
+    """The command refuses, too; --plain-token allows it, and nothing in the environment does."""
+    monkeypatch.setenv("WMI_TOKEN", ONE)
+    for value in ("", "0", "1"):
+        monkeypatch.setenv("WMI_PLAIN_TOKEN", value)
+        code, out, err = command("list", "--url", "http://images.invalid:9")
+        assert (code, out) == (1, "") and "--plain-token" in err and ONE not in err
+    assert "cannot reach" in command("list", "--url", "http://127.0.0.1:1", "--plain-token")[2]
+
+
+class Recorder(http.server.BaseHTTPRequestHandler):
+    """Answer what the server says, and remember the heads of requests."""
+
+    def do_GET(self):
+        self.server.heads.append(str(self.headers))
+        status, fields, body = self.server.answer
+        self.send_response(status)
+        for name, value in {**fields, "Content-Length": len(body)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        """Log nothing."""
+
+
+@contextlib.contextmanager
+def recording(status=200, fields=None, body=b""):
+    """Run a server that gives one answer to every GET; yield it, with its URL."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Recorder) as server:
+        server.answer, server.heads = (status, fields or {}, body), []
+        server.url = f"http://127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_no_token_across_a_redirect(status):
+    """A redirect to another port, host or scheme is not followed, and its error shows no token."""
+    with recording() as other:
+        for target in (f"{other.url}/api/images", other.url.replace("127.0.0.1", "localhost"), "https://127.0.0.1/"):
+            with recording(status, {"Location": target}) as server:
+                with pytest.raises(wmi.BadAnswer) as error:
+                    wmi.Client(server.url, None, token=ONE, retries=0).index()
+                assert ONE not in str(error.value)
+                assert ONE in server.heads[0]
+        assert other.heads == []
+
+
+def test_no_token_to_the_source_of_an_image(path):
+    """The file of an image is fetched from its http source without token and account."""
+    with recording(body=b"bytes") as foreign:
+        storage = filled()
+        fields = {"id": "wmi-web", "account_id": "a-one", "source": {"uri": f"{foreign.url}/a.raw"}}
+        storage.add(wmi.image_record(fields))
+        with serving(storage, tokens=wmi.Tokens(str(path))) as server:
+            client = wmi.Client(server.url, "a-one", token=ONE)
+            assert client.fetch("wmi-web", "a.raw") == "a.raw"
+        assert len(foreign.heads) == 1
+        assert ONE not in foreign.heads[0] and "a-one" not in foreign.heads[0]
+        assert "Authorization" not in foreign.heads[0]
+
+
+def test_client_with_a_token(server):
+    """The client proves its account with each verb, and raises what 401 and 403 say."""
+    client = wmi.Client(server.url, None, token=ONE, version="12.03", retries=0)
+    assert [image["id"] for image in client.images()] == ["wmi-one"]
+    assert client.update("wmi-one", display_name="mine")["display_name"] == "mine"
+    assert client.destroy("wmi-one") == "wmi-one"
+    with pytest.raises(wmi.InvalidRequestCredentials) as error:
+        wmi.Client(server.url, "a-one", token="wrong", retries=0).index()
+    assert (error.value.status, error.value.code) == (401, "103")
+    with pytest.raises(wmi.OperationNotPermitted):
+        wmi.Client(server.url, "a-two", token=ONE, retries=0).index()
+
+
+@pytest.mark.parametrize("token", ["my token", "secret\n", "secret\r\nX-Evil: 1", "secr\xe9t", "secr\0t", "x" * 5000])
+def test_client_refuses_what_is_no_token(token):
+    """What could not stand in a header is refused, and not shown."""
+    with pytest.raises(wmi.InvalidParameter) as error:
+        wmi.Client("http://127.0.0.1:9001", None, token=token)
+    assert token.strip() not in str(error.value)
+
+
+def test_answers_of_requests_in_one_segment(server):
+    """Requests of different callers that arrive together are each answered in the name of their own caller."""
+    callers = [*ACCOUNTS, "", *reversed(ACCOUNTS)] * 3
+    text = "".join(f"GET /api/images HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {TOKENS.get(caller, 'no')}\r\n\r\n"
+                   for caller in callers)  # fmt: skip
+    with socket.create_connection((server.host, server.port), SECONDS) as peer:
+        peer.sendall(text.encode())
+        for caller in callers:
+            answer = read_answer(peer)
+            assert ids_of(answer) == expected(caller) if caller else answer[0] == 401
+    assert parse_answer(server.raw(b"GET /health HTTP/1.0\r\n\r\n"))[0] == 200
