@@ -2944,6 +2944,7 @@ _PAUSE_AT_MOST = 5.0  # seconds between two tries, whatever Retry-After asks for
 _REDIRECTS_AT_MOST = 5
 _HEAD_AT_MOST = 65536  # bytes, with those of interim answers (1xx); common servers send at most 8 KiB
 _YAML_AT_MOST = 10 * MAX_TEXT + 1000  # characters of `source` or `features`: an escape takes up to ten
+_READ_AT_ONCE = 1 << 18  # bytes of a body; with 16 KB a file of 1 GB took half as long again
 _UNTIL_CLOSE = float("inf")  # the size of a body that ends with its connection
 _WHOLE = functools.partial(whole_number, "a number is negative, a fraction or too long")  # 10**6 digits take minutes
 _JSON = json.JSONDecoder(parse_int=_WHOLE, parse_float=_WHOLE, parse_constant=_WHOLE)
@@ -3129,7 +3130,7 @@ def _body_pieces(answer: Any, most: int) -> Iterator[bytes]:
     answer.budget[0] = 2 * most + _HEAD_AT_MOST  # framing may take as much as what it frames
     for size in _body_sizes(answer):
         while size:
-            piece = answer.fp.read1(min(size, PIECE))  # allocates what it is asked for
+            piece = answer.fp.read1(min(size, _READ_AT_ONCE))  # allocates what it is asked for
             if not piece and size != _UNTIL_CLOSE:
                 raise ConnectionError("the answer is cut")
             received += len(piece)
@@ -3320,40 +3321,39 @@ TICK_SECONDS = 2.0  # that some file systems' clocks take for a step
 FILE_PIECE = 1 << 20  # bytes that one system call sends of a file
 _FILE_PATH = r"/api(?:/(11\.12|12\.03))?/images/([^/.]+)/file()"
 _FAR = 10**18  # an offset past the end of every file
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,  # the last: a link
+           errno.ENXIO, errno.ENODEV)  # a socket, or a device without a driver
 
 
 class FileBody:
-    """A part of an open file as the body of an answer; see Body. It is closed when it is sent."""
+    """A part of an open file as the body of an answer; see Body. It is closed when it is sent.
 
-    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
-        self.length: int | None = length
-        self._file, self._at, self._end = file, start, start + length
-        self._state = _state_of(file)
+    `status` is that of the file when its ETag was made. When it changes, the answer is cut.
+    """
+
+    def __init__(self, file: BinaryIO, status: os.stat_result, start: int, end: int) -> None:
+        self.length: int | None = end - start
+        self._file, self._status, self._at, self._end = file, status, start, end
 
     def more(self, stream: socket.socket) -> bytes | int:
         """Return the next piece, or send it. Raises BadAnswer if the file was changed since it was opened."""
-        if _state_of(self._file) != self._state:
-            raise BadAnswer("the file was changed while it was sent")
         left = self._end - self._at
         piece: bytes | int
-        if (ssl and isinstance(stream, ssl.SSLSocket)) or not hasattr(os, "sendfile"):
+        if left > PIECE and hasattr(os, "sendfile") and not (ssl and isinstance(stream, ssl.SSLSocket)):
+            size = min(left - PIECE, FILE_PIECE)
+            piece = os.sendfile(stream.fileno(), self._file.fileno(), self._at, size)
+        else:  # the last piece is always copied: it leaves only if all bytes before it were the right ones
             piece = os.pread(self._file.fileno(), min(left, PIECE), self._at)
-        else:
-            piece = os.sendfile(stream.fileno(), self._file.fileno(), self._at, min(left, FILE_PIECE)) if left else 0
-        if left and not piece:
-            raise BadAnswer("the file is shorter than it was")
+        status = os.fstat(self._file.fileno())
+        same = (status.st_size, status.st_mtime_ns) == (self._status.st_size, self._status.st_mtime_ns)
+        if not same or (left and not piece):
+            raise BadAnswer("the file was changed while it was sent")
         self._at += piece if isinstance(piece, int) else len(piece)
         return piece
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-def _state_of(file: BinaryIO) -> tuple[int, int]:
-    """Return what differs as soon as the file is written to."""
-    state = os.fstat(file.fileno())
-    return state.st_size, state.st_mtime_ns
 
 
 def read_file(service: Service, request: Request, route: Route, arrived: float, pulse: Pulse) -> Answer:
@@ -3377,23 +3377,20 @@ def open_image_file(folder: str, record: Record) -> BinaryIO:
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # the last: a FIFO would wait for a writer
     with contextlib.ExitStack() as opened:
         try:
-            base = os.path.realpath(folder)
+            base, step = os.path.realpath(folder), None
             real = os.path.realpath(os.fsdecode(urllib.parse.unquote_to_bytes(match[1])))
             if os.path.commonpath([base, real]) != base:
                 raise absent
-            step = os.open(base, flags | os.O_DIRECTORY)
-            opened.callback(os.close, step)
             *folders, name = os.path.relpath(real, base).split(os.sep)
-            for each in folders:
+            for each in (base, *folders):
                 step = os.open(each, flags | os.O_DIRECTORY, dir_fd=step)
+                opened.close()  # the one before
                 opened.callback(os.close, step)
-            file = os.fdopen(os.open(name, flags, dir_fd=step), "rb", buffering=0)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:  # ValueError: a NUL
-            raise absent from error
-        except OSError as error:
-            if error.errno in (errno.ELOOP, errno.ENXIO, errno.ENODEV):  # a link; a socket or device without a driver
-                raise absent from error
-            raise DatabaseError(f"the file of {record['id']} cannot be read") from error
+            file = io.FileIO(name, opener=lambda name, _: os.open(name, flags, dir_fd=step))
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno not in _ABSENT:
+                raise DatabaseError(f"the file of {record['id']} cannot be read") from error
+            raise absent from error  # ValueError: a NUL in its name
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise absent
@@ -3402,11 +3399,14 @@ def open_image_file(folder: str, record: Record) -> BinaryIO:
 
 def file_answer(request: Request, record: Record, file: BinaryIO) -> Answer:
     """Return the answer that sends a file or a range of it, by the conditions that the request makes."""
-    status, fields = os.fstat(file.fileno()), request.fields
-    size, modified = status.st_size, int(status.st_mtime)
-    # The checksum names the bytes on every server; without one it is the file as it is now.
-    etag = f'"{record["md5sum"] or f"{status.st_ino:x}-{size:x}-{status.st_mtime_ns:x}"}"'
-    lines = (f"ETag: {etag}\r\nLast-Modified: {email.utils.formatdate(modified, usegmt=True)}\r\n"
+    status, fields, moment = os.fstat(file.fileno()), request.fields, time.time()
+    size, modified = status.st_size, int(min(status.st_mtime, moment))
+    # The checksum names the bytes on every server. Without one it is the file as it is now, unless that was written so
+    # lately that another change may get the same time: then nothing can name the bytes.
+    settled = abs(moment - status.st_mtime) > TICK_SECONDS
+    name = f"{status.st_ino:x}-{size:x}-{status.st_mtime_ns:x}" if settled else os.urandom(12).hex()
+    etag, date = f'"{record["md5sum"] or name}"', email.utils.formatdate(modified, usegmt=True)
+    lines = (f"ETag: {etag}\r\nLast-Modified: {date}\r\n"
              f"Accept-Ranges: bytes\r\nCache-Control: {_CACHE_CONTROL}\r\n")  # fmt: skip
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(file.close)
@@ -3423,24 +3423,24 @@ def file_answer(request: Request, record: Record, file: BinaryIO) -> Answer:
         elif since is not None and modified <= since:
             return make_answer(304, lines)
         # 2. The range, of which only GET knows, if the client's bytes are of this file (RFC 9110, 13.1.5).
-        same, ranged = fields.get("if-range", etag), None
-        if request.method == "GET" and "range" in fields and same in (etag, _strong_date(modified)):
-            ranged = parse_range(fields["range"], size)
+        ranged = None
+        if request.method == "GET" and fields.get("if-range", etag) in (etag, date if settled else etag):
+            ranged = parse_range(fields.get("range", ""), size)
         # 3. The name under which a browser saves it, of letters that are safe anywhere.
-        name = safe_name(record)
+        name = safe_name(record["source"]["uri"]) or record["id"]
         lines += (f'Content-Type: application/octet-stream\r\nContent-Disposition: attachment; filename="{name}"\r\n'
                   "X-Content-Type-Options: nosniff\r\n")  # fmt: skip
         start, end = ranged or (0, size)
         if ranged:
             lines += f"Content-Range: bytes {start}-{end - 1}/{size}\r\n"
         cleanup.pop_all()
-        return make_answer(206 if ranged else 200, lines, FileBody(file, start, end - start))
+        return make_answer(206 if ranged else 200, lines, FileBody(file, status, start, end))
 
 
-def safe_name(record: Record) -> str:
-    """Return the last part of an image's URI, its characters limited to those that are safe in any file system."""
-    name = urllib.parse.unquote(record["source"]["uri"].partition("?")[0]).rpartition("/")[2]
-    return re.sub("[^A-Za-z0-9._-]", "_", name)[:200].lstrip(".") or str(record["id"])
+def safe_name(uri: str) -> str:
+    """Return the last part of a URI, its letters limited to those that are safe anywhere; perhaps nothing."""
+    name = urllib.parse.unquote(uri.partition("?")[0]).rpartition("/")[2]
+    return re.sub("[^A-Za-z0-9._-]", "_", name)[:200].lstrip(".-")
 
 
 def parse_range(field: str, size: int) -> tuple[int, int] | None:
@@ -3453,7 +3453,7 @@ def parse_range(field: str, size: int) -> tuple[int, int] | None:
     match = re.fullmatch("([0-9]*)-([0-9]*)", ranges[0]) if unit.lower() == "bytes" and len(ranges) == 1 else None
     if not match or match[0] == "-":
         return None
-    first, last = (_FAR if len(digits.lstrip("0")) > 18 else int(digits or _FAR) for digits in match.groups())
+    first, last = (_FAR if len(digits.lstrip("0")) > 18 else int(digits[-18:] or _FAR) for digits in match.groups())
     if not match[1]:  # the last so many bytes
         if not last:
             raise RangeNotSatisfiable(size)
@@ -3467,15 +3467,10 @@ def parse_range(field: str, size: int) -> tuple[int, int] | None:
 
 def _http_date(field: str | None) -> int | None:
     """Return a date of HTTP in seconds since 1970, None for what is none and so is to be ignored."""
-    with contextlib.suppress(ValueError, OverflowError, TypeError):
+    with contextlib.suppress(ValueError, OverflowError, TypeError, IndexError):  # the last: of Python 3.9
         parsed = email.utils.parsedate_tz(field or "")
         return email.utils.mktime_tz(parsed) if parsed else None
     return None
-
-
-def _strong_date(modified: int) -> str:
-    """Return the date that proves which bytes a client has: one in whose second nothing can be written any more."""
-    return email.utils.formatdate(modified, usegmt=True) if modified < time.time() - 1 else ""
 
 
 ROUTES.append((re.compile(_FILE_PATH), read_file, "files"))
@@ -3841,16 +3836,15 @@ def fetch_image(client: Client, id: str, path: str | None, progress: Progress) -
     have the catalog's md5sum; what has arrived is not asked for again, also by a later call. Raises FetchError,
     Unreachable, the errors of show, and OSError for files here.
     """
-    image = client.show(id)
-    uri = str((image.get("source") or {}).get("uri", ""))
-    url, source = f"{client._url}/{id}/file", client
-    if re.match("https?://[^/?#@]+", uri):
+    image, source = client.show(id), client
+    shown = image.get("source", {"uri": "file:/"}) or {}  # 12.03 does not show it, and the server knows it
+    url, uri = f"{client._url}/{id}/file", str(shown.get("uri", ""))
+    if re.fullmatch("https?://[^/?#@]+([/?#].*)?", uri):
         url, source = urllib.parse.quote(uri.partition("#")[0], safe="!$%&'()*+,/:;=?@[]~"), client._stranger(uri)
     elif not uri.startswith("file:"):
-        raise FetchError(f"{id} has no file to fetch: its source is {brief(image.get('source'))}")
-    path = path or safe_name(image)
+        raise FetchError(f"{id} has no file to fetch: its source is {brief(shown)}")
+    path, tries = path or safe_name(uri) or id, 0
     with _Arrival(path, url, image.get("md5sum")) as arrival:
-        tries = 0
         while not arrival.is_whole:
             before = arrival.size
             try:
@@ -3861,7 +3855,9 @@ def fetch_image(client: Client, id: str, path: str | None, progress: Progress) -
             except Error as error:
                 tries = 0 if arrival.size > before else tries + 1
                 if error.status not in (502, 503, 504) or isinstance(error, BadAnswer) or tries > client._retries:
-                    raise
+                    if source is client or isinstance(error, FetchError):
+                        raise
+                    raise FetchError(f"the source of {id} cannot be fetched: {error}") from error
                 time.sleep(min(_PAUSE_AT_MOST, max(error.retry_after, random.uniform(0.05, 0.1) * 2**tries)))
         arrival.finish()
     return path
@@ -3870,41 +3866,49 @@ def fetch_image(client: Client, id: str, path: str | None, progress: Progress) -
 class _Arrival:
     """The bytes of a file that have arrived, in path.part; path.part.json says of what they are a part.
 
-    A part is continued only if it is of the same URL, and of the same bytes by their ETag or time.
+    A part is continued only if it is of the same URL, and of the same bytes: by their ETag or time, or because a
+    server without ranges sends the same bytes again.
     """
 
     def __init__(self, path: str, url: str, md5sum: str | None) -> None:
         self._path, self._part, self._known_by = path, f"{path}.part", f"{path}.part.json"
-        self._about = {"url": url, "md5sum": md5sum, "validator": ""}
+        self._about = {"url": url, "md5sum": md5sum and md5sum.lower(), "validator": ""}
         self.size, self.is_whole = 0, False
         self._digest = hashlib.md5(usedforsecurity=False)
         self._cleanup = contextlib.ExitStack()
 
     def __enter__(self) -> _Arrival:
         if self._path == "-":
-            self._file = sys.stdout.buffer
+            self._file, self._path, self._part = sys.stdout.buffer, "", "standard output"
             return self
         if os.path.isdir(self._path):
             raise IsADirectoryError(errno.EISDIR, "is a directory; name a file with -O", self._path)
-        with _naming(self._part):
-            self._file = self._cleanup.enter_context(_open_alone(self._part))
+        with contextlib.ExitStack() as opened, _naming(self._part):
+            self._file = opened.enter_context(_open_alone(self._part))
             while piece := self._file.read(FILE_PIECE):
                 self._digest.update(piece)
                 self.size += len(piece)
-        if self.size:
-            self._continue()
+            self.is_whole = self._digest.hexdigest() == self._about["md5sum"]
+            if self.size and not self.is_whole:
+                self._continue()
+            self._cleanup = opened.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if self._path and not (self.size or self.is_whole):  # nothing has arrived
+            for file in (self._known_by, self._part):
+                with contextlib.suppress(OSError):
+                    os.unlink(file)
         self._cleanup.close()
 
     def _continue(self) -> None:
         """Take over what the part is known to be. Raises FetchError if it is a part of something else."""
         try:
-            with open(self._known_by, encoding="utf-8") as file:
-                about = json.load(file)
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+            with open(os.open(self._known_by, flags), "rb") as file:
+                about = json.loads(file.read(FILE_PIECE))
             url, md5sum, self._about["validator"] = str(about["url"]), about["md5sum"], str(about["validator"])
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise FetchError(f"{self._part} is there, and nothing says of what it is a part; remove it") from error
         if url != self._about["url"]:
             raise FetchError(f"{self._part} is a part of {url}; remove it, or give another name with -O")
@@ -3912,7 +3916,8 @@ class _Arrival:
             raise self._changed()
 
     def _changed(self) -> FetchError:
-        return FetchError(f"the file has changed since {self._part} was begun; remove that to fetch all of it anew")
+        remedy = f"{self._part} was begun; remove that to fetch all of it anew" if self._path else "it was begun"
+        return FetchError(f"the file has changed since {remedy}")
 
     def fields(self) -> dict[str, str]:
         """Return the header fields that ask for what is missing (RFC 9110, 13.1.5)."""
@@ -3921,28 +3926,36 @@ class _Arrival:
 
     def receive(self, client: Client, progress: Progress, answer: Any) -> None:
         """Take what an answer brings. Raises FetchError, and ConnectionError if more is missing."""
-        tag = answer.headers.get("ETag", "W/")
-        validator = answer.headers.get("Last-Modified", "") if tag.startswith("W/") else tag
-        length, place = answer.headers.get("Content-Length", ""), answer.headers.get("Content-Range", "")
-        total = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
-        # 1. Is it what belongs behind the bytes that are here?
-        if answer.status == 416 and self.size and place == f"bytes */{self.size}":
+        headers, asked = answer.headers, self.fields()
+        length, place = headers.get("Content-Length", ""), headers.get("Content-Range", "")
+        coding = headers.get("Content-Encoding", "identity")
+        whole = re.fullmatch("([0-9]{1,18})", length)
+        # 1. Is it the file, or what of it belongs behind the bytes that are here?
+        if answer.status == 416 and asked and place == f"bytes */{self.size}":
             self.is_whole = True  # all had arrived before
             return
-        if answer.status == 206 and self.size:
-            match = re.fullmatch(rf"bytes {self.size}-[0-9]+/([0-9]{{1,18}})", place)
-            if not match or validator != self._about["validator"]:
-                raise self._changed()
-            total = int(match[1])
-        elif answer.status == 200 and answer.headers.get("Content-Encoding", "identity") == "identity":
-            if self.size and validator != self._about["validator"]:
-                raise self._changed()
-            self._begin(validator)  # this server has no ranges
-        else:
+        if answer.status >= 400:
             client._read(answer)  # raises what the answer says
-            raise FetchError(f"the server answered {answer.status} {place}, which is not the file")
-        # 2. Write what comes.
-        for piece in _body_pieces(answer, sys.maxsize):
+        if answer.status == 206 and asked:
+            whole = re.fullmatch(rf"bytes {self.size}-[0-9]+/([0-9]{{1,18}})", place)
+            known = asked["If-Range"]
+            if headers.get("ETag" if known[0] == '"' else "Last-Modified", known) != known:
+                raise self._changed()
+        if coding != "identity" or not (answer.status == 200 or (answer.status == 206 and asked and whole)):
+            raise FetchError(f"the server answered {answer.status} {place} ({coding}), which is not the file")
+        total = int(whole[1]) if whole else None
+        if total is not None and total < self.size:
+            raise self._changed()
+        if not self.size and self._path:
+            self._begin(_strong_validator(headers))
+        # 2. Compare what a server without ranges sends again, and write the rest.
+        here, same = (0 if answer.status == 206 else self.size), hashlib.md5(usedforsecurity=False)
+        for piece in _body_pieces(answer, sys.maxsize if total is None else total - self.size + here):
+            if here:
+                same.update(piece[:here])
+                piece, here = piece[here:], max(0, here - len(piece))
+                if not here and same.digest() != self._digest.digest():
+                    raise self._changed()
             with _naming(self._part):
                 rest = memoryview(piece)
                 while rest:
@@ -3950,22 +3963,17 @@ class _Arrival:
             self._digest.update(piece)
             self.size += len(piece)
             progress(self.size, total)
-        if total not in (None, self.size):
+        if here or total not in (None, self.size):
             raise ConnectionError("the answer is cut")
         self.is_whole = True
 
     def _begin(self, validator: str) -> None:
-        """Begin with the first byte, and note of what it is."""
+        """Note of what the bytes are that come."""
         self._about["validator"] = validator
-        if self._path == "-":
-            if self.size:
-                raise FetchError("the connection was cut, and this server cannot go on where it was")
-            return
-        with _naming(self._part):
-            self._file.seek(0)
-            self._file.truncate()
-            self.size, self._digest = 0, hashlib.md5(usedforsecurity=False)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+        with _naming(self._known_by):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._known_by)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL  # the last: no link is followed
             with open(os.open(self._known_by, flags, 0o666), "w", encoding="ascii") as file:
                 json.dump(self._about, file)
 
@@ -3973,14 +3981,24 @@ class _Arrival:
         """Put the file in its place if it is the one of the catalog. Raises FetchError."""
         found, md5sum = self._digest.hexdigest(), self._about["md5sum"]
         if md5sum and found != md5sum:
-            kept = "" if self._path == "-" else f"; {self._part} is kept, remove it to fetch all of it anew"
+            kept = f"; {self._part} is kept, remove it to fetch all of it anew" if self._path else ""
             raise FetchError(f"the md5 of what arrived is {found}, the catalog says {md5sum}{kept}")
-        with _naming(self._path):
+        with _naming(self._path or self._part):
             self._file.flush()
-            if self._path != "-":
+            if self._path:
                 os.fsync(self._file.fileno())
+                with contextlib.suppress(FileNotFoundError):  # while others cannot begin: their note has the same name
+                    os.unlink(self._known_by)
                 os.replace(self._part, self._path)
-                os.unlink(self._known_by)
+
+
+def _strong_validator(headers: Any) -> str:
+    """Return the ETag or else the time that proves which bytes these are; "" if none does (RFC 9110, 8.8)."""
+    tag, modified = headers.get("ETag", ""), headers.get("Last-Modified", "")
+    if tag.startswith('"'):
+        return str(tag)
+    written, date = _http_date(modified), _http_date(headers.get("Date"))
+    return modified if written is not None and date is not None and written < date else ""  # else: it may change again
 
 
 @contextlib.contextmanager
@@ -3988,8 +4006,11 @@ def _open_alone(path: str) -> Iterator[BinaryIO]:
     """Open a file to read and write, made if need be, that no other process has open so. Raises FetchError."""
     import fcntl  # here: not every system has it
 
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     while True:
-        with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b", buffering=0) as file:
+        with open(os.open(path, flags, 0o666), "r+b", buffering=0) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise FetchError(f"{path} is no regular file")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

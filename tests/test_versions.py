@@ -426,8 +426,8 @@ def test_the_extension_alone_chooses_the_format(server, version, extension, acce
      "/api/images/wmi-mine1.xml", "/api/images/wmi-mine1.", "/api/images/wmi-mine1.html",
      "/api/images/wmi-mine1.yml.json", "/api/images/.json", "/api/images/", "/api/images/wmi-mine1/",
      "/api/images/wmi-mine1/x", "/api/images//wmi-mine1", "/api//images", "/api/Images", "/api", "/api/",
-     "/api/images/wmi-mine1/file", "/api/12.03", "/api/12.03/", "/api/12.3/images", "/api/13.08/images", "/api/12x03/images",
-     "/api/document/images", "/api/instances", "/api/12.03/instances.yml", "/images", "/x",
+     "/api/images/wmi-mine1/file", "/api/12.03", "/api/12.03/", "/api/12.3/images", "/api/13.08/images",
+     "/api/12x03/images", "/api/document/images", "/api/instances", "/api/12.03/instances.yml", "/images", "/x",
      "/api/images%2Ejson", "/api%2Fimages", "/favicon.ico"],
 )  # fmt: skip
 def test_an_unknown_path_is_not_found(server, target):
