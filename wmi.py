@@ -3797,7 +3797,7 @@ def _command(what: str, line: str) -> str:
 def _rows(image: Record) -> Iterator[str]:
     source = image["source"]
     shown = {**dict.fromkeys(_LABELS), **image, "source": "".join(source.values())}
-    shown["file"] = safe_name(image) if "uri" in source else None
+    shown["file"] = safe_name(source["uri"]) if "uri" in source else None
     shown["is_public"] = "everybody" if image["is_public"] else f"{image['account_id']} only"
     shown["boot_dev_type"] = "a volume" if image["boot_dev_type"] == BOOT_DEV_SAN else "a local file"
     shown["features"] = ", ".join(name for name, present in image["features"].items() if present)
