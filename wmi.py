@@ -3321,7 +3321,8 @@ TICK_SECONDS = 2.0  # that some file systems' clocks take for a step
 FILE_PIECE = 1 << 20  # bytes that one system call sends of a file
 _FILE_PATH = r"/api(?:/(11\.12|12\.03))?/images/([^/.]+)/file()"
 _FAR = 10**18  # an offset past the end of every file
-_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,  # the last: a link
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+           errno.ELOOP, errno.EINVAL,  # a link, or one that is gone while it is read
            errno.ENXIO, errno.ENODEV)  # a socket, or a device without a driver
 
 
