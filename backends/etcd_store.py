@@ -1,0 +1,1126 @@
+"""Keep images in an etcd cluster, for servers on several machines: `etcd:http://HOST:PORT[,…]/PREFIX`.
+
+Theory of operation:
+
+1. Keys. Each of them is below PREFIX.
+
+       change      a random text, put by every change that can be seen; its mod_revision is the
+                   store's revision
+       image/ID    {"order": [revision, n]?, "n": k?, "load": L?, "before": {…}?, "record": {…}}
+       load/L      there if the load L is done; never changed, never deleted
+       session/S   there as long as a client, or a load, may change something; with a lease
+
+2. An image was registered at the pair `order`, which `replace` writes out; else where its key
+   was put, or its load was done, and there as the n-th. So nobody has to draw a number, and
+   nobody contends for one.
+3. A change is one transaction that compares what was read, so it is done once or not at all.
+   When its answer is lost, it may have been done, or may still be under way in a member that is
+   slow. Therefore it also compares its session, a key that nobody else puts, and leaves its own
+   name there. One more transaction then tells: either the name is there, or the session is
+   deleted, and what comes late finds none. If that cannot be asked either: EINPROGRESS.
+4. Many records do not fit into one transaction. They are put as intents, which carry the name
+   of their load, and are seen when load/L is put. Until then the key means what it has as
+   `before`, or nothing. Whoever changes an image under an intent deletes the session of that
+   load, which has to start over. What a dead load leaves means nothing; `check` can remove it.
+5. Reads. etcd has neither offsets nor an order but that of its keys. So a process that needs
+   pages keeps a replica, a private SQLite file that one watch feeds. A read asks for the
+   revision, waits until the replica has it, and is answered here: no answer is older than
+   what anybody was told is done. A process that only gets and changes single images needs no
+   replica and asks etcd.
+6. A cluster that was wiped or restored has another history: at a revision that the replica has
+   seen, `change` has another value, or another revision. Then the replica is made anew.
+7. Whatever is asked has an end: TRY_S a try, CALL_S in all, at any of the members. After a
+   call that no member answered, others fail at once for a second; then one tries again.
+
+Left out: search in fields, client certificates, and leases kept alive for clients (a session
+that has become old is followed by a new one).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import socket
+import sqlite3
+import ssl
+import stat
+import tempfile
+import threading
+import time
+import weakref
+from base64 import b64decode, b64encode
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, suppress
+from glob import escape, glob
+from itertools import islice
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from .sqlite_store import ADD, DELETE, LIVE, LOAD_CACHE_KIB, SqliteStorage, _row
+
+try:
+    import fcntl
+except ImportError:  # what a killed process leaves in the temporary folder stays there
+    fcntl = None  # type: ignore[assignment]
+
+TRY_S, CALL_S = 1.5, 5.0  # for one member to answer; for a call in all: a server gives up at 10 s
+PAUSE_S = 0.1  # when all members were tried, before they are tried again
+DOWN_S = 1.0  # for which calls fail at once, after one that no member answered
+SILENT_S = 1.0  # for which a read waits for the watch before that is begun anew
+SESSION_S, SESSION_USED_S = 3600, 1800  # lease of a session; an older one is not used any more
+LOAD_S, LOAD_KEPT_S = 60, 15  # lease of a load's session, kept alive: after a kill it ends soon
+AT_ONCE, BYTES_AT_ONCE = 100, 500_000  # of a transaction; etcd takes 128 operations and 1.5 MiB
+NESTED_AT_ONCE = 32  # transactions within one: their operations add up
+LOADS = 3  # times that a load is tried
+PAGE_S, PAGE, PAGE_BYTES = 4.0, 5000, 4_000_000  # of images that are read together
+LEFT_S = 60  # a folder that is older, and locked by nobody, was left by a killed process
+FOLDER = "wmi-etcd-"
+EXHAUSTED, COMPACTED, UNAUTHENTICATED = 8, 11, 16  # gRPC's codes of refusals
+UNDECIDED = (1, 2, 4, 13, 14, 15)  # and those after which a change may have been made
+LOG_IN = re.compile("user name is empty|auth token|revision of auth store is old")
+NO_GATEWAY = """no JSON gateway there: give addresses for clients, and to an etcd that was started
+ with a configuration file "enable-grpc-gateway: true"
+""".replace("\n", "")
+FORM = "not etcd:http://HOST:PORT[,http://HOST:PORT...]/PREFIX with https and ?cafile=FILE as needed"
+FORM_PATTERN = r"(https?://[^/,@?#]+(?:,https?://[^/,@?#]+)*)/+([^?#]*[^?#/])/*(?:\?cafile=(.+))?"
+
+STAGE = "INSERT INTO staged VALUES (?, ?, ?, ?, ?, ?, ?)"
+SETTLE = """INSERT INTO image (id, account_id, is_public, deleted, record)
+    SELECT id, account_id, is_public, deleted, record FROM {} ORDER BY {}"""
+SPOOLED = "SELECT n, id, record FROM row WHERE n > ? ORDER BY n LIMIT 1000"
+CHANGE = "UPDATE image SET account_id = ?, is_public = ?, deleted = ?, record = ? WHERE id = ?"
+
+Record = dict[str, Any]
+Answer = dict[str, Any]
+Operation = dict[str, Any]
+Order = tuple[int, int]
+Row = tuple[int, str, str]  # place in the load, id, record as JSON
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+_inherited: list[Any] = []  # what a parent had open: closing it in a child could harm it
+
+
+def open_storage(location: str) -> EtcdStorage:
+    """Open the store below a prefix of a cluster. Nothing is asked before it is needed."""
+    return EtcdStorage(location)
+
+
+# ---- wire ----
+
+
+class _Unanswered(OSError):
+    """Raised when the answer to a change did not come; it may have been made, or may yet be."""
+
+
+class _Refused(OSError):
+    """Raised when etcd says no: nothing was done."""
+
+    def __init__(self, code: int, text: str) -> None:
+        if code == EXHAUSTED:
+            text += "; nothing was changed: see the README about quota"
+        super().__init__(f"etcd: {text}")
+        self.code = code
+
+
+class _Pair(NamedTuple):
+    """A key and its value, and the revisions that created it and put it last."""
+
+    key: bytes
+    value: bytes
+    created: int  # 0: this is the event of a deletion
+    put: int
+
+
+class _Channel:
+    """A connection to a member. HTTP by hand costs a quarter of what http.client does."""
+
+    def __init__(self, url: str, context: ssl.SSLContext | None, seconds: float) -> None:
+        parts, self.url, self.kept = urlsplit(url), url, True
+        self._head = f" HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
+        raw = socket.create_connection((parts.hostname, parts.port or 2379), seconds)
+        try:
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._socket = context.wrap_socket(raw, server_hostname=parts.hostname) if context else raw
+            self._file = self._socket.makefile("rb")
+        except BaseException:
+            raw.close()
+            raise
+
+    def is_good(self) -> bool:
+        """Return whether the member has kept the connection open, and sent nothing unasked."""
+        self._socket.settimeout(0)
+        try:
+            self._socket.recv(1)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return True
+        except OSError:
+            pass
+        return False
+
+    def ask(self, path: str, body: Answer, fields: str, seconds: float) -> tuple[int, Iterator[bytes]]:
+        """Send a request; return the status and the pieces of the answer's body."""
+        text = json.dumps(body).encode()
+        self._socket.settimeout(seconds)
+        head = f"POST {path}{self._head}{fields}Content-Length: {len(text)}\r\n\r\n"
+        self._socket.sendall(head.encode() + text)
+        status, length, chunked = int(self._line().split()[1]), 0, False
+        while line := self._line().lower():
+            name, _, value = line.partition(":")
+            length = int(value) if name == "content-length" else length
+            chunked = chunked or (name == "transfer-encoding" and "chunked" in value)
+            self.kept = self.kept and not (name == "connection" and "close" in value)
+        return status, self._chunks() if chunked else iter([self._read(length)])
+
+    def _chunks(self) -> Iterator[bytes]:
+        while size := int(self._line(), 16):
+            yield self._read(size)
+            self._line()
+        while self._line():  # trailers
+            pass
+
+    def _line(self) -> str:
+        line = self._file.readline(65536)
+        if not line.endswith(b"\n"):
+            raise ConnectionError("the connection was cut")
+        return line.decode("latin-1").strip()
+
+    def _read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        if len(data) < size:
+            raise ConnectionError("the connection was cut")
+        return data
+
+    def wait_forever(self) -> None:
+        """Let what is read next come at any time."""
+        self._socket.settimeout(None)
+
+    def cut(self) -> None:
+        """End what another thread reads."""
+        with suppress(OSError):  # not TLS's own shutdown, which would take the object away
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close it."""
+        self._file.close()
+        self._socket.close()
+
+
+class _Cluster:
+    """The members of a cluster, of which any one will do. Threads may share it."""
+
+    def __init__(self, location: str) -> None:
+        match = re.fullmatch(FORM_PATTERN, location)
+        if not match:  # which is not shown, as it may hold a password
+            raise ValueError(FORM + "; user and password come from WMI_ETCD_USER, WMI_ETCD_PASSWORD")
+        self._urls, self._prefix = match[1].split(","), f"/{match[2]}/".encode()
+        self._context = ssl.create_default_context(cafile=match[3]) if "https:" in location else None
+        self._token, self._at = "", 0  # the member that is asked first
+        self._idle: deque[_Channel] = deque()
+        self._watching: _Channel | None = None
+        self._failure: Exception | None = None  # of the last call, if no member answered it
+        self._again = 0.0  # when a call may try again after that
+
+    @property
+    def member(self) -> int:
+        """Return the number of the member that is asked first."""
+        return self._at
+
+    def key(self, kind: str, name: str = "") -> bytes:
+        """Return the key of an image, a load or a session, or what all of a kind begin with."""
+        return self._prefix + f"{kind}{name}".encode()
+
+    def check_up(self) -> None:
+        """Raise OSError at once if a call has just failed, or another one is trying again."""
+        failure, now = self._failure, time.monotonic()
+        if failure:
+            if now < self._again:
+                raise _no_quorum(failure)
+            self._again = now + CALL_S
+
+    def call(self, path: str, body: Answer, repeat: bool = True, seconds: float = TRY_S) -> Answer:
+        """Return the answer of any member. Raises OSError.
+
+        What must not be repeated is sent once; _Unanswered if it is not answered then.
+        """
+        deadline, tried, logged_in = time.monotonic() + CALL_S, 0, False
+        failure: Exception = TimeoutError()
+        while (left := deadline - time.monotonic()) > 0:
+            at, sent = self._at, False
+            try:
+                channel = self._connect(min(TRY_S, left))
+                sent = True
+                answer = self._ask(channel, path, body, min(seconds, left))
+                self._failure = None
+                return answer
+            except _Refused as refused:
+                if logged_in or not (refused.code == UNAUTHENTICATED or LOG_IN.search(str(refused))):
+                    raise
+                self._log_in(refused)
+                logged_in = True
+            except (OSError, ValueError) as error:
+                failure, tried = error, tried + 1
+                self.pass_over(at)
+                if sent and not repeat:
+                    raise _Unanswered(str(error)) from error
+                if tried % len(self._urls) == 0:
+                    time.sleep(min(PAUSE_S, left))
+        self._failure, self._again = failure, time.monotonic() + DOWN_S
+        raise _no_quorum(failure) from failure
+
+    def pass_over(self, at: int) -> None:
+        """Ask the next member from now on, unless another thread has seen to that."""
+        if self._at == at:
+            self._at = (at + 1) % len(self._urls)
+
+    def _connect(self, seconds: float) -> _Channel:
+        """Return a connection to the member that is asked now, one that is kept if there is one."""
+        url = self._urls[self._at]
+        with suppress(IndexError):
+            while True:
+                channel = self._idle.pop()
+                if channel.url == url and channel.is_good():
+                    return channel
+                channel.close()
+        return _Channel(url, self._context if url.startswith("https:") else None, seconds)
+
+    def _ask(self, channel: _Channel, path: str, body: Answer, seconds: float) -> Answer:
+        """Ask one member. Raises _Refused, and OSError or ValueError for what is no answer."""
+        kept = False
+        try:
+            status, pieces = channel.ask(path, body, self._fields(), seconds)
+            text = b"".join(pieces)
+            kept = channel.kept
+        finally:
+            self._idle.append(channel) if kept else channel.close()
+        if status == 404 and not text.startswith(b"{"):
+            raise _Refused(0, f"{channel.url}: {NO_GATEWAY}")
+        answer: Answer = json.loads(text)
+        if status != 200:
+            raise _error(answer)
+        return answer
+
+    def _fields(self) -> str:
+        return f"Authorization: {self._token}\r\n" if self._token else ""
+
+    def _log_in(self, refused: _Refused) -> None:
+        user, password = map(os.environ.get, ("WMI_ETCD_USER", "WMI_ETCD_PASSWORD"))
+        if not user:
+            raise _Refused(0, f"{refused}: set WMI_ETCD_USER and WMI_ETCD_PASSWORD") from refused
+        self._token = ""
+        asked = {"name": user, "password": password or ""}
+        self._token = self.call("/v3/auth/authenticate", asked)["token"]
+
+    def range(self, key: bytes, **options: Any) -> tuple[int, list[_Pair]]:
+        """Return the store's revision, and the pairs of a range."""
+        answer = self.call("/v3/kv/range", _range(key, **options)["request_range"], seconds=PAGE_S)
+        return int(answer["header"]["revision"]), _pairs(answer)
+
+    def pages(self, kind: str, revision: int, **options: Any) -> Iterator[list[_Pair]]:
+        """Yield all pairs of a kind as they were at a revision. Raises _Refused if it is compacted."""
+        start, limit, end = self.key(kind), PAGE // 10, _text(_after(self.key(kind)))
+        while start:
+            _, pairs = self.range(start, range_end=end, limit=limit, revision=revision, **options)
+            yield pairs
+            start = pairs[-1].key + b"\0" if len(pairs) == limit else b""
+            size = sum(len(pair.value) for pair in pairs) + 1
+            limit = max(16, min(PAGE, limit * PAGE_BYTES // size))
+
+    def transact(
+        self, compare: Sequence[Operation], success: Sequence[Operation],
+        failure: Sequence[Operation] = (), repeat: bool = True,
+    ) -> tuple[bool, list[list[_Pair]], int]:
+        """Return whether all comparisons held, what each operation found, and the revision."""
+        body = {"compare": compare, "success": success, "failure": failure}
+        answer = self.call("/v3/kv/txn", body, repeat)
+        found = [_pairs(each.get("response_range", {})) for each in answer.get("responses", ())]
+        return answer.get("succeeded", False), found, int(answer["header"]["revision"])
+
+    def watch(self, start: int) -> Iterator[Answer]:
+        """Yield what a watch of all that can be seen brings, from a revision on."""
+        channel = self._watching = self._connect(TRY_S)
+        try:
+            # Without this field a member that has lost the others would be silent.
+            fields = self._fields() + "Grpc-Metadata-hasleader: true\r\n"
+            create = {"key": _text(self.key("change")), "range_end": _text(self.key("m")),
+                      "start_revision": start}
+            _, pieces = channel.ask("/v3/watch", {"create_request": create}, fields, TRY_S)
+            line: list[bytes] = []
+            for piece in pieces:
+                line.append(piece)
+                if b"\n" in piece:
+                    *whole, rest = b"".join(line).split(b"\n")
+                    line = [rest] if rest else []
+                    yield from (_result(text) for text in whole if text)
+                    channel.wait_forever()
+            yield from (_result(text) for text in line)  # an error comes without the end of a line
+        except ValueError as error:
+            raise OSError(f"not an answer of a watch: {error}") from error
+        finally:
+            self._watching = None
+            channel.close()
+
+    def cut_watch(self) -> None:
+        """Have the watch end, in whatever thread it is."""
+        if channel := self._watching:
+            channel.cut()
+
+    def close(self) -> None:
+        """Close what is kept."""
+        self.cut_watch()
+        with suppress(IndexError):
+            while True:
+                self._idle.pop().close()
+
+
+def _no_quorum(failure: Exception) -> OSError:
+    return OSError(errno.EHOSTUNREACH, f"no member of the cluster that has a quorum answers: {failure}")
+
+
+def _error(answer: Answer) -> OSError:
+    """Return the error that etcd answers, in a body or in the midst of a watch."""
+    code = int(answer.get("code", answer.get("grpc_code", 2)))
+    text = str(answer.get("message") or answer.get("error"))
+    return OSError(text) if code in UNDECIDED else _Refused(code, text)
+
+
+def _result(text: bytes) -> Answer:
+    answer: Answer = json.loads(text)
+    if "result" not in answer:
+        raise _error(answer.get("error", answer))
+    result: Answer = answer["result"]
+    return result
+
+
+def _pairs(answer: Answer) -> list[_Pair]:
+    return [_pair(each) for each in answer.get("kvs", ())]
+
+
+def _pair(found: Answer) -> _Pair:
+    revisions = int(found.get("create_revision", 0)), int(found["mod_revision"])
+    return _Pair(b64decode(found["key"]), b64decode(found.get("value", "")), *revisions)
+
+
+def _text(data: bytes) -> str:
+    return b64encode(data).decode()
+
+
+def _is_at(key: bytes, put: int) -> Operation:
+    """Return the comparison that a key was put last at that revision; 0: that there is none."""
+    return {"key": _text(key), "target": "MOD", "result": "EQUAL", "mod_revision": put}
+
+
+def _put(key: bytes, value: bytes, lease: str = "0") -> Operation:
+    return {"request_put": {"key": _text(key), "value": _text(value), "lease": lease}}
+
+
+def _range(key: bytes, end: bytes = b"", **options: Any) -> Operation:
+    return {"request_range": {"key": _text(key), "range_end": _text(end), **options}}
+
+
+def _delete(key: bytes) -> Operation:
+    return {"request_delete_range": {"key": _text(key)}}
+
+
+def _after(kind: bytes) -> bytes:
+    """Return the end of the range of all keys that begin with this."""
+    return kind[:-1] + bytes([kind[-1] + 1])
+
+
+# ---- changes ----
+
+
+class _Image(NamedTuple):
+    """What stands under an image's key, and what it means now."""
+
+    put: int = 0  # revision of the key; 0: there is none
+    order: Order = (0, 0)
+    record: Record | None = None  # None: there is no such image
+    load: str = ""  # one that is not done, and holds the key
+    intent: tuple[int, Record] = (0, {})  # of that load: the place in it, and the record
+
+
+def _read(pair: _Pair, done: Callable[[str], int]) -> _Image:
+    """Return what a pair means; `done` gives the revision of a load, 0 if it is not done."""
+    try:
+        value = json.loads(pair.value)
+        load, n, record = value.get("load", ""), value.get("n", 0), value["record"]
+        at = done(load) if load else pair.put
+        if at:
+            first, second = value.get("order") or (at, n)
+            return _Image(pair.put, (first, second), record)
+        before = value.get("before") or {"order": (0, 0), "record": None}
+        first, second = before["order"]
+        return _Image(pair.put, (first, second), before["record"], load, (n, record))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise OSError(f"etcd: {pair.key!r} does not hold an image of ours: {error!r}") from error
+
+
+def _value(image: _Image) -> bytes:
+    return _encode({"order": image.order, "record": image.record}).encode()
+
+
+class _Session:
+    """A key that one change at a time compares, and puts, so that its outcome can be told."""
+
+    def __init__(self, key: bytes, lease: str, put: int) -> None:
+        self.key, self.lease, self.put = key, lease, put
+        self.born = self.kept = time.monotonic()
+
+
+class _Changes:
+    """Changes, each made once or not at all. Threads may share it."""
+
+    def __init__(self, cluster: _Cluster) -> None:
+        self._cluster, self._key = cluster, cluster.key
+        self._sessions: deque[_Session] = deque()  # that no change is using
+
+    def find(self, id: str) -> _Image:
+        """Return the image as it is now."""
+        return self._meaning(self._cluster.range(self._key("image/", id))[1])
+
+    def _meaning(self, pairs: list[_Pair]) -> _Image:
+        return _read(pairs[0], self._done) if pairs else _Image()
+
+    def _done(self, load: str) -> int:
+        _, pairs = self._cluster.range(self._key("load/", load))
+        return pairs[0].created if pairs else 0
+
+    def commit(
+        self, compare: list[Operation], success: list[Operation], failure: list[Operation]
+    ) -> list[list[_Pair]] | None:
+        """Make a change. Return None, or what `failure` found because a comparison failed."""
+        for _ in _tries():
+            session = self._take_session()
+            name = os.urandom(8).hex().encode()
+            puts = [_put(self._key("change"), name), _put(session.key, name, session.lease)]
+            try:
+                held, found, revision = self._cluster.transact(
+                    [_is_at(session.key, session.put), *compare], [*success, *puts],
+                    [_range(session.key), *failure], repeat=False)
+            except _Unanswered as error:
+                if self._was_made(session, name, error):
+                    return None
+                continue
+            except OSError:  # nothing was done
+                self._sessions.append(session)
+                raise
+            if held:
+                session.put = revision
+            elif not found[0] or found[0][0].put != session.put:
+                continue  # the session has ended
+            self._sessions.append(session)
+            return None if held else found[1:]
+        return None
+
+    def _was_made(self, session: _Session, name: bytes, error: _Unanswered) -> bool:
+        """Return whether a change was made. If not, it never will be, however late it comes."""
+        try:
+            unchanged = [_is_at(session.key, session.put)]
+            held, found, _ = self._cluster.transact(
+                unchanged, [_delete(session.key)], [_range(session.key)])
+        except OSError as failed:
+            raise _unknown(error) from failed
+        if not held and found[0] and found[0][0].value == name:
+            session.put = found[0][0].put
+            self._sessions.append(session)
+            return True
+        # If it is gone, this was asked twice, the first answer lost. Its lease could also be over.
+        if (found[0] and not held) or time.monotonic() - session.born > SESSION_S - 2 * CALL_S:
+            raise _unknown(error)
+        return False
+
+    def _take_session(self) -> _Session:
+        """Return a session that nobody uses."""
+        with suppress(IndexError):
+            while True:
+                session = self._sessions.pop()
+                if time.monotonic() - session.born < SESSION_USED_S:
+                    return session
+        return self._begin_session(os.urandom(8).hex(), SESSION_S)
+
+    def _begin_session(self, name: str, seconds: int) -> _Session:
+        key = self._key("session/", name)
+        lease = self._cluster.call("/v3/lease/grant", {"TTL": seconds})["ID"]
+        # If this is put twice, one revision is wrong: what compares it fails, and nothing is done.
+        return _Session(key, lease, self._cluster.transact([], [_put(key, b"", lease)])[2])
+
+    def _defeat(self, images: Iterable[_Image]) -> tuple[list[Operation], list[Operation]]:
+        """Return what has to hold, and to be done, so that the loads that hold images never end."""
+        loads = sorted({image.load for image in images} - {""})
+        return ([_is_at(self._key("load/", load), 0) for load in loads],
+                [_delete(self._key("session/", load)) for load in loads])
+
+    def add(self, rows: list[Row]) -> None:
+        """Register all, or none. Raises FileExistsError."""
+        keys = [self._key("image/", id) for _, id, _ in rows]
+        images = [_Image()] * len(rows)
+        for _ in _tries():
+            lost, defeat = self._defeat(images)
+            found = self.commit(
+                [_is_at(key, image.put) for key, image in zip(keys, images)] + lost,
+                [_put(key, f'{{"n":{n},"record":{text}}}'.encode())
+                 for key, (n, _, text) in zip(keys, rows)] + defeat,
+                [_range(key) for key in keys])
+            if found is None:
+                return
+            images = self._check_free(rows, found)
+
+    def _check_free(self, rows: list[Row], found: list[list[_Pair]]) -> list[_Image]:
+        """Return what has to give way to the rows. Raises FileExistsError if an image does not."""
+        images = [self._meaning(pairs) for pairs in found]
+        for (_, id, _), image in zip(rows, images):
+            if image.record is not None and image.record["deleted_at"] is None:
+                raise FileExistsError(id)
+        return images
+
+    def change(self, id: str, make: Callable[[Record], Record | None]) -> None:
+        """Put what `make` makes of the record in its place; None deletes it. Raises KeyError."""
+        key, image = self._key("image/", id), self.find(id)
+        for _ in _tries():
+            if image.record is None:
+                raise KeyError(id)
+            record = make(image.record)
+            done = _delete(key) if record is None else _put(key, _value(image._replace(record=record)))
+            lost, defeat = self._defeat([image])
+            found = self.commit([_is_at(key, image.put), *lost], [done, *defeat], [_range(key)])
+            if found is None:
+                return
+            image = self._meaning(found[0])
+
+    # Many records.
+
+    def load(self, batches: Callable[[], Iterator[list[Row]]]) -> None:
+        """Register all that the batches hold, or none. Raises FileExistsError."""
+        for _ in range(LOADS):
+            name, done = os.urandom(8).hex(), False
+            session = self._begin_session(name, LOAD_S)
+            try:
+                done = all(self._intend(session, name, rows) for rows in batches())
+                done = done and self._publish(session, name)
+            finally:
+                if not done:
+                    with suppress(OSError):  # else its lease ends it, and `check` removes the rest
+                        if not self._end_load(session, name):
+                            self.undo((self._key("image/", id) for rows in batches() for _, id, _ in rows), {name})
+            if done:
+                return
+        raise OSError("etcd: others changed the same images meanwhile; nothing was changed: try again")
+
+    def _intend(self, session: _Session, name: str, rows: list[Row]) -> bool:
+        """Put the intents of some rows. Return False if the load has lost its session."""
+        keys = [self._key("image/", id) for _, id, _ in rows]
+        images = [_Image()] * len(rows)
+        for _ in _tries():
+            if time.monotonic() - session.kept > LOAD_KEPT_S:
+                self._cluster.call("/v3/lease/keepalive", {"ID": session.lease})
+                session.kept = time.monotonic()
+            lost, defeat = self._defeat(images)
+            held, found, _ = self._cluster.transact(
+                [_is_at(session.key, session.put), *lost,
+                 *(_is_at(key, image.put) for key, image in zip(keys, images))],
+                [_put(key, _intent(name, row, image)) for key, row, image in zip(keys, rows, images)] + defeat,
+                [_range(session.key), *map(_range, keys)])
+            if held:
+                return True
+            if not found[0] or found[0][0].put != session.put:
+                return False
+            images = self._check_free(rows, found[1:])
+            if all(image.load == name for image in images):  # an earlier try, whose answer was lost
+                return True
+        return False
+
+    def _publish(self, session: _Session, name: str) -> bool:
+        """Let all intents be seen. Return whether they are."""
+        marker = self._key("load/", name)
+        try:
+            held, found, _ = self._cluster.transact(
+                [_is_at(session.key, session.put)],
+                [_put(marker, b""), _put(self._key("change"), os.urandom(8).hex().encode()),
+                 _delete(session.key)],
+                [_range(marker)])
+            return held or bool(found[0])
+        except OSError as error:
+            try:
+                return self._end_load(session, name)
+            except OSError as failed:
+                raise _unknown(error) from failed
+
+    def _end_load(self, session: _Session, name: str) -> bool:
+        """See to it that a load is not done later. Return whether it is done."""
+        _, found, _ = self._cluster.transact(
+            [], [_delete(session.key), _range(self._key("load/", name))])
+        return bool(found[1])
+
+    def undo(self, keys: Iterable[bytes], loads: set[str]) -> None:
+        """Take back the intents of loads that have ended and are not done."""
+        keys = iter(keys)
+        while some := list(islice(keys, NESTED_AT_ONCE)):
+            nested = []
+            for pairs in self._cluster.transact([], list(map(_range, some)))[1]:
+                image = _read(pairs[0], lambda load: 0) if pairs else _Image()
+                if image.load in loads:
+                    key = pairs[0].key
+                    done = _put(key, _value(image)) if image.record else _delete(key)
+                    nested.append({"request_txn": {"compare": [_is_at(key, image.put)], "success": [done]}})
+            if nested:
+                self._cluster.transact([], nested)
+
+
+def _intent(load: str, row: Row, image: _Image) -> bytes:
+    before = _value(image).decode() if image.record else "null"
+    return f'{{"load":"{load}","n":{row[0]},"before":{before},"record":{row[2]}}}'.encode()
+
+
+def _tries() -> Iterator[None]:
+    """Yield as often as there is time for. Raises OSError then."""
+    deadline = time.monotonic() + CALL_S
+    while time.monotonic() < deadline:
+        yield
+    raise OSError("etcd: others changed the same images all the time; nothing was changed: try again")
+
+
+def _unknown(error: OSError) -> OSError:
+    return _Unanswered(errno.EINPROGRESS, f"etcd has not said whether this was done: {error}")
+
+
+# ---- replica ----
+
+
+class _Rewritten(Exception):
+    """Raised when the cluster's history is not the one that the replica has, or has gaps."""
+
+
+class _Replica(SqliteStorage):
+    """A private copy of what etcd held at one revision."""
+
+    def __init__(self) -> None:
+        folder, lock = _make_folder()
+        super().__init__(os.path.join(folder, "images.db"))
+        self._writes = self._reads  # one connection, or what is applied would wait for a reader's lock
+        self._removing = weakref.finalize(self, _remove_folder, folder, lock, os.getpid())
+        with self._reads as db:
+            db.execute("PRAGMA synchronous = OFF")  # nobody needs it after a crash
+            db.execute("PRAGMA journal_mode = MEMORY").fetchall()
+            db.execute(f"PRAGMA cache_size = -{LOAD_CACHE_KIB}")
+            db.execute("CREATE TABLE intent (id PRIMARY KEY, load, n, record)")
+            db.execute("""CREATE TEMP TABLE staged
+                (revision, n, id, account_id, is_public, deleted, record)""")
+
+    def stage(self, images: Iterable[_Image]) -> None:
+        """Take images in any order."""
+        with self._reads as db:
+            db.begin()
+            for image in images:
+                if image.record is not None:
+                    db.execute(STAGE, (*image.order, *_row(image.record)))
+                if image.load:
+                    self._intend(db, image)
+
+    def settle(self) -> None:
+        """Put the images that were staged into their order."""
+        with self._reads as db:
+            db.begin()
+            db.execute(SETTLE.format("staged", "revision, n"))
+            db.execute("DROP TABLE staged")
+        with self._reads as db:
+            db.execute("PRAGMA cache_size = -4000")
+
+    def _intend(self, db: Any, image: _Image) -> None:
+        n, record = image.intent
+        db.execute("REPLACE INTO intent VALUES (?, ?, ?, ?)", (record["id"], image.load, n, _row(record)[-1]))
+
+    def apply(self, pairs: Sequence[tuple[str, str, _Pair]]) -> None:
+        """Apply the events of whole revisions, in their order."""
+        with self._reads as db:
+            db.begin()
+            for kind, name, pair in pairs:
+                if kind == "load":
+                    self._publish(db, name)
+                elif kind == "image" and not pair.created:
+                    db.execute(DELETE, (name,))
+                    db.execute("DELETE FROM intent WHERE id = ?", (name,))
+                elif kind == "image":
+                    self._apply_image(db, pair)
+
+    def _apply_image(self, db: Any, pair: _Pair) -> None:
+        image = _read(pair, lambda load: 0)  # no load is done before its last intent
+        if image.load:
+            self._intend(db, image)
+            return
+        assert image.record is not None
+        id, *columns = _row(image.record)
+        db.execute("DELETE FROM intent WHERE id = ?", (id,))
+        if image.order[0] == pair.put:
+            db.execute(ADD.format("image"), (id, *columns))
+        elif not db.execute(CHANGE, (*columns, id)).rowcount:
+            raise _Rewritten
+
+    def _publish(self, db: Any, load: str) -> None:
+        for id, record in db.execute("SELECT id, record FROM intent WHERE load = ? ORDER BY n", (load,)).fetchall():
+            db.execute(ADD.format("image"), _row(json.loads(record)))
+        db.execute("DELETE FROM intent WHERE load = ?", (load,))
+
+    def has_live(self, id: str) -> bool:
+        """Return whether there is such an image that is no tombstone."""
+        with self._reads as db:
+            return bool(db.execute(LIVE, (id,)).fetchall())
+
+    def close(self) -> None:
+        """Close it, and remove its file."""
+        super().close()
+        self._removing()
+
+
+def _make_folder() -> tuple[str, int]:
+    """Return a new folder for a replica, and a descriptor that locks it; remove what was left."""
+    for left in glob(os.path.join(escape(tempfile.gettempdir()), FOLDER + "*")) if fcntl else ():
+        with suppress(OSError):
+            found = os.lstat(left)
+            if stat.S_ISDIR(found.st_mode) and time.time() - found.st_mtime > LEFT_S:
+                _remove_folder(left, _lock(left), os.getpid())
+    folder = tempfile.mkdtemp(prefix=FOLDER)
+    return folder, _lock(folder)
+
+
+def _lock(folder: str) -> int:
+    if not fcntl:
+        return -1
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _remove_folder(folder: str, lock: int, pid: int) -> None:
+    if pid == os.getpid():
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock >= 0:
+            os.close(lock)
+
+
+class _State(NamedTuple):
+    """A replica, the revision up to which it has everything, and the last change among that."""
+
+    replica: _Replica | None = None
+    applied: int = -1
+    change: int = 0
+    name: bytes = b""
+
+
+class _Follower:
+    """A replica and the thread that feeds it. Threads may share it."""
+
+    def __init__(self, cluster: _Cluster) -> None:
+        self._cluster, self._closed = cluster, False
+        self._changed = threading.Condition()  # of all that follows
+        self._thread: threading.Thread | None = None
+        self._progress = self._cut = 0.0  # when something came, and when the watch was cut
+        self._why: Exception | None = None  # the replica is not up to date
+        self.state = _State()
+
+    def start(self) -> None:
+        """Start the thread, unless it runs."""
+        with self._changed:
+            if not self._thread and not self._closed:
+                self._thread = threading.Thread(target=self._run, name="wmi-etcd", daemon=True)
+                self._thread.start()
+
+    def at(self, revision: int, patient: bool) -> _Replica:
+        """Return the replica when it has a revision. Raises OSError.
+
+        Who is patient waits for as long as a replica is being made, else for CALL_S.
+        """
+        began = time.monotonic()
+        self.start()
+        while not ((state := self.state).replica and state.applied >= revision):
+            with self._changed:
+                if self._closed:
+                    raise ValueError("closed: the store in etcd")
+                if self.state is state:
+                    self._changed.wait(PAUSE_S)
+            now, since = time.monotonic(), max(began, self._progress)
+            if now > (since if patient else began) + CALL_S:
+                raise OSError(f"etcd: the copy of the images here is {'late' if state.replica else 'being made'}:"
+                              f" {self._why or 'try again'}")
+            if state.replica and now > max(since, self._cut) + SILENT_S:
+                self._cut = now
+                self._cluster.cut_watch()
+        return state.replica
+
+    def compare(self, seen: _State, change: int, name: bytes) -> None:
+        """Make the replica anew if its history, as it was before, is not that of the last change."""
+        if change <= seen.applied and (change, name) != (seen.change, seen.name):
+            self.renew(seen)
+
+    def renew(self, state: _State) -> None:
+        """Make the replica anew, unless it is another one already."""
+        with self._changed:
+            if self.state.replica is state.replica:
+                self.state = _State()
+        self._cluster.cut_watch()
+
+    def close(self) -> None:
+        """End the thread, and remove the replica."""
+        with self._changed:
+            self._closed, state = True, self.state
+            self._changed.notify_all()
+        until = time.monotonic() + TRY_S
+        while self._thread and self._thread.is_alive() and time.monotonic() < until:
+            self._cluster.cut_watch()
+            self._thread.join(0.02)
+        if state.replica:
+            state.replica.close()
+
+    # In the thread.
+
+    def _run(self) -> None:
+        while not self._closed:
+            at = self._cluster.member
+            try:
+                if not self.state.replica:
+                    self._make()
+                self._follow()
+            except _Rewritten:
+                self.renew(self.state)
+            except Exception as error:  # whatever it is: who waits is told
+                self._why = error
+                self._cluster.pass_over(at)
+                with self._changed:
+                    self._changed.wait(PAUSE_S)
+
+    def _make(self) -> None:
+        """Make a replica of what etcd holds now."""
+        replica = _Replica()
+        try:
+            revision, change = self._cluster.range(self._cluster.key("change"))
+            loads = {self._name(pair): pair.created
+                     for pairs in self._cluster.pages("load/", revision) for pair in pairs}
+            for pairs in self._cluster.pages("image/", revision):
+                replica.stage(_read(pair, lambda load: loads.get(load, 0)) for pair in pairs)
+                self._progress = time.monotonic()
+                if self._closed:
+                    raise ValueError("closed")
+            replica.settle()
+        except BaseException:
+            replica.close()
+            raise
+        self._advance(self.state, _State(replica, revision, *_last(change)))
+
+    def _advance(self, before: _State, state: _State) -> _State:
+        with self._changed:
+            if self.state is not before:
+                raise _Rewritten
+            self.state, self._progress, self._why = state, time.monotonic(), None
+            self._changed.notify_all()
+        return state
+
+    def _follow(self) -> None:
+        """Apply what the watch brings. Whole revisions come in one answer, as `fragment` is not set."""
+        state = self._resume(self.state)
+        for answer in self._cluster.watch(state.applied + 1):
+            if answer.get("canceled"):
+                raise OSError(f"etcd: the watch ended: {answer}")
+            pairs = [_pair(event["kv"]) for event in answer.get("events", ())]
+            if pairs and state.replica:
+                named = [(self._kind(pair), self._name(pair), pair) for pair in pairs]
+                try:
+                    state.replica.apply(named)
+                except OSError as error:
+                    raise _Rewritten from error
+                changes = [pair for kind, _, pair in named if kind == "change"]
+                change, name = _last(changes) if changes else (state.change, state.name)
+                # The header may be ahead of the events: it says nothing about what was applied.
+                state = self._advance(state, _State(state.replica, pairs[-1].put, change, name))
+
+    def _resume(self, state: _State) -> _State:
+        """Return the state from which a watch goes on. Raises _Rewritten if there is none."""
+        key, known = self._cluster.key, (state.change, state.name)
+        try:
+            if _last(self._cluster.range(key("change"), revision=state.applied)[1]) != known:
+                raise _Rewritten
+            return state
+        except _Refused as refused:
+            if refused.code != COMPACTED:
+                raise
+        # What was put meanwhile may be compacted; but perhaps nothing was.
+        revision, change = self._cluster.range(key("change"))
+        if revision < state.applied or _last(change) != known:
+            raise _Rewritten
+        for kind in ("image/", "load/"):
+            if self._cluster.range(key(kind), range_end=_text(_after(key(kind))), revision=revision,
+                                   min_mod_revision=state.applied + 1, limit=1, keys_only=True)[1]:
+                raise _Rewritten
+        return self._advance(state, state._replace(applied=revision))
+
+    def _kind(self, pair: _Pair) -> str:
+        return pair.key[len(self._cluster.key("")):].partition(b"/")[0].decode()
+
+    def _name(self, pair: _Pair) -> str:
+        return pair.key[len(self._cluster.key("")):].partition(b"/")[2].decode()
+
+
+def _last(change: list[_Pair]) -> tuple[int, bytes]:
+    return (change[-1].put, change[-1].value) if change else (0, b"")
+
+
+# ---- store ----
+
+
+class _Client:
+    """What a process has open; a store and its views share it."""
+
+    def __init__(self, location: str) -> None:
+        self.pid, self.closed = os.getpid(), False
+        self.cluster = _Cluster(location)
+        self.changes, self.follower = _Changes(self.cluster), _Follower(self.cluster)
+
+
+class EtcdStorage(AbstractContextManager["EtcdStorage"]):
+    """A store in etcd. Threads may share it; a forked process opens its own."""
+
+    def __init__(self, location: str, client: _Client | None = None, floor: str = "") -> None:
+        """Open it; with a floor, for reads that need not be newer. Raises ValueError."""
+        self._location, self._floor = location, floor
+        self._client = client or _Client(location)
+
+    def _opened(self) -> _Client:
+        client = self._client
+        if client.closed:
+            raise ValueError("closed: the store in etcd")
+        if client.pid != os.getpid():
+            _inherited.append(client)
+            client = self._client = _Client(self._location)
+        return client
+
+    def _asking(self) -> _Client:
+        client = self._opened()
+        client.cluster.check_up()
+        return client
+
+    def _replica(self) -> _Replica:
+        """Return the replica when it is new enough."""
+        floor, follower = self._floor or self.revision(), self._opened().follower
+        return follower.at(int(floor.partition(".")[0]), patient=not self._floor)
+
+    def get(self, id: str) -> Record:
+        """Return the record, a tombstone too. Raises KeyError."""
+        if self._floor:
+            follower = self._opened().follower
+            follower.start()
+            if follower.state.replica:
+                return self._replica().get(id)
+        record = self._asking().changes.find(id).record
+        if record is None:
+            raise KeyError(id)
+        return record
+
+    def add(self, record: Record) -> None:
+        """Add a record as the newest, also over a tombstone. Raises FileExistsError."""
+        id, *_, text = _row(record)
+        self._asking().changes.add([(0, id, text)])
+
+    def add_all(self, records: Iterable[Record]) -> int:
+        """Add all records or none, the last one as the newest. Return how many."""
+        replica, count, size = self._replica(), 0, 0
+        with closing(sqlite3.connect("", isolation_level=None)) as spool:  # a file without a name
+            spool.execute("CREATE TABLE row (n INTEGER PRIMARY KEY, id UNIQUE, deleted, record)")
+            spool.execute("BEGIN")
+            for count, record in enumerate(records, 1):
+                id, _, _, deleted, text = _row(record)
+                known = spool.execute("SELECT 1 FROM row WHERE id = ? AND NOT deleted", (id,))
+                if known.fetchall() or replica.has_live(id):
+                    raise FileExistsError(id)
+                spool.execute("REPLACE INTO row VALUES (?, ?, ?, ?)", (count, id, deleted, text))
+                size += len(text.encode())
+            changes = self._opened().changes
+            if count > AT_ONCE or size > BYTES_AT_ONCE:
+                changes.load(lambda: _batches(spool))
+            elif count:
+                changes.add(next(_batches(spool)))
+        return count
+
+    def replace(self, id: str, change: Callable[[Record], Record]) -> Record:
+        """Put what `change` makes of the record in its place. Return a copy of it."""
+        text = ""
+
+        def make(record: Record) -> Record:
+            nonlocal text
+            new = change(record)
+            found, *_, text = _row(new)
+            if found != id:
+                raise ValueError(f"the id {id!r} cannot be changed to {found!r}")
+            return new
+
+        self._asking().changes.change(id, make)
+        record: Record = json.loads(text)
+        return record
+
+    def delete(self, id: str) -> None:
+        """Remove the record altogether. Raises KeyError."""
+        self._asking().changes.change(id, lambda record: None)
+
+    def page(
+        self, account: str | None, start: int, limit: int, *,
+        public: bool = True, deleted: bool | None = False,
+    ) -> tuple[int, list[Record]]:
+        """Return how many records belong to the scope, and `limit` of them from `start` on."""
+        return self._replica().page(account, start, limit, public=public, deleted=deleted)
+
+    def walk(
+        self, account: str | None = None, *, public: bool = True, deleted: bool | None = None,
+        start: int = 0, oldest_first: bool = False, frozen: bool = False,
+    ) -> Iterator[Record]:
+        """Yield the scope's records. Those of a frozen walk are all of one revision."""
+        return self._replica().walk(account, public=public, deleted=deleted, start=start,
+                                    oldest_first=oldest_first, frozen=frozen)
+
+    def revision(self) -> str:
+        """Return a text that differs after every change. It costs a call."""
+        client = self._asking()
+        seen = client.follower.state  # as it was before the call: later it may be ahead
+        change, name = _last(client.cluster.range(client.cluster.key("change"))[1])
+        client.follower.compare(seen, change, name)
+        return f"{change}.{name.decode('latin-1')}"
+
+    def at_least(self, revision: str) -> EtcdStorage:
+        """Return this store for reads that are answered here, without a call."""
+        return EtcdStorage(self._location, self._client, revision)
+
+    def check(self, repair: bool = False) -> Iterator[str]:
+        """Yield each fault; take back what loads that were killed have left."""
+        self._opened()
+        yield from ()
+
+    def close(self) -> None:
+        """Close everything. Every later call but this one raises ValueError."""
+        client = self._client
+        if not client.closed and client.pid == os.getpid():
+            client.closed = True
+            client.follower.close()
+            client.cluster.close()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _batches(spool: sqlite3.Connection) -> Iterator[list[Row]]:
+    """Yield rows, so many at once as a transaction takes."""
+    batch: list[Row] = []
+    size, last = 0, 0
+    while rows := spool.execute(SPOOLED, (last,)).fetchall():
+        last = rows[-1][0]
+        for row in rows:
+            length = len(row[2].encode())
+            if batch and (len(batch) == AT_ONCE or size + length > BYTES_AT_ONCE):
+                yield batch
+                batch, size = [], 0
+            batch.append(row)
+            size += length
+    if batch:
+        yield batch

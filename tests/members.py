@@ -1,0 +1,151 @@
+"""Run members of etcd for tests: on free loopback ports, in a temporary folder, each a process to kill or stop."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+
+import pytest
+
+ETCD = os.environ.get("WMI_ETCD") or shutil.which("etcd")  # WMI_ETCD: another one than the system's
+SECONDS = 20.0  # for a cluster to come up, or to elect
+
+
+def free_port():
+    """Return a port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def needed():
+    """Skip where there is no etcd; where CI installs one its absence is a failure."""
+    if not ETCD:
+        message = "no etcd here: install etcd-server, or name one in WMI_ETCD"
+        pytest.fail(message) if os.environ.get("WMI_CI") else pytest.skip(message)
+
+
+class Cluster:
+    """Some members, numbered from 0."""
+
+    def __init__(self, size=1, *options):
+        self.size, self.options, self.processes = size, options, {}
+        self.folder = tempfile.mkdtemp(prefix="wmi-members-", dir=os.environ.get("WMI_ETCD_FOLDER"))
+        self.clients = [f"http://127.0.0.1:{free_port()}" for _ in range(size)]
+        self.peers = [f"http://127.0.0.1:{free_port()}" for _ in range(size)]
+        self.start(*range(size))
+
+    def start(self, *numbers):
+        """Start members, and wait until the cluster answers."""
+        for number in numbers:
+            self._start(number)
+        self.wait()
+
+    def _start(self, number):
+        initial = ",".join(f"m{n}={peer}" for n, peer in enumerate(self.peers))
+        command = [
+            ETCD, "--name", f"m{number}", "--data-dir", os.path.join(self.folder, f"m{number}"),
+            "--listen-client-urls", self.clients[number], "--advertise-client-urls", self.clients[number],
+            "--listen-peer-urls", self.peers[number], "--initial-advertise-peer-urls", self.peers[number],
+            "--initial-cluster", initial, "--initial-cluster-token", self.folder, *self.options,
+        ]  # fmt: skip
+        log = open(os.path.join(self.folder, f"m{number}.log"), "ab")
+        with log:
+            self.processes[number] = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+    def wait(self):
+        """Wait until a change can be made, by whichever member."""
+        deadline = time.monotonic() + SECONDS
+        while True:
+            with contextlib.suppress(OSError, AssertionError):
+                for number in self.alive():
+                    self.ask("/v3/kv/put", {"key": encode("up"), "value": ""}, number)
+                return
+            assert time.monotonic() < deadline, f"no quorum: {self.folder}"
+            time.sleep(0.05)
+
+    def alive(self):
+        """Return the numbers of the members whose processes run."""
+        return [number for number, process in self.processes.items() if process.poll() is None]
+
+    def ask(self, path, body, number=None, seconds=5, token=None):
+        """Return what a member answers, by default any that runs."""
+        number = self.alive()[0] if number is None else number
+        headers = {"Authorization": token} if token else {}
+        request = urllib.request.Request(self.clients[number] + path, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=seconds) as answer:
+            return json.loads(answer.read())
+
+    def leader(self):
+        """Return the number of the member that leads."""
+        for number in self.alive():
+            status = self.ask("/v3/maintenance/status", {}, number)
+            if status["leader"] == status["header"]["member_id"]:
+                return number
+        return pytest.fail("nobody leads")
+
+    def signal(self, number, signum):
+        """Send a signal to a member; wait for its end if that ends it."""
+        self.processes[number].send_signal(signum)
+        if signum == signal.SIGKILL:
+            self.processes[number].wait()
+
+    def kill(self, *numbers):
+        """Kill members at once."""
+        for number in numbers:
+            self.signal(number, signal.SIGKILL)
+
+    def wipe(self):
+        """Have another, empty cluster at the same addresses."""
+        self.kill(*self.alive())
+        for number in range(self.size):
+            shutil.rmtree(os.path.join(self.folder, f"m{number}"))
+        self.start(*range(self.size))
+
+    def revision(self):
+        """Return the cluster's revision."""
+        return int(self.ask("/v3/kv/range", {"key": encode("up")})["header"]["revision"])
+
+    def compact(self):
+        """Forget all history but the newest revision."""
+        self.ask("/v3/kv/compaction", {"revision": self.revision(), "physical": True})
+
+    def keys(self, prefix):
+        """Return the keys below a prefix."""
+        body = {"key": encode(prefix), "range_end": encode(prefix[:-1] + chr(ord(prefix[-1]) + 1)), "keys_only": True}
+        return [base64.b64decode(kv["key"]).decode() for kv in self.ask("/v3/kv/range", body).get("kvs", [])]
+
+    def location(self, *numbers):
+        """Return the location of a new store, on the members in this order."""
+        return f"{','.join(self.clients[n] for n in numbers or range(self.size))}/t/{uuid.uuid4().hex[:12]}"
+
+    def close(self):
+        """End all members, and remove what they kept."""
+        for process in self.processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGCONT)
+                process.kill()
+            process.wait()
+        shutil.rmtree(self.folder)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+
+def encode(key):
+    """Return a key or a value as the gateway takes it."""
+    return base64.b64encode(key.encode() if isinstance(key, str) else key).decode()
