@@ -39,6 +39,7 @@ that has become old is followed by a new one).
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -56,16 +57,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, suppress
 from glob import escape, glob
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from .sqlite_store import ADD, DELETE, LIVE, LOAD_CACHE_KIB, SqliteStorage, _row
-
-try:
-    import fcntl
-except ImportError:  # what a killed process leaves in the temporary folder stays there
-    fcntl = None  # type: ignore[assignment]
 
 TRY_S, CALL_S = 1.5, 5.0  # for one member to answer; for a call in all: a server gives up at 10 s
 PAUSE_S = 0.1  # when all members were tried, before they are tried again
@@ -91,12 +87,12 @@ FORM_PATTERN = r"(https?://[^/,@?#]+(?:,https?://[^/,@?#]+)*)/+([^?#]*[^?#/])/*(
 STAGE = "INSERT INTO staged VALUES (?, ?, ?, ?, ?, ?, ?)"
 SETTLE = """INSERT INTO image (id, account_id, is_public, deleted, record)
     SELECT id, account_id, is_public, deleted, record FROM {} ORDER BY {}"""
-SPOOLED = "SELECT n, id, record FROM row WHERE n > ? ORDER BY n LIMIT 1000"
+LIVE_ROW = "SELECT 1 FROM row WHERE id = ? AND NOT deleted"
+BATCH = "SELECT n, id, record FROM row WHERE batch = ? ORDER BY n"
 CHANGE = "UPDATE image SET account_id = ?, is_public = ?, deleted = ?, record = ? WHERE id = ?"
 
 Record = dict[str, Any]
-Answer = dict[str, Any]
-Operation = dict[str, Any]
+Json = dict[str, Any]
 Order = tuple[int, int]
 Row = tuple[int, str, str]  # place in the load, id, record as JSON
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
@@ -138,8 +134,8 @@ class _Channel:
     """A connection to a member. HTTP by hand costs a quarter of what http.client does."""
 
     def __init__(self, url: str, context: ssl.SSLContext | None, seconds: float) -> None:
-        parts, self.url, self.kept = urlsplit(url), url, True
-        self._head = f" HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
+        parts = urlsplit(url)
+        self.url, self.kept, self._host = url, False, parts.netloc
         raw = socket.create_connection((parts.hostname, parts.port or 2379), seconds)
         try:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -160,26 +156,35 @@ class _Channel:
             pass
         return False
 
-    def ask(self, path: str, body: Answer, fields: str, seconds: float) -> tuple[int, Iterator[bytes]]:
-        """Send a request; return the status and the pieces of the answer's body."""
-        text = json.dumps(body).encode()
-        self._socket.settimeout(seconds)
-        head = f"POST {path}{self._head}{fields}Content-Length: {len(text)}\r\n\r\n"
-        self._socket.sendall(head.encode() + text)
-        status, length, chunked = int(self._line().split()[1]), 0, False
-        while line := self._line().lower():
-            name, _, value = line.partition(":")
-            length = int(value) if name == "content-length" else length
-            chunked = chunked or (name == "transfer-encoding" and "chunked" in value)
-            self.kept = self.kept and not (name == "connection" and "close" in value)
-        return status, self._chunks() if chunked else iter([self._read(length)])
-
-    def _chunks(self) -> Iterator[bytes]:
+    def ask(self, path: str, body: Json, fields: str, seconds: float) -> tuple[int, bytes]:
+        """Send a request; return the status of its answer, and the body."""
+        status, head = self._send(path, body, fields, seconds)
+        self.kept = head.get("connection") != "close"
+        if head.get("transfer-encoding") != "chunked":
+            return status, self._read(int(head.get("content-length", 0)))
+        pieces = []
         while size := int(self._line(), 16):
-            yield self._read(size)
+            pieces.append(self._read(size))
             self._line()
         while self._line():  # trailers
             pass
+        return status, b"".join(pieces)
+
+    def watch(self, path: str, body: Json, fields: str) -> Iterator[bytes]:
+        """Send a request; yield the lines of an answer that goes on. The first comes in time."""
+        self._send(path, body, fields, TRY_S, version="1.0")  # not chunked
+        for line in self._file:
+            yield line
+            self._socket.settimeout(None)
+
+    def _send(self, path: str, body: Json, fields: str, seconds: float, version: str = "1.1") -> tuple[int, Json]:
+        text = json.dumps(body).encode()
+        head = f"POST {path} HTTP/{version}\r\nHost: {self._host}\r\n{fields}Content-Length: {len(text)}\r\n\r\n"
+        self._socket.settimeout(seconds)
+        self._socket.sendall(head.encode() + text)
+        status = int(self._line().split()[1])
+        lines = (line.lower().partition(":") for line in iter(self._line, ""))
+        return status, {name: value.strip() for name, _, value in lines}
 
     def _line(self) -> str:
         line = self._file.readline(65536)
@@ -192,10 +197,6 @@ class _Channel:
         if len(data) < size:
             raise ConnectionError("the connection was cut")
         return data
-
-    def wait_forever(self) -> None:
-        """Let what is read next come at any time."""
-        self._socket.settimeout(None)
 
     def cut(self) -> None:
         """End what another thread reads."""
@@ -217,20 +218,20 @@ class _Cluster:
             raise ValueError(FORM + "; user and password come from WMI_ETCD_USER, WMI_ETCD_PASSWORD")
         self._urls, self._prefix = match[1].split(","), f"/{match[2]}/".encode()
         self._context = ssl.create_default_context(cafile=match[3]) if "https:" in location else None
-        self._token, self._at = "", 0  # the member that is asked first
+        self._token, self.at = "", 0  # which member is asked first
         self._idle: deque[_Channel] = deque()
         self._watching: _Channel | None = None
         self._failure: Exception | None = None  # of the last call, if no member answered it
         self._again = 0.0  # when a call may try again after that
 
-    @property
-    def member(self) -> int:
-        """Return the number of the member that is asked first."""
-        return self._at
-
     def key(self, kind: str, name: str = "") -> bytes:
         """Return the key of an image, a load or a session, or what all of a kind begin with."""
         return self._prefix + f"{kind}{name}".encode()
+
+    def split(self, pair: _Pair) -> tuple[str, str]:
+        """Return "change", "image", "load" or "session", and the name of such a one."""
+        kind, _, name = pair.key[len(self._prefix):].partition(b"/")
+        return kind.decode(), name.decode()
 
     def check_up(self) -> None:
         """Raise OSError at once if a call has just failed, or another one is trying again."""
@@ -240,7 +241,7 @@ class _Cluster:
                 raise _no_quorum(failure)
             self._again = now + CALL_S
 
-    def call(self, path: str, body: Answer, repeat: bool = True, seconds: float = TRY_S) -> Answer:
+    def call(self, path: str, body: Json, repeat: bool = True, seconds: float = TRY_S) -> Json:
         """Return the answer of any member. Raises OSError.
 
         What must not be repeated is sent once; _Unanswered if it is not answered then.
@@ -248,7 +249,7 @@ class _Cluster:
         deadline, tried, logged_in = time.monotonic() + CALL_S, 0, False
         failure: Exception = TimeoutError()
         while (left := deadline - time.monotonic()) > 0:
-            at, sent = self._at, False
+            at, sent = self.at, False
             try:
                 channel = self._connect(min(TRY_S, left))
                 sent = True
@@ -272,12 +273,12 @@ class _Cluster:
 
     def pass_over(self, at: int) -> None:
         """Ask the next member from now on, unless another thread has seen to that."""
-        if self._at == at:
-            self._at = (at + 1) % len(self._urls)
+        if self.at == at:
+            self.at = (at + 1) % len(self._urls)
 
     def _connect(self, seconds: float) -> _Channel:
         """Return a connection to the member that is asked now, one that is kept if there is one."""
-        url = self._urls[self._at]
+        url = self._urls[self.at]
         with suppress(IndexError):
             while True:
                 channel = self._idle.pop()
@@ -286,18 +287,16 @@ class _Cluster:
                 channel.close()
         return _Channel(url, self._context if url.startswith("https:") else None, seconds)
 
-    def _ask(self, channel: _Channel, path: str, body: Answer, seconds: float) -> Answer:
+    def _ask(self, channel: _Channel, path: str, body: Json, seconds: float) -> Json:
         """Ask one member. Raises _Refused, and OSError or ValueError for what is no answer."""
-        kept = False
+        channel.kept = False
         try:
-            status, pieces = channel.ask(path, body, self._fields(), seconds)
-            text = b"".join(pieces)
-            kept = channel.kept
+            status, text = channel.ask(path, body, self._fields(), seconds)
         finally:
-            self._idle.append(channel) if kept else channel.close()
+            self._idle.append(channel) if channel.kept else channel.close()
         if status == 404 and not text.startswith(b"{"):
             raise _Refused(0, f"{channel.url}: {NO_GATEWAY}")
-        answer: Answer = json.loads(text)
+        answer: Json = json.loads(text)
         if status != 200:
             raise _error(answer)
         return answer
@@ -318,19 +317,18 @@ class _Cluster:
         answer = self.call("/v3/kv/range", _range(key, **options)["request_range"], seconds=PAGE_S)
         return int(answer["header"]["revision"]), _pairs(answer)
 
-    def pages(self, kind: str, revision: int, **options: Any) -> Iterator[list[_Pair]]:
-        """Yield all pairs of a kind as they were at a revision. Raises _Refused if it is compacted."""
+    def pages(self, kind: str, revision: int) -> Iterator[_Pair]:
+        """Yield all pairs of a kind as they were at a revision. Raises _Refused if that is compacted."""
         start, limit, end = self.key(kind), PAGE // 10, _text(_after(self.key(kind)))
         while start:
-            _, pairs = self.range(start, range_end=end, limit=limit, revision=revision, **options)
-            yield pairs
+            _, pairs = self.range(start, range_end=end, limit=limit, revision=revision)
+            yield from pairs
             start = pairs[-1].key + b"\0" if len(pairs) == limit else b""
-            size = sum(len(pair.value) for pair in pairs) + 1
-            limit = max(16, min(PAGE, limit * PAGE_BYTES // size))
+            limit = max(16, min(PAGE, limit * PAGE_BYTES // (1 + sum(len(pair.value) for pair in pairs))))
 
     def transact(
-        self, compare: Sequence[Operation], success: Sequence[Operation],
-        failure: Sequence[Operation] = (), repeat: bool = True,
+        self, compare: Sequence[Json], success: Sequence[Json],
+        failure: Sequence[Json] = (), repeat: bool = True,
     ) -> tuple[bool, list[list[_Pair]], int]:
         """Return whether all comparisons held, what each operation found, and the revision."""
         body = {"compare": compare, "success": success, "failure": failure}
@@ -338,26 +336,18 @@ class _Cluster:
         found = [_pairs(each.get("response_range", {})) for each in answer.get("responses", ())]
         return answer.get("succeeded", False), found, int(answer["header"]["revision"])
 
-    def watch(self, start: int) -> Iterator[Answer]:
+    def watch(self, start: int) -> Iterator[Json]:
         """Yield what a watch of all that can be seen brings, from a revision on."""
+        create = {"key": _text(self.key("change")), "range_end": _text(self.key("m")), "start_revision": start}
+        # Without this field a member that has lost the others would be silent.
+        fields = self._fields() + "Grpc-Metadata-hasleader: true\r\n"
         channel = self._watching = self._connect(TRY_S)
         try:
-            # Without this field a member that has lost the others would be silent.
-            fields = self._fields() + "Grpc-Metadata-hasleader: true\r\n"
-            create = {"key": _text(self.key("change")), "range_end": _text(self.key("m")),
-                      "start_revision": start}
-            _, pieces = channel.ask("/v3/watch", {"create_request": create}, fields, TRY_S)
-            line: list[bytes] = []
-            for piece in pieces:
-                line.append(piece)
-                if b"\n" in piece:
-                    *whole, rest = b"".join(line).split(b"\n")
-                    line = [rest] if rest else []
-                    yield from (_result(text) for text in whole if text)
-                    channel.wait_forever()
-            yield from (_result(text) for text in line)  # an error comes without the end of a line
-        except ValueError as error:
-            raise OSError(f"not an answer of a watch: {error}") from error
+            for line in channel.watch("/v3/watch", {"create_request": create}, fields):
+                answer = json.loads(line)
+                if "result" not in answer:
+                    raise _error(answer.get("error", answer))
+                yield answer["result"]
         finally:
             self._watching = None
             channel.close()
@@ -379,26 +369,18 @@ def _no_quorum(failure: Exception) -> OSError:
     return OSError(errno.EHOSTUNREACH, f"no member of the cluster that has a quorum answers: {failure}")
 
 
-def _error(answer: Answer) -> OSError:
+def _error(answer: Json) -> OSError:
     """Return the error that etcd answers, in a body or in the midst of a watch."""
-    code = int(answer.get("code", answer.get("grpc_code", 2)))
+    code: int = {"code": answer.get("grpc_code", 2), **answer}["code"]
     text = str(answer.get("message") or answer.get("error"))
     return OSError(text) if code in UNDECIDED else _Refused(code, text)
 
 
-def _result(text: bytes) -> Answer:
-    answer: Answer = json.loads(text)
-    if "result" not in answer:
-        raise _error(answer.get("error", answer))
-    result: Answer = answer["result"]
-    return result
-
-
-def _pairs(answer: Answer) -> list[_Pair]:
+def _pairs(answer: Json) -> list[_Pair]:
     return [_pair(each) for each in answer.get("kvs", ())]
 
 
-def _pair(found: Answer) -> _Pair:
+def _pair(found: Json) -> _Pair:
     revisions = int(found.get("create_revision", 0)), int(found["mod_revision"])
     return _Pair(b64decode(found["key"]), b64decode(found.get("value", "")), *revisions)
 
@@ -407,20 +389,20 @@ def _text(data: bytes) -> str:
     return b64encode(data).decode()
 
 
-def _is_at(key: bytes, put: int) -> Operation:
+def _is_at(key: bytes, put: int) -> Json:
     """Return the comparison that a key was put last at that revision; 0: that there is none."""
     return {"key": _text(key), "target": "MOD", "result": "EQUAL", "mod_revision": put}
 
 
-def _put(key: bytes, value: bytes, lease: str = "0") -> Operation:
+def _put(key: bytes, value: bytes, lease: str = "0") -> Json:
     return {"request_put": {"key": _text(key), "value": _text(value), "lease": lease}}
 
 
-def _range(key: bytes, end: bytes = b"", **options: Any) -> Operation:
+def _range(key: bytes, end: bytes = b"", **options: Any) -> Json:
     return {"request_range": {"key": _text(key), "range_end": _text(end), **options}}
 
 
-def _delete(key: bytes) -> Operation:
+def _delete(key: bytes) -> Json:
     return {"request_delete_range": {"key": _text(key)}}
 
 
@@ -462,12 +444,20 @@ def _value(image: _Image) -> bytes:
     return _encode({"order": image.order, "record": image.record}).encode()
 
 
+class _Defeated(Exception):
+    """Raised when somebody else has ended a load."""
+
+
 class _Session:
-    """A key that one change at a time compares, and puts, so that its outcome can be told."""
+    """A key that only one change at a time compares and puts, so that its outcome can be told."""
 
     def __init__(self, key: bytes, lease: str, put: int) -> None:
         self.key, self.lease, self.put = key, lease, put
         self.born = self.kept = time.monotonic()
+
+    def is_ours(self) -> Json:
+        """Return the comparison that holds as long as the session goes on."""
+        return _is_at(self.key, self.put)
 
 
 class _Changes:
@@ -488,18 +478,16 @@ class _Changes:
         _, pairs = self._cluster.range(self._key("load/", load))
         return pairs[0].created if pairs else 0
 
-    def commit(
-        self, compare: list[Operation], success: list[Operation], failure: list[Operation]
-    ) -> list[list[_Pair]] | None:
+    def commit(self, compare: Sequence[Json], success: Sequence[Json], failure: Sequence[Json] = (),
+               seen: bool = True) -> list[list[_Pair]] | None:
         """Make a change. Return None, or what `failure` found because a comparison failed."""
         for _ in _tries():
             session = self._take_session()
             name = os.urandom(8).hex().encode()
-            puts = [_put(self._key("change"), name), _put(session.key, name, session.lease)]
+            puts = [_put(session.key, name, session.lease), *([_put(self._key("change"), name)] if seen else ())]
             try:
                 held, found, revision = self._cluster.transact(
-                    [_is_at(session.key, session.put), *compare], [*success, *puts],
-                    [_range(session.key), *failure], repeat=False)
+                    [session.is_ours(), *compare], [*success, *puts], [_range(session.key), *failure], repeat=False)
             except _Unanswered as error:
                 if self._was_made(session, name, error):
                     return None
@@ -518,9 +506,8 @@ class _Changes:
     def _was_made(self, session: _Session, name: bytes, error: _Unanswered) -> bool:
         """Return whether a change was made. If not, it never will be, however late it comes."""
         try:
-            unchanged = [_is_at(session.key, session.put)]
             held, found, _ = self._cluster.transact(
-                unchanged, [_delete(session.key)], [_range(session.key)])
+                [session.is_ours()], [_delete(session.key)], [_range(session.key)])
         except OSError as failed:
             raise _unknown(error) from failed
         if not held and found[0] and found[0][0].value == name:
@@ -547,26 +534,28 @@ class _Changes:
         # If this is put twice, one revision is wrong: what compares it fails, and nothing is done.
         return _Session(key, lease, self._cluster.transact([], [_put(key, b"", lease)])[2])
 
-    def _defeat(self, images: Iterable[_Image]) -> tuple[list[Operation], list[Operation]]:
+    def _defeat(self, images: Iterable[_Image]) -> tuple[list[Json], list[Json]]:
         """Return what has to hold, and to be done, so that the loads that hold images never end."""
         loads = sorted({image.load for image in images} - {""})
         return ([_is_at(self._key("load/", load), 0) for load in loads],
                 [_delete(self._key("session/", load)) for load in loads])
 
-    def add(self, rows: list[Row]) -> None:
-        """Register all, or none. Raises FileExistsError."""
+    def add(self, rows: list[Row], load: str = "", session: _Session | None = None) -> None:
+        """Register all or none; with a load put its intents. Raises FileExistsError and _Defeated."""
         keys = [self._key("image/", id) for _, id, _ in rows]
         images = [_Image()] * len(rows)
+        held = [session.is_ours()] if session else []
         for _ in _tries():
             lost, defeat = self._defeat(images)
             found = self.commit(
-                [_is_at(key, image.put) for key, image in zip(keys, images)] + lost,
-                [_put(key, f'{{"n":{n},"record":{text}}}'.encode())
-                 for key, (n, _, text) in zip(keys, rows)] + defeat,
-                [_range(key) for key in keys])
+                [*held, *lost, *(_is_at(key, image.put) for key, image in zip(keys, images))],
+                [*defeat, *(_put(key, _row_value(row, load, image)) for key, row, image in zip(keys, rows, images))],
+                [_range(session.key) if session else _range(keys[0]), *map(_range, keys)], seen=not load)
             if found is None:
                 return
-            images = self._check_free(rows, found)
+            if session and not (found[0] and found[0][0].put == session.put):
+                raise _Defeated
+            images = self._check_free(rows, found[1:])
 
     def _check_free(self, rows: list[Row], found: list[list[_Pair]]) -> list[_Image]:
         """Return what has to give way to the rows. Raises FileExistsError if an image does not."""
@@ -595,83 +584,48 @@ class _Changes:
     def load(self, batches: Callable[[], Iterator[list[Row]]]) -> None:
         """Register all that the batches hold, or none. Raises FileExistsError."""
         for _ in range(LOADS):
-            name, done = os.urandom(8).hex(), False
+            name = os.urandom(8).hex()
             session = self._begin_session(name, LOAD_S)
             try:
-                done = all(self._intend(session, name, rows) for rows in batches())
-                done = done and self._publish(session, name)
-            finally:
-                if not done:
-                    with suppress(OSError):  # else its lease ends it, and `check` removes the rest
-                        if not self._end_load(session, name):
-                            self.undo((self._key("image/", id) for rows in batches() for _, id, _ in rows), {name})
-            if done:
+                for rows in batches():
+                    self._keep(session)
+                    self.add(rows, name, session)
+                marker = _put(self._key("load/", name), b"{}")
+                if self.commit([session.is_ours()], [marker, _delete(session.key)]) is not None:
+                    raise _Defeated
                 return
+            except BaseException as error:
+                with suppress(OSError):  # if this fails its lease ends it, and `check` removes what is left
+                    self._cluster.transact([], [_delete(session.key)])
+                    self.undo((self._key("image/", id) for rows in batches() for _, id, _ in rows), {name})
+                if not isinstance(error, _Defeated):
+                    raise
         raise OSError("etcd: others changed the same images meanwhile; nothing was changed: try again")
 
-    def _intend(self, session: _Session, name: str, rows: list[Row]) -> bool:
-        """Put the intents of some rows. Return False if the load has lost its session."""
-        keys = [self._key("image/", id) for _, id, _ in rows]
-        images = [_Image()] * len(rows)
-        for _ in _tries():
-            if time.monotonic() - session.kept > LOAD_KEPT_S:
-                self._cluster.call("/v3/lease/keepalive", {"ID": session.lease})
-                session.kept = time.monotonic()
-            lost, defeat = self._defeat(images)
-            held, found, _ = self._cluster.transact(
-                [_is_at(session.key, session.put), *lost,
-                 *(_is_at(key, image.put) for key, image in zip(keys, images))],
-                [_put(key, _intent(name, row, image)) for key, row, image in zip(keys, rows, images)] + defeat,
-                [_range(session.key), *map(_range, keys)])
-            if held:
-                return True
-            if not found[0] or found[0][0].put != session.put:
-                return False
-            images = self._check_free(rows, found[1:])
-            if all(image.load == name for image in images):  # an earlier try, whose answer was lost
-                return True
-        return False
-
-    def _publish(self, session: _Session, name: str) -> bool:
-        """Let all intents be seen. Return whether they are."""
-        marker = self._key("load/", name)
-        try:
-            held, found, _ = self._cluster.transact(
-                [_is_at(session.key, session.put)],
-                [_put(marker, b""), _put(self._key("change"), os.urandom(8).hex().encode()),
-                 _delete(session.key)],
-                [_range(marker)])
-            return held or bool(found[0])
-        except OSError as error:
-            try:
-                return self._end_load(session, name)
-            except OSError as failed:
-                raise _unknown(error) from failed
-
-    def _end_load(self, session: _Session, name: str) -> bool:
-        """See to it that a load is not done later. Return whether it is done."""
-        _, found, _ = self._cluster.transact(
-            [], [_delete(session.key), _range(self._key("load/", name))])
-        return bool(found[1])
+    def _keep(self, session: _Session) -> None:
+        if time.monotonic() - session.kept > LOAD_KEPT_S:
+            self._cluster.call("/v3/lease/keepalive", {"ID": session.lease})
+            session.kept = time.monotonic()
 
     def undo(self, keys: Iterable[bytes], loads: set[str]) -> None:
-        """Take back the intents of loads that have ended and are not done."""
+        """Take back the intents of loads whose sessions have ended, unless they are done."""
         keys = iter(keys)
         while some := list(islice(keys, NESTED_AT_ONCE)):
             nested = []
-            for pairs in self._cluster.transact([], list(map(_range, some)))[1]:
-                image = _read(pairs[0], lambda load: 0) if pairs else _Image()
+            for pair in chain(*self._cluster.transact([], list(map(_range, some)))[1]):
+                image = _read(pair, lambda load: 0)
                 if image.load in loads:
-                    key = pairs[0].key
-                    done = _put(key, _value(image)) if image.record else _delete(key)
-                    nested.append({"request_txn": {"compare": [_is_at(key, image.put)], "success": [done]}})
-            if nested:
-                self._cluster.transact([], nested)
+                    compare = [_is_at(pair.key, image.put), *self._defeat([image])[0]]
+                    done = _put(pair.key, _value(image)) if image.record else _delete(pair.key)
+                    nested.append({"request_txn": {"compare": compare, "success": [done]}})
+            self._cluster.transact([], nested)
 
 
-def _intent(load: str, row: Row, image: _Image) -> bytes:
+def _row_value(row: Row, load: str, image: _Image) -> bytes:
+    n, _, record = row
     before = _value(image).decode() if image.record else "null"
-    return f'{{"load":"{load}","n":{row[0]},"before":{before},"record":{row[2]}}}'.encode()
+    held = f'"load":"{load}","before":{before},' if load else ""
+    return f'{{{held}"n":{n},"record":{record}}}'.encode()
 
 
 def _tries() -> Iterator[None]:
@@ -776,7 +730,7 @@ class _Replica(SqliteStorage):
 
 def _make_folder() -> tuple[str, int]:
     """Return a new folder for a replica, and a descriptor that locks it; remove what was left."""
-    for left in glob(os.path.join(escape(tempfile.gettempdir()), FOLDER + "*")) if fcntl else ():
+    for left in glob(os.path.join(escape(tempfile.gettempdir()), FOLDER + "*")):
         with suppress(OSError):
             found = os.lstat(left)
             if stat.S_ISDIR(found.st_mode) and time.time() - found.st_mtime > LEFT_S:
@@ -786,9 +740,7 @@ def _make_folder() -> tuple[str, int]:
 
 
 def _lock(folder: str) -> int:
-    if not fcntl:
-        return -1
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    lock = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -800,8 +752,7 @@ def _lock(folder: str) -> int:
 def _remove_folder(folder: str, lock: int, pid: int) -> None:
     if pid == os.getpid():
         shutil.rmtree(folder, ignore_errors=True)
-        if lock >= 0:
-            os.close(lock)
+        os.close(lock)
 
 
 class _State(NamedTuple):
@@ -881,7 +832,7 @@ class _Follower:
 
     def _run(self) -> None:
         while not self._closed:
-            at = self._cluster.member
+            at = self._cluster.at
             try:
                 if not self.state.replica:
                     self._make()
@@ -899,10 +850,10 @@ class _Follower:
         replica = _Replica()
         try:
             revision, change = self._cluster.range(self._cluster.key("change"))
-            loads = {self._name(pair): pair.created
-                     for pairs in self._cluster.pages("load/", revision) for pair in pairs}
-            for pairs in self._cluster.pages("image/", revision):
-                replica.stage(_read(pair, lambda load: loads.get(load, 0)) for pair in pairs)
+            loads = {self._cluster.split(pair)[1]: pair.created for pair in self._cluster.pages("load/", revision)}
+            pairs = self._cluster.pages("image/", revision)
+            while some := list(islice(pairs, 1000)):
+                replica.stage(_read(pair, lambda load: loads.get(load, 0)) for pair in some)
                 self._progress = time.monotonic()
                 if self._closed:
                     raise ValueError("closed")
@@ -928,7 +879,7 @@ class _Follower:
                 raise OSError(f"etcd: the watch ended: {answer}")
             pairs = [_pair(event["kv"]) for event in answer.get("events", ())]
             if pairs and state.replica:
-                named = [(self._kind(pair), self._name(pair), pair) for pair in pairs]
+                named = [(*self._cluster.split(pair), pair) for pair in pairs]
                 try:
                     state.replica.apply(named)
                 except OSError as error:
@@ -957,12 +908,6 @@ class _Follower:
                                    min_mod_revision=state.applied + 1, limit=1, keys_only=True)[1]:
                 raise _Rewritten
         return self._advance(state, state._replace(applied=revision))
-
-    def _kind(self, pair: _Pair) -> str:
-        return pair.key[len(self._cluster.key("")):].partition(b"/")[0].decode()
-
-    def _name(self, pair: _Pair) -> str:
-        return pair.key[len(self._cluster.key("")):].partition(b"/")[2].decode()
 
 
 def _last(change: list[_Pair]) -> tuple[int, bytes]:
@@ -1027,22 +972,27 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
 
     def add_all(self, records: Iterable[Record]) -> int:
         """Add all records or none, the last one as the newest. Return how many."""
-        replica, count, size = self._replica(), 0, 0
+        replica, count, batch, first, size = self._replica(), 0, 0, 1, 0
         with closing(sqlite3.connect("", isolation_level=None)) as spool:  # a file without a name
-            spool.execute("CREATE TABLE row (n INTEGER PRIMARY KEY, id UNIQUE, deleted, record)")
+            spool.execute("CREATE TABLE row (n INTEGER PRIMARY KEY, id UNIQUE, deleted, record, batch)")
             spool.execute("BEGIN")
             for count, record in enumerate(records, 1):
                 id, _, _, deleted, text = _row(record)
-                known = spool.execute("SELECT 1 FROM row WHERE id = ? AND NOT deleted", (id,))
-                if known.fetchall() or replica.has_live(id):
+                if spool.execute(LIVE_ROW, (id,)).fetchall() or replica.has_live(id):
                     raise FileExistsError(id)
-                spool.execute("REPLACE INTO row VALUES (?, ?, ?, ?)", (count, id, deleted, text))
                 size += len(text.encode())
-            changes = self._opened().changes
-            if count > AT_ONCE or size > BYTES_AT_ONCE:
-                changes.load(lambda: _batches(spool))
+                if count - first >= AT_ONCE or size > BYTES_AT_ONCE:
+                    batch, first, size = batch + 1, count, len(text.encode())
+                spool.execute("REPLACE INTO row VALUES (?, ?, ?, ?, ?)", (count, id, deleted, text, batch))
+            spool.execute("CREATE INDEX batches ON row (batch, n)")
+
+            def batches() -> Iterator[list[Row]]:
+                return (spool.execute(BATCH, (number,)).fetchall() for number in range(batch + 1))
+
+            if batch:
+                self._opened().changes.load(batches)
             elif count:
-                changes.add(next(_batches(spool)))
+                self._opened().changes.add(next(batches()))
         return count
 
     def replace(self, id: str, change: Callable[[Record], Record]) -> Record:
@@ -1093,9 +1043,30 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
         return EtcdStorage(self._location, self._client, revision)
 
     def check(self, repair: bool = False) -> Iterator[str]:
-        """Yield each fault; take back what loads that were killed have left."""
-        self._opened()
-        yield from ()
+        """Yield each fault of what etcd holds, and of the replica; take back what dead loads have left."""
+        client = self._opened()
+        cluster, faults = client.cluster, 0
+        revision, _ = cluster.range(cluster.key("change"))
+        done, alive = ({cluster.split(pair)[1]: pair.created for pair in cluster.pages(kind, revision)}
+                       for kind in ("load/", "session/"))
+        left: dict[str, list[bytes]] = {}
+        for pair in cluster.pages("image/", revision):
+            try:
+                image, id = _read(pair, lambda load: done.get(load, 0)), cluster.split(pair)[1]
+                if {id} != {_row(record)[0] for record in (image.record, image.intent[1]) if record}:
+                    raise ValueError(f"etcd: {pair.key!r} holds an image with another id")
+            except (OSError, ValueError) as error:
+                faults += 1
+                yield str(error)
+                continue
+            if image.load and image.load not in alive:
+                left.setdefault(image.load, []).append(pair.key)
+        for load, keys in left.items():
+            yield f"etcd: {len(keys)} images of the load {load}, which has ended: they mean nothing"
+            if repair:
+                client.changes.undo(keys, {load})
+        if not faults:  # else there is no replica
+            yield from self._replica().check(repair)
 
     def close(self) -> None:
         """Close everything. Every later call but this one raises ValueError."""
@@ -1109,18 +1080,3 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
         self.close()
 
 
-def _batches(spool: sqlite3.Connection) -> Iterator[list[Row]]:
-    """Yield rows, so many at once as a transaction takes."""
-    batch: list[Row] = []
-    size, last = 0, 0
-    while rows := spool.execute(SPOOLED, (last,)).fetchall():
-        last = rows[-1][0]
-        for row in rows:
-            length = len(row[2].encode())
-            if batch and (len(batch) == AT_ONCE or size + length > BYTES_AT_ONCE):
-                yield batch
-                batch, size = [], 0
-            batch.append(row)
-            size += length
-    if batch:
-        yield batch
