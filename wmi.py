@@ -1792,7 +1792,7 @@ class Service:
         self._kept_bytes = 0
         self._asked: set[int] = set()  # hashes of keys, which may be long
         self.fresh: list[tuple[CacheKey, Kept]] = []  # answers that keep() is to look at
-        self._lock = threading.Lock()  # of what is kept
+        self._lock, self._looking = threading.Lock(), threading.Lock()  # of what is kept; held by who looks
         self._walks, self._streams = threading.Semaphore(MAX_WALKS), threading.Semaphore(MAX_STREAMS)
 
     def identify(self, request: Request) -> Request:
@@ -1896,9 +1896,10 @@ class Service:
         """Look at the store's revision, so that what is kept can be served; what cannot is told why by answer()."""
         if self.tokens and (fault := self.tokens.refresh()):
             self._report(f"tokens: {fault}; the last good ones stay in force")
-        if self._kept and self.waiting < MAX_WAITING + MAX_LOOKS:
-            with contextlib.suppress(Exception):
+        if self._kept and self._looking.acquire(blocking=False):
+            with contextlib.suppress(Exception):  # one thread may be held up by this, not one after the other
                 self.revision(time.monotonic())
+            self._looking.release()
 
     def check_waiting(self, limit: int) -> None:
         """Raise DatabaseError if so many requests wait for the store."""

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -149,3 +150,92 @@ class Cluster:
 def encode(key):
     """Return a key or a value as the gateway takes it."""
     return base64.b64encode(key.encode() if isinstance(key, str) else key).decode()
+
+
+class Relay:
+    """A way to a member that can lose, hold back and cut what passes."""
+
+    def __init__(self, url):
+        host, port = url.rpartition("/")[2].split(":")
+        self.target, self.held = (host, int(port)), []
+        self.hold = b""  # a request with this in it is held back
+        self.drop = b""  # after one with this, no answers come
+        self.deaf = False  # no answers come
+        self.pairs, self.late = [], []  # late: the answers to what was held back
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:  # closed
+                return
+            try:
+                member = socket.create_connection(self.target)
+            except OSError:
+                client.close()
+                continue
+            self.pairs.append((client, member))
+            threading.Thread(target=self._to_member, args=[client, member], daemon=True).start()
+            threading.Thread(target=self._to_client, args=[client, member], daemon=True).start()
+
+    def _to_member(self, client, member):
+        """Pass requests on. One that is held back is not, and the end of its connection is lost with it."""
+        with contextlib.suppress(OSError):
+            while data := client.recv(1 << 20):
+                if self.drop and self.drop in data:
+                    self.drop, self.deaf = b"", True
+                if self.hold and self.hold in data:
+                    while not data.endswith(b"}"):
+                        data += client.recv(1 << 20)
+                    self.hold = b""
+                    self.held.append((member, data))
+                    return
+                member.sendall(data)
+            member.shutdown(socket.SHUT_WR)
+
+    def _to_client(self, client, member):
+        with contextlib.suppress(OSError):
+            while data := member.recv(1 << 20):
+                if self.held and self.held[0][0] is member:
+                    self.late.append(data)
+                elif not self.deaf:
+                    client.sendall(data)
+        for end in (client, member):
+            end.close()
+
+    def release(self):
+        """Pass on what was held back, after all."""
+        for member, data in self.held:
+            member.sendall(data)
+
+    def cut(self):
+        """Cut all connections."""
+        pairs, self.pairs = self.pairs, []
+        for pair in pairs:
+            for end in pair:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        """Cut all, and listen no more."""
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        self.cut()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+
+def until(condition, seconds=SECONDS):
+    """Wait until a condition holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, condition
+        threading.Event().wait(0.01)

@@ -1,14 +1,27 @@
-"""The store in etcd: the contract on real members, and what is attacked when members, clients and networks fail."""
+"""The store in etcd: the contract on real members, and attacks on members, clients and the way between them."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 import unittest
 
 import pytest
-from members import Cluster, needed
+from members import Cluster, Relay, encode, needed, until
+from serving import serving
 
+import wmi
 from wmi import etcd_store
-from wmi.contract import StorageContract
+from wmi.contract import ALICE, StorageContract, dead, ids, image
+
+ID = "wmi-00000001"
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +32,36 @@ def single():
         yield cluster
 
 
+@pytest.fixture(scope="module")
+def three():
+    """A cluster of three members."""
+    needed()
+    with Cluster(3) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def whole(three):
+    """The cluster of three members, all of which run, before and after the test."""
+    yield three
+    for number, process in three.processes.items():
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGCONT)
+        if process.poll() is not None:
+            three._start(number)
+    three.wait()
+
+
+@pytest.fixture
+def opened():
+    """Open stores that are closed at the end."""
+    with contextlib.ExitStack() as stack:
+        yield lambda location: stack.enter_context(etcd_store.open_storage(location))
+
+
+# ---- the contract ----
+
+
 class TestSingle(StorageContract, unittest.TestCase):
     opener = staticmethod(etcd_store.open_storage)
     shared = True
@@ -26,3 +69,514 @@ class TestSingle(StorageContract, unittest.TestCase):
     @pytest.fixture(autouse=True)
     def _located(self, single):
         self.location = single.location()
+
+
+class TestThree(StorageContract, unittest.TestCase):
+    opener = staticmethod(etcd_store.open_storage)
+    shared = True
+
+    @pytest.fixture(autouse=True)
+    def _located(self, request):
+        if not request.config.getoption("--long"):
+            pytest.skip("the contract on three members takes --long")
+        self.location = request.getfixturevalue("three").location()
+
+
+# ---- changes whose answers are lost ----
+
+
+def test_a_request_that_comes_late_does_nothing(single, opened):
+    """A change that no answer came to is made again; the first request, come at last, brings nothing back."""
+    with Relay(single.clients[0]) as relay:
+        prefix = single.location().partition("/t/")[2]
+        late = opened(f"{relay.url},{single.clients[0]}/t/{prefix}")
+        other = opened(f"{single.clients[0]}/t/{prefix}")
+        late.add(image(2))  # there is a session
+        relay.hold = b"/v3/kv/txn"
+        late.add(image(1))
+        assert relay.held
+        assert other.get(ID) == image(1)
+        other.delete(ID)
+        revision = other.revision()
+        relay.release()
+        until(lambda: b"revision" in b"".join(relay.late))
+        assert b"succeeded" not in b"".join(relay.late)
+        with pytest.raises(KeyError):
+            other.get(ID)
+        assert other.revision() == revision and ids(late.walk()) == ["wmi-00000002"]
+
+
+CHANGES = [
+    lambda store: store.add(image(1)),
+    lambda store: store.replace("wmi-00000002", lambda record: {**record, "n": record.get("n", 0) + 1}),
+    lambda store: store.delete("wmi-00000002"),
+    lambda store: store.add_all([image(1), image(4)]),
+    lambda store: store.add_all(image(10 + n) for n in range(250)),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=["add", "replace", "delete", "few", "many"])
+def test_a_change_whose_answer_is_lost_is_made_once(single, opened, change):
+    """It is found out that the change was made: no error of a second try, and nothing is done twice."""
+    with Relay(single.clients[0]) as relay:
+        prefix = single.location().partition("/t/")[2]
+        store, plain = opened(f"{relay.url},{single.clients[0]}/t/{prefix}"), opened(f"{single.clients[0]}/t/{prefix}")
+        plain.add_all([image(2), image(3)])
+        store.page(None, 0, 1)
+        store.add(image(9))
+        with wmi.MemoryStorage() as model:
+            model.add_all([image(2), image(3), image(9)])
+            change(model)
+            relay.drop = b"/v3/kv/txn"
+            change(store)
+            assert list(plain.walk()) == list(model.walk())
+            assert list(plain.check()) == []
+
+
+def test_an_outcome_that_cannot_be_found_out_is_said_to_be_unknown(single, opened):
+    """EINPROGRESS in time, in words of its own over HTTP; nothing of it is left in the store object."""
+    with Relay(single.clients[0]) as relay:
+        prefix = single.location().partition("/t/")[2]
+        store = opened(f"{relay.url}/t/{prefix}")
+        store.add(wmi.image_record({"id": ID, "account_id": ALICE}))
+        relay.drop = b"/v3/kv/txn"
+        began = time.monotonic()
+        with pytest.raises(OSError, match="not said") as caught:
+            store.replace(ID, lambda record: {**record, "state": "x"})
+        assert caught.value.errno == errno.EINPROGRESS and time.monotonic() - began < 8
+        relay.deaf = False
+        relay.cut()
+        until(lambda: works(lambda: store.get(ID)))
+        assert store.get(ID)["state"] == "x"  # as it happens
+        log = []
+        with serving(store, log=log.append) as served:
+            relay.drop = b"/v3/kv/txn"
+            status, _, body = served.request("DELETE", f"/api/images/{ID}", {"X-VDC-ACCOUNT-UUID": ALICE})
+        assert status == 503 and b"unknown" in body
+        assert any("not said whether" in line for line in log)
+
+
+def works(call):
+    """Return whether a call succeeds."""
+    try:
+        call()
+        return True
+    except OSError:
+        return False
+
+
+# ---- another history ----
+
+
+@pytest.mark.parametrize("changes", [1, 40])
+def test_a_wiped_cluster_is_not_taken_for_the_old_one(changes, opened):
+    """Behind the same addresses another history begins, shorter or longer: no image of the old one is shown."""
+    needed()
+    with Cluster() as cluster:
+        location = cluster.location()
+        store, writer = opened(location), opened(location)
+        store.add_all(image(n) for n in range(20))
+        view = store.at_least(store.revision())
+        assert view.page(None, 0, 0)[0] == 20
+        cluster.wipe()
+        for n in range(changes):
+            writer.add(image(100 + n))
+        until(lambda: works(store.revision))
+        assert store.page(None, 0, 1) == (changes, [image(99 + changes)])
+        view = store.at_least(store.revision())
+        assert len(list(view.walk())) == changes
+        with pytest.raises(KeyError):
+            view.get(ID)
+
+
+# ---- loads ----
+
+LOADER = """
+import sys; sys.path[:] = {path!r}
+from wmi import etcd_store
+from wmi.contract import image
+etcd_store.LOAD_S = 2
+etcd_store.open_storage({location!r}).add_all(image(n) for n in range({count}))
+"""
+
+
+def killed_load(cluster, location, count=4000):
+    """Have a process load images, and kill it among its intents; return the ids that it has put."""
+    code = LOADER.format(path=sys.path, location=location, count=count)
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        prefix = f"/t/{location.partition('/t/')[2]}/"
+        until(lambda: len(cluster.keys(prefix + "image/")) > 150)
+        process.kill()
+    left = cluster.keys(prefix + "image/")
+    assert 150 < len(left) < count and not cluster.keys(prefix + "load/")
+    return [key.rpartition("/")[2] for key in left]
+
+
+def test_a_killed_load_means_nothing(single, opened):
+    """No image of it is seen, every verb works over what it left, and check removes the rest."""
+    location = single.location()
+    store = opened(location)
+    store.add_all([dead(image(1)), image(5000)])
+    left = killed_load(single, location)
+    assert list(store.walk()) == [image(5000), dead(image(1))]
+    assert store.get(ID) == dead(image(1))
+    for verb in (store.get, store.delete, lambda id: store.replace(id, dead)):
+        with pytest.raises(KeyError):
+            verb("wmi-00000002")
+    store.add(image(3, n=1))
+    store.add_all([image(4, n=1), image(7, n=1)])
+    store.replace(ID, lambda record: {**record, "n": 1})
+    want = [image(7, n=1), image(4, n=1), image(3, n=1), image(5000), {**dead(image(1)), "n": 1}]
+    again = opened(location)  # its copy is made of what is there now
+    for each in (store, again):
+        assert list(each.walk()) == want
+    until(lambda: list(store.check()))  # the lease of the load is over
+    assert list(store.check(repair=True)) and list(store.check()) == []
+    assert len(single.keys(f"/t/{location.partition('/t/')[2]}/image/")) == 5 < len(left)
+    store.add_all(image(100 + n) for n in range(250))
+    for each in (store, again, opened(location)):
+        assert list(each.walk(oldest_first=True)) == want[::-1] + [image(100 + n) for n in range(250)]
+
+
+def test_a_load_that_loses_an_image_starts_over(single, opened):
+    """Who adds an image that a load holds wins, and the load fails; who deletes a tombstone does not make it fail."""
+    location = single.location()
+    loader, other = opened(location), opened(location)
+    loader.add_all([dead(image(5)), image(600)])
+    keys = f"/t/{location.partition('/t/')[2]}/image/"
+    errors = []
+
+    def load(numbers):
+        try:
+            loader.add_all(image(n) for n in numbers)
+        except FileExistsError as error:
+            errors.append(error.args)
+
+    for act, error in ((lambda: other.delete("wmi-00000005"), None), (lambda: other.add(image(1005)), "wmi-000003ed")):
+        base = 1000 if error else 0
+        thread = threading.Thread(target=load, args=[range(base, base + 500)])
+        thread.start()
+        until(lambda base=base: f"{keys}wmi-{base + 105:08x}" in single.keys(keys))
+        act()
+        thread.join()
+        assert errors == ([(error,)] if error else [])
+    numbers = [600, *range(500), 1005]
+    want = [image(n) for n in numbers]
+    assert list(loader.walk(oldest_first=True)) == list(other.walk(oldest_first=True)) == want
+    assert list(other.check()) == [] and len(single.keys(keys)) == len(want)
+
+
+# ---- members that are gone ----
+
+
+def test_without_quorum_it_is_said_at_once(whole, opened):
+    """Two of three members are dead: 503 within 5 s, the next ones at once; all works again without a restart."""
+    store = opened(whole.location())
+    store.add(wmi.image_record({"id": ID, "account_id": ALICE}))
+    log = []
+    with serving(store, log=log.append) as served:
+        def show():
+            began = time.monotonic()
+            status, _, body = served.request("GET", f"/api/images/{ID}", {"X-VDC-ACCOUNT-UUID": ALICE})
+            return status, body, time.monotonic() - began
+
+        assert show()[0] == 200
+        survivor = whole.leader()
+        gone = [number for number in range(3) if number != survivor]
+        whole.kill(*gone)
+        status, body, seconds = show()
+        assert status == 503 and b"no quorum" in body and seconds < 6.5
+        for _ in range(5):
+            status, body, seconds = show()
+            assert status == 503 and b"no quorum" in body and seconds < 0.5
+        assert served.request("GET", "/nowhere")[0] == 404
+        assert any("quorum" in line for line in log)
+        whole.start(*gone)
+        until(lambda: show()[0] == 200)
+        store.replace(ID, lambda record: {**record, "state": "x"})
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
+@pytest.mark.parametrize("role", ["leader", "follower"])
+def test_no_read_fails_when_a_member_does(whole, opened, signum, role):
+    """One of three dies or hangs: every read is answered, by both servers, and shows each change."""
+    leader = whole.leader()
+    victim = leader if role == "leader" else (leader + 1) % 3
+    order = [victim, (victim + 1) % 3, (victim + 2) % 3]  # the one that both ask first
+    location = whole.location(*order)
+    writer = opened(location)
+    writer.add(wmi.image_record({"id": ID, "account_id": ALICE, "description": "0"}))
+    stores = opened(location), opened(location)
+    with serving(stores[0]) as one, serving(stores[1]) as two:
+        def check(number):
+            for served in (one, two):
+                for target in (f"/api/images/{ID}", "/api/images"):
+                    status, _, body = served.request("GET", target, {"X-VDC-ACCOUNT-UUID": ALICE})
+                    assert status == 200 and f'"description":"{number}"'.encode() in body, body
+
+        for number in range(1, 8):
+            if number == 3:
+                whole.signal(victim, signum)
+            writer.replace(ID, lambda record, number=number: {**record, "description": str(number)})
+            check(number)
+
+
+# ---- compaction ----
+
+
+def test_compaction_in_a_gap_of_the_watch(single, opened):
+    """What happened while the watch was cut is seen though it can no longer be watched."""
+    with Relay(single.clients[0]) as relay:
+        prefix = single.location().partition("/t/")[2]
+        other = opened(f"{single.clients[0]}/t/{prefix}")
+        other.add_all(image(n) for n in range(10))
+        with contextlib.closing(etcd_store.open_storage(f"{relay.url}/t/{prefix}")) as store:
+            assert store.page(None, 0, 0)[0] == 10
+            copy = store._client.follower.state.replica
+            for changes in (0, 1):
+                relay.target, target = ("127.0.0.1", 9), relay.target  # discard: nobody is there
+                relay.cut()
+                for n in range(changes):
+                    other.delete(f"wmi-{n:08x}")
+                    other.add(image(50 + n))
+                single.ask("/v3/kv/put", {"key": encode("elsewhere"), "value": ""})
+                single.compact()
+                relay.target = target
+                until(lambda: works(store.revision))
+                assert list(store.walk()) == list(other.walk())
+                assert (store._client.follower.state.replica is copy) == (not changes)  # made anew only if need be
+                other.add(image(60 + changes))
+                assert store.page(None, 0, 1) == other.page(None, 0, 1)
+
+
+def test_compaction_during_a_walk_and_while_the_copy_is_made(single, opened, monkeypatch):
+    """A walk goes on, and a copy whose revision is compacted meanwhile is begun anew."""
+    location = single.location()
+    store = opened(location)
+    store.add_all(image(n) for n in range(400))
+    for frozen in (True, False):
+        walk = store.walk(frozen=frozen)
+        seen = [next(walk)]
+        store.replace("wmi-00000000", lambda record: {**record, "n": 1})
+        single.compact()
+        assert len(seen + list(walk)) == 400
+    monkeypatch.setattr(etcd_store, "PAGE", 16)
+    done = threading.Event()
+
+    def compact():
+        for n in range(5):
+            store.replace("wmi-00000000", lambda record, n=n: {**record, "n": n})
+            single.compact()
+        done.set()
+
+    thread = threading.Thread(target=compact)
+    thread.start()
+    with etcd_store.open_storage(location) as late:
+        assert len(list(late.walk())) == 400
+    thread.join()
+    assert done.is_set()
+
+
+# ---- what etcd refuses ----
+
+
+def test_a_full_quota(opened):
+    """Changes are refused with the reason, and nothing is lost; reads go on; with space again all is well."""
+    needed()
+    with Cluster(1, "--quota-backend-bytes", str(4 << 20)) as cluster:
+        store = opened(cluster.location())
+        store.page(None, 0, 0)
+        kept = []
+        with pytest.raises(OSError, match="space") as caught:
+            for n in range(200):
+                store.add(image(n, description="x" * 100_000))
+                kept.append(n)
+        assert caught.value.errno is None and len(kept) > 5
+        assert [int(id[4:], 16) for id in ids(store.walk(oldest_first=True))] == kept
+        with pytest.raises(OSError, match="space"):
+            store.delete("wmi-00000000")
+        assert store.get("wmi-00000000")["id"] == "wmi-00000000"
+        prefix = "/t/" + store._location.partition("/t/")[2]
+        for n in kept[1:]:  # as an administrator would
+            cluster.ask("/v3/kv/deleterange", {"key": encode(f"{prefix}/image/wmi-{n:08x}")})
+        cluster.compact()
+        cluster.ask("/v3/maintenance/defragment", {}, seconds=30)
+        for alarm in cluster.ask("/v3/maintenance/alarm", {"action": "GET"})["alarms"]:
+            cluster.ask("/v3/maintenance/alarm", {"action": "DEACTIVATE", **alarm})
+        store.add(image(500))
+        with etcd_store.open_storage(store._location) as again:
+            assert ids(again.walk()) == ["wmi-000001f4", "wmi-00000000"]
+
+
+def test_a_token_that_is_not_valid_any_more(opened, monkeypatch):
+    """With authentication on, a token is got, and got anew; a wrong password, or none, is said; it is never shown."""
+    needed()
+    with Cluster() as cluster:
+        location = cluster.location()
+        with etcd_store.open_storage(location) as before:
+            before.add(image(1))
+        cluster.ask("/v3/auth/user/add", {"name": "root", "password": "s3cret"})
+        cluster.ask("/v3/auth/role/add", {"name": "root"})
+        cluster.ask("/v3/auth/user/grant", {"user": "root", "role": "root"})
+        cluster.ask("/v3/auth/enable", {})
+        with etcd_store.open_storage(location) as nobody, pytest.raises(OSError, match="WMI_ETCD_USER"):
+            nobody.get(ID)
+        monkeypatch.setenv("WMI_ETCD_USER", "root")
+        monkeypatch.setenv("WMI_ETCD_PASSWORD", "wrong-one")
+        with etcd_store.open_storage(location) as wrong:
+            with pytest.raises(OSError, match="authentication failed") as caught:
+                wrong.get(ID)
+        assert "wrong-one" not in str(caught.value)
+        monkeypatch.setenv("WMI_ETCD_PASSWORD", "s3cret")
+        store = opened(location)
+        assert store.page(None, 0, 9) == (1, [image(1)])
+        store.add(image(2))
+        cluster.kill(0)
+        cluster._start(0)  # which forgets its tokens
+        until(lambda: works(store.revision))
+        store.replace(ID, lambda record: {**record, "n": 1})
+        assert list(store.walk()) == [image(2), image(1, n=1)]
+
+
+def test_a_gateway_that_is_switched_off(opened):
+    """The error says which option of etcd is missing."""
+    needed()
+    with contextlib.ExitStack() as stack:
+        cluster = Cluster.__new__(Cluster)
+        wait, Cluster.wait = Cluster.wait, lambda self: None
+        stack.callback(setattr, Cluster, "wait", wait)
+        cluster.__init__(1, "--enable-grpc-gateway=false")
+        stack.enter_context(cluster)
+        store = opened(cluster.location())
+
+        def message():
+            with pytest.raises(OSError, match="") as caught:
+                store.get(ID)
+            return str(caught.value)
+
+        until(lambda: "enable-grpc-gateway" in message())
+
+
+@pytest.mark.parametrize("location", [
+    "", "images", "http://", "http://127.0.0.1:2379", "http://127.0.0.1:2379/", "ftp://127.0.0.1:2379/x",
+    "http://127.0.0.1:2379,127.0.0.1:2380/x", "http://user:s3cret@127.0.0.1:2379/x",
+    "http://127.0.0.1:2379,http://user:s3cret@127.0.0.1/x",
+])  # fmt: skip
+def test_a_location_that_is_none(location):
+    """ValueError that shows the form, and never a password."""
+    with pytest.raises(ValueError, match="PREFIX") as caught:
+        etcd_store.open_storage(location)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_what_is_too_large_is_refused(single, opened):
+    """An image that etcd does not take is an error; nothing is done, and the store goes on."""
+    store = opened(single.location())
+    for verb in (store.add, lambda record: store.add_all([image(2), record])):
+        with pytest.raises(OSError, match="large"):
+            verb(image(1, description="x" * 2_000_000))
+    assert store.page(None, 0, 9) == (0, [])
+    store.add(image(1))
+
+
+def test_a_value_that_is_not_ours_is_refused(single, opened):
+    """It is named by every read that would need it, and by check; it is not overwritten."""
+    location = single.location()
+    store = opened(location)
+    store.add(image(1))
+    key = f"/t/{location.partition('/t/')[2]}/image/wmi-00000002"
+    single.ask("/v3/kv/put", {"key": encode(key), "value": encode("hello")})
+    with pytest.raises(OSError, match="wmi-00000002"):
+        store.get("wmi-00000002")
+    with pytest.raises(OSError, match="wmi-00000002"):
+        store.add(image(2))
+    assert any("wmi-00000002" in fault for fault in store.check())
+    single.ask("/v3/kv/deleterange", {"key": encode(key)})
+    assert list(store.check()) == [] and list(store.walk()) == [image(1)]
+
+
+# ---- processes ----
+
+
+def test_a_forked_process_opens_its_own(single, opened):
+    """Parent and child go on with one store object, and neither harms the other."""
+    store = opened(single.location())
+    store.add(image(1))
+    assert store.page(None, 0, 0)[0] == 1
+    child = os.fork()
+    if not child:
+        status = 1
+        with contextlib.suppress(BaseException):
+            store.add(image(2))
+            status = int(store.page(None, 0, 0)[0] < 2)
+            store.close()
+        os._exit(status)
+    for n in range(10, 20):
+        store.add(image(n))
+        assert store.page(None, 0, 1)[1] == [image(n)] or store.get("wmi-00000002")
+    assert os.waitpid(child, 0)[1] == 0
+    assert store.page(None, 0, 0)[0] == 12
+
+
+def test_a_copy_leaves_nothing(single, opened, tmp_path, monkeypatch):
+    """Closed, its folder is gone; that of a killed process is removed by the next one, that of a live one is not."""
+    monkeypatch.setattr(etcd_store.tempfile, "tempdir", str(tmp_path))
+    location = single.location()
+    with etcd_store.open_storage(location) as store:
+        store.page(None, 0, 0)
+        assert len(os.listdir(tmp_path)) == 1
+    assert os.listdir(tmp_path) == []
+    code = f"""
+        import sys, os; sys.path[:] = {sys.path!r}
+        from wmi import etcd_store
+        etcd_store.open_storage({location!r}).page(None, 0, 0)
+        print("made", flush=True)
+        sys.stdin.read()
+        """.replace("\n        ", "\n")
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path)}
+    ) as process:
+        assert process.stdout.readline() == b"made\n"
+        (folder,) = os.listdir(tmp_path)
+        os.utime(tmp_path / folder, (0, 0))
+        with etcd_store.open_storage(location) as store:
+            store.page(None, 0, 0)
+            assert len(os.listdir(tmp_path)) == 2
+        process.kill()
+    os.utime(tmp_path / folder, (0, 0))
+    with etcd_store.open_storage(location) as store:
+        store.page(None, 0, 0)
+        assert len(os.listdir(tmp_path)) == 1 and folder not in os.listdir(tmp_path)
+
+
+def test_copies_change_nothing(single, tmp_path):
+    """sqlite to etcd and back: ids, times, order and tombstones are as they were; check finds nothing."""
+    first, there, back = f"sqlite:{tmp_path}/a", f"etcd:{single.location()}", f"sqlite:{tmp_path}/b"
+    with wmi.open_storage(first) as store:
+        store.add_all(wmi.image_record({"id": f"wmi-{n * 7919 % 1000:04d}", "account_id": ALICE}) for n in range(350))
+        for n in range(0, 350, 7):
+            wmi.Catalog(store).destroy(f"wmi-{n * 7919 % 1000:04d}")
+        want = [json.dumps(record) for record in store.walk(oldest_first=True)]
+    for source, target in ((first, there), (there, back)):
+        assert wmi.main(["copy", source, target]) == 0
+        assert wmi.main(["check", target]) == 0
+        with wmi.open_storage(target) as store:
+            assert [json.dumps(record) for record in store.walk(oldest_first=True)] == want
+
+
+def test_a_command_sees_each_change_of_a_server_at_once(single, opened, capsys):
+    """And the server that of a command, which makes no copy for a single image."""
+    location = single.location()
+    with serving(opened(location)) as one, serving(opened(location)) as two:
+        for n in range(5):
+            store = ["--store", f"etcd:{location}"]
+            assert wmi.main(["add", "volume", "snap-1", "--uuid", f"wmi-{n}", "-a", ALICE, *store]) == 0
+            for served in (one, two):
+                for target in (f"/api/images/wmi-{n}", "/api/images"):
+                    assert f"wmi-{n}".encode() in served.request("GET", target, {"X-VDC-ACCOUNT-UUID": ALICE})[2]
+            assert one.request("DELETE", f"/api/images/wmi-{n}", {"X-VDC-ACCOUNT-UUID": ALICE})[0] == 200
+            assert two.request("GET", f"/api/images/wmi-{n}", {"X-VDC-ACCOUNT-UUID": ALICE})[0] == 404
+            capsys.readouterr()
+            assert wmi.main(["list", "-o", "id", *store, "--account", ALICE]) == 0
+            assert capsys.readouterr().out == ""
