@@ -47,7 +47,6 @@ import shutil
 import socket
 import sqlite3
 import ssl
-import stat
 import tempfile
 import threading
 import time
@@ -55,23 +54,23 @@ import weakref
 from base64 import b64decode, b64encode
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from glob import escape, glob
 from itertools import chain, islice
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from .sqlite_store import ADD, DELETE, LIVE, LOAD_CACHE_KIB, SqliteStorage, _row
+from .sqlite_store import ADD, CACHE_KIB, DELETE, LIVE, LOAD_CACHE_KIB, SqliteStorage, _row
 
 TRY_S, CALL_S = 1.5, 5.0  # for one member to answer; for a call in all: a server gives up at 10 s
+FENCE_S = 2.5  # to find out, after that, whether a change was made
 PAUSE_S = 0.1  # when all members were tried, before they are tried again
 DOWN_S = 1.0  # for which calls fail at once, after one that no member answered
 SILENT_S = 1.0  # for which a read waits for the watch before that is begun anew
 SESSION_S, SESSION_USED_S = 3600, 1800  # lease of a session; an older one is not used any more
-LOAD_S, LOAD_KEPT_S = 60, 15  # lease of a load's session, kept alive: after a kill it ends soon
+LOAD_S = 900  # lease of a load's session: a load takes no longer, and a killed one ends then
 AT_ONCE, BYTES_AT_ONCE = 100, 500_000  # of a transaction; etcd takes 128 operations and 1.5 MiB
 NESTED_AT_ONCE = 32  # transactions within one: their operations add up
-LOADS = 3  # times that a load is tried
 PAGE_S, PAGE, PAGE_BYTES = 4.0, 5000, 4_000_000  # of images that are read together
 LEFT_S = 60  # a folder that is older, and locked by nobody, was left by a killed process
 FOLDER = "wmi-etcd-"
@@ -81,12 +80,21 @@ LOG_IN = re.compile("user name is empty|auth token|revision of auth store is old
 NO_GATEWAY = """no JSON gateway there: give addresses for clients, and to an etcd that was started
  with a configuration file "enable-grpc-gateway: true"
 """.replace("\n", "")
+CLOSED = "closed: the store in etcd"
+OTHERS = "etcd: others change the same images meanwhile; nothing was changed: try again"
 FORM = "not etcd:http://HOST:PORT[,http://HOST:PORT...]/PREFIX with https and ?cafile=FILE as needed"
 FORM_PATTERN = r"(https?://[^/,@?#]+(?:,https?://[^/,@?#]+)*)/+([^?#]*[^?#/])/*(?:\?cafile=(.+))?"
 
+PREPARE = (
+    "PRAGMA synchronous = OFF",  # nobody needs it after a crash
+    "PRAGMA journal_mode = MEMORY",
+    f"PRAGMA cache_size = -{LOAD_CACHE_KIB}",
+    "CREATE TABLE intent (id PRIMARY KEY, load, n, record)",
+    "CREATE TEMP TABLE staged (revision, n, id, account_id, is_public, deleted, record)",
+)
 STAGE = "INSERT INTO staged VALUES (?, ?, ?, ?, ?, ?, ?)"
 SETTLE = """INSERT INTO image (id, account_id, is_public, deleted, record)
-    SELECT id, account_id, is_public, deleted, record FROM {} ORDER BY {}"""
+    SELECT id, account_id, is_public, deleted, record FROM staged ORDER BY revision, n"""
 LIVE_ROW = "SELECT 1 FROM row WHERE id = ? AND NOT deleted"
 BATCH = "SELECT n, id, record FROM row WHERE batch = ? ORDER BY n"
 CHANGE = "UPDATE image SET account_id = ?, is_public = ?, deleted = ?, record = ? WHERE id = ?"
@@ -94,6 +102,7 @@ CHANGE = "UPDATE image SET account_id = ?, is_public = ?, deleted = ?, record = 
 Record = dict[str, Any]
 Json = dict[str, Any]
 Order = tuple[int, int]
+Change = tuple[int, bytes]  # its revision and name
 Row = tuple[int, str, str]  # place in the load, id, record as JSON
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 _inherited: list[Any] = []  # what a parent had open: closing it in a child could harm it
@@ -130,6 +139,22 @@ class _Pair(NamedTuple):
     put: int
 
 
+class _Bound(threading.local):
+    """When what a thread is doing has to end."""
+
+    until = 0.0
+
+    def allow(self, seconds: float) -> None:
+        """Let it take so long from now on."""
+        self.until = time.monotonic() + seconds
+
+    def tries(self) -> Iterator[None]:
+        """Yield as often as there is time for. Raises OSError then."""
+        while time.monotonic() < self.until:
+            yield
+        raise OSError(OTHERS)
+
+
 class _Channel:
     """A connection to a member. HTTP by hand costs a quarter of what http.client does."""
 
@@ -146,57 +171,45 @@ class _Channel:
             raise
 
     def is_good(self) -> bool:
-        """Return whether the member has kept the connection open, and sent nothing unasked."""
-        self._socket.settimeout(0)
+        """Return whether the member has neither closed the connection nor sent what nobody asked."""
         try:
+            self._socket.settimeout(0)
             self._socket.recv(1)
-        except (BlockingIOError, ssl.SSLWantReadError):
-            return True
-        except OSError:
-            pass
+        except OSError as error:
+            return isinstance(error, (BlockingIOError, ssl.SSLWantReadError))
         return False
 
     def ask(self, path: str, body: Json, fields: str, seconds: float) -> tuple[int, bytes]:
         """Send a request; return the status of its answer, and the body."""
+        self.kept = False
         status, head = self._send(path, body, fields, seconds)
-        self.kept = head.get("connection") != "close"
-        if head.get("transfer-encoding") != "chunked":
-            return status, self._read(int(head.get("content-length", 0)))
-        pieces = []
-        while size := int(self._line(), 16):
-            pieces.append(self._read(size))
-            self._line()
-        while self._line():  # trailers
-            pass
-        return status, b"".join(pieces)
+        text = self._file.read(int(head["content-length"]) if "content-length" in head else -1)
+        self.kept = head.get("connection") == "keep-alive"
+        return status, text
 
     def watch(self, path: str, body: Json, fields: str) -> Iterator[bytes]:
-        """Send a request; yield the lines of an answer that goes on. The first comes in time."""
-        self._send(path, body, fields, TRY_S, version="1.0")  # not chunked
+        """Send a request; yield the lines of an answer that goes on. The first one comes in time."""
+        self._send(path, body, fields, TRY_S)
         for line in self._file:
             yield line
             self._socket.settimeout(None)
 
-    def _send(self, path: str, body: Json, fields: str, seconds: float, version: str = "1.1") -> tuple[int, Json]:
+    def _send(self, path: str, body: Json, fields: str, seconds: float) -> tuple[int, dict[str, str]]:
+        # In HTTP/1.0 nothing is chunked: a long answer, or a watch, ends with its connection. One that is cut
+        # does not parse.
         text = json.dumps(body).encode()
-        head = f"POST {path} HTTP/{version}\r\nHost: {self._host}\r\n{fields}Content-Length: {len(text)}\r\n\r\n"
+        head = f"POST {path} HTTP/1.0\r\nHost: {self._host}\r\nConnection: keep-alive\r\n{fields}"
         self._socket.settimeout(seconds)
-        self._socket.sendall(head.encode() + text)
+        self._socket.sendall(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
         status = int(self._line().split()[1])
-        lines = (line.lower().partition(":") for line in iter(self._line, ""))
-        return status, {name: value.strip() for name, _, value in lines}
+        lines = (line.lower().partition(": ") for line in iter(self._line, ""))
+        return status, {name: value for name, _, value in lines}
 
     def _line(self) -> str:
         line = self._file.readline(65536)
         if not line.endswith(b"\n"):
             raise ConnectionError("the connection was cut")
         return line.decode("latin-1").strip()
-
-    def _read(self, size: int) -> bytes:
-        data = self._file.read(size)
-        if len(data) < size:
-            raise ConnectionError("the connection was cut")
-        return data
 
     def cut(self) -> None:
         """End what another thread reads."""
@@ -223,6 +236,7 @@ class _Cluster:
         self._watching: _Channel | None = None
         self._failure: Exception | None = None  # of the last call, if no member answered it
         self._again = 0.0  # when a call may try again after that
+        self.bound = _Bound()
 
     def key(self, kind: str, name: str = "") -> bytes:
         """Return the key of an image, a load or a session, or what all of a kind begin with."""
@@ -246,9 +260,8 @@ class _Cluster:
 
         What must not be repeated is sent once; _Unanswered if it is not answered then.
         """
-        deadline, tried, logged_in = time.monotonic() + CALL_S, 0, False
-        failure: Exception = TimeoutError()
-        while (left := deadline - time.monotonic()) > 0:
+        tried, logged_in, failure = 0, False, Exception("no time is left")
+        while (left := self.bound.until - time.monotonic()) > 0:
             at, sent = self.at, False
             try:
                 channel = self._connect(min(TRY_S, left))
@@ -262,7 +275,7 @@ class _Cluster:
                 self._log_in(refused)
                 logged_in = True
             except (OSError, ValueError) as error:
-                failure, tried = error, tried + 1
+                tried, failure = tried + 1, error
                 self.pass_over(at)
                 if sent and not repeat:
                     raise _Unanswered(str(error)) from error
@@ -289,7 +302,6 @@ class _Cluster:
 
     def _ask(self, channel: _Channel, path: str, body: Json, seconds: float) -> Json:
         """Ask one member. Raises _Refused, and OSError or ValueError for what is no answer."""
-        channel.kept = False
         try:
             status, text = channel.ask(path, body, self._fields(), seconds)
         finally:
@@ -312,24 +324,24 @@ class _Cluster:
         asked = {"name": user, "password": password or ""}
         self._token = self.call("/v3/auth/authenticate", asked)["token"]
 
-    def range(self, key: bytes, **options: Any) -> tuple[int, list[_Pair]]:
-        """Return the store's revision, and the pairs of a range."""
-        answer = self.call("/v3/kv/range", _range(key, **options)["request_range"], seconds=PAGE_S)
+    def range(self, key: bytes, end: bytes = b"", **options: Any) -> tuple[int, list[_Pair]]:
+        """Return the store's revision, and the pair of a key, or those up to the end of a range."""
+        asked = {"key": _text(key), "range_end": _text(end), **options}
+        answer = self.call("/v3/kv/range", asked, seconds=PAGE_S)
         return int(answer["header"]["revision"]), _pairs(answer)
 
     def pages(self, kind: str, revision: int) -> Iterator[_Pair]:
         """Yield all pairs of a kind as they were at a revision. Raises _Refused if that is compacted."""
-        start, limit, end = self.key(kind), PAGE // 10, _text(_after(self.key(kind)))
+        start, limit, end = self.key(kind), PAGE // 10, self.key(kind)[:-1] + b"0"  # the slash's successor
         while start:
-            _, pairs = self.range(start, range_end=end, limit=limit, revision=revision)
+            self.bound.allow(CALL_S)
+            _, pairs = self.range(start, end, limit=limit, revision=revision)
             yield from pairs
             start = pairs[-1].key + b"\0" if len(pairs) == limit else b""
             limit = max(16, min(PAGE, limit * PAGE_BYTES // (1 + sum(len(pair.value) for pair in pairs))))
 
-    def transact(
-        self, compare: Sequence[Json], success: Sequence[Json],
-        failure: Sequence[Json] = (), repeat: bool = True,
-    ) -> tuple[bool, list[list[_Pair]], int]:
+    def transact(self, compare: Sequence[Json], success: Sequence[Json], failure: Sequence[Json] = (),
+                 repeat: bool = True) -> tuple[bool, list[list[_Pair]], int]:
         """Return whether all comparisons held, what each operation found, and the revision."""
         body = {"compare": compare, "success": success, "failure": failure}
         answer = self.call("/v3/kv/txn", body, repeat)
@@ -398,17 +410,12 @@ def _put(key: bytes, value: bytes, lease: str = "0") -> Json:
     return {"request_put": {"key": _text(key), "value": _text(value), "lease": lease}}
 
 
-def _range(key: bytes, end: bytes = b"", **options: Any) -> Json:
-    return {"request_range": {"key": _text(key), "range_end": _text(end), **options}}
+def _range(key: bytes) -> Json:
+    return {"request_range": {"key": _text(key)}}
 
 
 def _delete(key: bytes) -> Json:
     return {"request_delete_range": {"key": _text(key)}}
-
-
-def _after(kind: bytes) -> bytes:
-    """Return the end of the range of all keys that begin with this."""
-    return kind[:-1] + bytes([kind[-1] + 1])
 
 
 # ---- changes ----
@@ -444,16 +451,11 @@ def _value(image: _Image) -> bytes:
     return _encode({"order": image.order, "record": image.record}).encode()
 
 
-class _Defeated(Exception):
-    """Raised when somebody else has ended a load."""
-
-
 class _Session:
     """A key that only one change at a time compares and puts, so that its outcome can be told."""
 
     def __init__(self, key: bytes, lease: str, put: int) -> None:
-        self.key, self.lease, self.put = key, lease, put
-        self.born = self.kept = time.monotonic()
+        self.key, self.lease, self.put, self.born = key, lease, put, time.monotonic()
 
     def is_ours(self) -> Json:
         """Return the comparison that holds as long as the session goes on."""
@@ -481,7 +483,7 @@ class _Changes:
     def commit(self, compare: Sequence[Json], success: Sequence[Json], failure: Sequence[Json] = (),
                seen: bool = True) -> list[list[_Pair]] | None:
         """Make a change. Return None, or what `failure` found because a comparison failed."""
-        for _ in _tries():
+        for _ in self._cluster.bound.tries():
             session = self._take_session()
             name = os.urandom(8).hex().encode()
             puts = [_put(session.key, name, session.lease), *([_put(self._key("change"), name)] if seen else ())]
@@ -505,9 +507,9 @@ class _Changes:
 
     def _was_made(self, session: _Session, name: bytes, error: _Unanswered) -> bool:
         """Return whether a change was made. If not, it never will be, however late it comes."""
+        self._cluster.bound.allow(FENCE_S)
         try:
-            held, found, _ = self._cluster.transact(
-                [session.is_ours()], [_delete(session.key)], [_range(session.key)])
+            held, found, _ = self._cluster.transact([session.is_ours()], [_delete(session.key)], [_range(session.key)])
         except OSError as failed:
             raise _unknown(error) from failed
         if not held and found[0] and found[0][0].value == name:
@@ -541,40 +543,34 @@ class _Changes:
                 [_delete(self._key("session/", load)) for load in loads])
 
     def add(self, rows: list[Row], load: str = "", session: _Session | None = None) -> None:
-        """Register all or none; with a load put its intents. Raises FileExistsError and _Defeated."""
-        keys = [self._key("image/", id) for _, id, _ in rows]
-        images = [_Image()] * len(rows)
-        held = [session.is_ours()] if session else []
-        for _ in _tries():
-            lost, defeat = self._defeat(images)
+        """Register all or none; for a load put its intents. Raises FileExistsError, OSError if the load has lost."""
+        keys, images = [self._key("image/", id) for _, id, _ in rows], [_Image()] * len(rows)
+        ours = [session.is_ours()] if session else []
+        for _ in self._cluster.bound.tries():
+            undone, defeat = self._defeat(images)
             found = self.commit(
-                [*held, *lost, *(_is_at(key, image.put) for key, image in zip(keys, images))],
+                [*ours, *undone, *(_is_at(key, image.put) for key, image in zip(keys, images))],
                 [*defeat, *(_put(key, _row_value(row, load, image)) for key, row, image in zip(keys, rows, images))],
-                [_range(session.key) if session else _range(keys[0]), *map(_range, keys)], seen=not load)
+                [_range(session.key if session else keys[0]), *map(_range, keys)], seen=not load)
             if found is None:
                 return
             if session and not (found[0] and found[0][0].put == session.put):
-                raise _Defeated
-            images = self._check_free(rows, found[1:])
-
-    def _check_free(self, rows: list[Row], found: list[list[_Pair]]) -> list[_Image]:
-        """Return what has to give way to the rows. Raises FileExistsError if an image does not."""
-        images = [self._meaning(pairs) for pairs in found]
-        for (_, id, _), image in zip(rows, images):
-            if image.record is not None and image.record["deleted_at"] is None:
-                raise FileExistsError(id)
-        return images
+                raise OSError(OTHERS)
+            images = [self._meaning(pairs) for pairs in found[1:]]
+            for (_, id, _), image in zip(rows, images):
+                if image.record is not None and image.record["deleted_at"] is None:
+                    raise FileExistsError(id)
 
     def change(self, id: str, make: Callable[[Record], Record | None]) -> None:
         """Put what `make` makes of the record in its place; None deletes it. Raises KeyError."""
         key, image = self._key("image/", id), self.find(id)
-        for _ in _tries():
+        for _ in self._cluster.bound.tries():
             if image.record is None:
                 raise KeyError(id)
             record = make(image.record)
             done = _delete(key) if record is None else _put(key, _value(image._replace(record=record)))
-            lost, defeat = self._defeat([image])
-            found = self.commit([_is_at(key, image.put), *lost], [done, *defeat], [_range(key)])
+            undone, defeat = self._defeat([image])
+            found = self.commit([_is_at(key, image.put), *undone], [done, *defeat], [_range(key)])
             if found is None:
                 return
             image = self._meaning(found[0])
@@ -582,35 +578,28 @@ class _Changes:
     # Many records.
 
     def load(self, batches: Callable[[], Iterator[list[Row]]]) -> None:
-        """Register all that the batches hold, or none. Raises FileExistsError."""
-        for _ in range(LOADS):
-            name = os.urandom(8).hex()
-            session = self._begin_session(name, LOAD_S)
-            try:
-                for rows in batches():
-                    self._keep(session)
-                    self.add(rows, name, session)
-                marker = _put(self._key("load/", name), b"{}")
-                if self.commit([session.is_ours()], [marker, _delete(session.key)]) is not None:
-                    raise _Defeated
-                return
-            except BaseException as error:
-                with suppress(OSError):  # if this fails its lease ends it, and `check` removes what is left
-                    self._cluster.transact([], [_delete(session.key)])
-                    self.undo((self._key("image/", id) for rows in batches() for _, id, _ in rows), {name})
-                if not isinstance(error, _Defeated):
-                    raise
-        raise OSError("etcd: others changed the same images meanwhile; nothing was changed: try again")
-
-    def _keep(self, session: _Session) -> None:
-        if time.monotonic() - session.kept > LOAD_KEPT_S:
-            self._cluster.call("/v3/lease/keepalive", {"ID": session.lease})
-            session.kept = time.monotonic()
+        """Register all that the batches hold, or none. Raises FileExistsError, OSError."""
+        name = os.urandom(8).hex()
+        session = self._begin_session(name, LOAD_S)
+        try:
+            for rows in batches():
+                self._cluster.bound.allow(CALL_S)
+                self.add(rows, name, session)
+            marker = _put(self._key("load/", name), b"{}")
+            if self.commit([session.is_ours()], [marker, _delete(session.key)]) is not None:
+                raise OSError(OTHERS)
+        except BaseException:
+            with suppress(OSError):  # then the lease ends it, and `check` takes back what is left
+                self._cluster.bound.allow(CALL_S)
+                self._cluster.transact([], [_delete(session.key)])
+                self.undo((self._key("image/", id) for rows in batches() for _, id, _ in rows), {name})
+            raise
 
     def undo(self, keys: Iterable[bytes], loads: set[str]) -> None:
         """Take back the intents of loads whose sessions have ended, unless they are done."""
         keys = iter(keys)
         while some := list(islice(keys, NESTED_AT_ONCE)):
+            self._cluster.bound.allow(CALL_S)
             nested = []
             for pair in chain(*self._cluster.transact([], list(map(_range, some)))[1]):
                 image = _read(pair, lambda load: 0)
@@ -626,14 +615,6 @@ def _row_value(row: Row, load: str, image: _Image) -> bytes:
     before = _value(image).decode() if image.record else "null"
     held = f'"load":"{load}","before":{before},' if load else ""
     return f'{{{held}"n":{n},"record":{record}}}'.encode()
-
-
-def _tries() -> Iterator[None]:
-    """Yield as often as there is time for. Raises OSError then."""
-    deadline = time.monotonic() + CALL_S
-    while time.monotonic() < deadline:
-        yield
-    raise OSError("etcd: others changed the same images all the time; nothing was changed: try again")
 
 
 def _unknown(error: OSError) -> OSError:
@@ -656,12 +637,8 @@ class _Replica(SqliteStorage):
         self._writes = self._reads  # one connection, or what is applied would wait for a reader's lock
         self._removing = weakref.finalize(self, _remove_folder, folder, lock, os.getpid())
         with self._reads as db:
-            db.execute("PRAGMA synchronous = OFF")  # nobody needs it after a crash
-            db.execute("PRAGMA journal_mode = MEMORY").fetchall()
-            db.execute(f"PRAGMA cache_size = -{LOAD_CACHE_KIB}")
-            db.execute("CREATE TABLE intent (id PRIMARY KEY, load, n, record)")
-            db.execute("""CREATE TEMP TABLE staged
-                (revision, n, id, account_id, is_public, deleted, record)""")
+            for statement in PREPARE:
+                db.execute(statement).fetchall()
 
     def stage(self, images: Iterable[_Image]) -> None:
         """Take images in any order."""
@@ -677,10 +654,9 @@ class _Replica(SqliteStorage):
         """Put the images that were staged into their order."""
         with self._reads as db:
             db.begin()
-            db.execute(SETTLE.format("staged", "revision, n"))
+            db.execute(SETTLE)
             db.execute("DROP TABLE staged")
-        with self._reads as db:
-            db.execute("PRAGMA cache_size = -4000")
+            db.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
 
     def _intend(self, db: Any, image: _Image) -> None:
         n, record = image.intent
@@ -732,8 +708,7 @@ def _make_folder() -> tuple[str, int]:
     """Return a new folder for a replica, and a descriptor that locks it; remove what was left."""
     for left in glob(os.path.join(escape(tempfile.gettempdir()), FOLDER + "*")):
         with suppress(OSError):
-            found = os.lstat(left)
-            if stat.S_ISDIR(found.st_mode) and time.time() - found.st_mtime > LEFT_S:
+            if time.time() - os.lstat(left).st_mtime > LEFT_S and not os.path.islink(left):
                 _remove_folder(left, _lock(left), os.getpid())
     folder = tempfile.mkdtemp(prefix=FOLDER)
     return folder, _lock(folder)
@@ -760,8 +735,7 @@ class _State(NamedTuple):
 
     replica: _Replica | None = None
     applied: int = -1
-    change: int = 0
-    name: bytes = b""
+    last: Change = (0, b"")
 
 
 class _Follower:
@@ -792,21 +766,21 @@ class _Follower:
         while not ((state := self.state).replica and state.applied >= revision):
             with self._changed:
                 if self._closed:
-                    raise ValueError("closed: the store in etcd")
+                    raise ValueError(CLOSED)
                 if self.state is state:
                     self._changed.wait(PAUSE_S)
             now, since = time.monotonic(), max(began, self._progress)
-            if now > (since if patient else began) + CALL_S:
-                raise OSError(f"etcd: the copy of the images here is {'late' if state.replica else 'being made'}:"
-                              f" {self._why or 'try again'}")
+            if now > (since + CALL_S if patient else self._cluster.bound.until):
+                why = self._why or "try again"
+                raise OSError(f"etcd: the copy here {'is late' if state.replica else 'is being made'}: {why}")
             if state.replica and now > max(since, self._cut) + SILENT_S:
                 self._cut = now
                 self._cluster.cut_watch()
         return state.replica
 
-    def compare(self, seen: _State, change: int, name: bytes) -> None:
+    def compare(self, seen: _State, last: Change) -> None:
         """Make the replica anew if its history, as it was before, is not that of the last change."""
-        if change <= seen.applied and (change, name) != (seen.change, seen.name):
+        if last[0] <= seen.applied and last != seen.last:
             self.renew(seen)
 
     def renew(self, state: _State) -> None:
@@ -833,6 +807,7 @@ class _Follower:
     def _run(self) -> None:
         while not self._closed:
             at = self._cluster.at
+            self._cluster.bound.allow(CALL_S)
             try:
                 if not self.state.replica:
                     self._make()
@@ -847,21 +822,18 @@ class _Follower:
 
     def _make(self) -> None:
         """Make a replica of what etcd holds now."""
-        replica = _Replica()
-        try:
+        replica, split = _Replica(), self._cluster.split
+        with ExitStack() as cleanup:
+            cleanup.callback(replica.close)
             revision, change = self._cluster.range(self._cluster.key("change"))
-            loads = {self._cluster.split(pair)[1]: pair.created for pair in self._cluster.pages("load/", revision)}
+            loads = {split(pair)[1]: pair.created for pair in self._cluster.pages("load/", revision)}
             pairs = self._cluster.pages("image/", revision)
-            while some := list(islice(pairs, 1000)):
+            while (some := list(islice(pairs, 1000))) and not self._closed:
                 replica.stage(_read(pair, lambda load: loads.get(load, 0)) for pair in some)
                 self._progress = time.monotonic()
-                if self._closed:
-                    raise ValueError("closed")
             replica.settle()
-        except BaseException:
-            replica.close()
-            raise
-        self._advance(self.state, _State(replica, revision, *_last(change)))
+            self._advance(self.state, _State(replica, revision, _last(change)))
+            cleanup.pop_all()
 
     def _advance(self, before: _State, state: _State) -> _State:
         with self._changed:
@@ -885,15 +857,15 @@ class _Follower:
                 except OSError as error:
                     raise _Rewritten from error
                 changes = [pair for kind, _, pair in named if kind == "change"]
-                change, name = _last(changes) if changes else (state.change, state.name)
+                last = _last(changes) if changes else state.last
                 # The header may be ahead of the events: it says nothing about what was applied.
-                state = self._advance(state, _State(state.replica, pairs[-1].put, change, name))
+                state = self._advance(state, _State(state.replica, pairs[-1].put, last))
 
     def _resume(self, state: _State) -> _State:
         """Return the state from which a watch goes on. Raises _Rewritten if there is none."""
-        key, known = self._cluster.key, (state.change, state.name)
+        key = self._cluster.key
         try:
-            if _last(self._cluster.range(key("change"), revision=state.applied)[1]) != known:
+            if _last(self._cluster.range(key("change"), revision=state.applied)[1]) != state.last:
                 raise _Rewritten
             return state
         except _Refused as refused:
@@ -901,16 +873,15 @@ class _Follower:
                 raise
         # What was put meanwhile may be compacted; but perhaps nothing was.
         revision, change = self._cluster.range(key("change"))
-        if revision < state.applied or _last(change) != known:
+        if revision < state.applied or _last(change) != state.last:
             raise _Rewritten
-        for kind in ("image/", "load/"):
-            if self._cluster.range(key(kind), range_end=_text(_after(key(kind))), revision=revision,
-                                   min_mod_revision=state.applied + 1, limit=1, keys_only=True)[1]:
-                raise _Rewritten
+        if any(self._cluster.range(key(kind + "/"), key(kind + "0"), revision=revision, keys_only=True, limit=1,
+                                   min_mod_revision=state.applied + 1)[1] for kind in ("image", "load")):
+            raise _Rewritten
         return self._advance(state, state._replace(applied=revision))
 
 
-def _last(change: list[_Pair]) -> tuple[int, bytes]:
+def _last(change: list[_Pair]) -> Change:
     return (change[-1].put, change[-1].value) if change else (0, b"")
 
 
@@ -935,13 +906,14 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
         self._client = client or _Client(location)
 
     def _opened(self) -> _Client:
-        client = self._client
-        if client.closed:
-            raise ValueError("closed: the store in etcd")
-        if client.pid != os.getpid():
-            _inherited.append(client)
-            client = self._client = _Client(self._location)
-        return client
+        """Return what this process has open. What is called has CALL_S from now on."""
+        if self._client.closed:
+            raise ValueError(CLOSED)
+        if self._client.pid != os.getpid():
+            _inherited.append(self._client)
+            self._client = _Client(self._location)
+        self._client.cluster.bound.allow(CALL_S)
+        return self._client
 
     def _asking(self) -> _Client:
         client = self._opened()
@@ -950,8 +922,9 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
 
     def _replica(self) -> _Replica:
         """Return the replica when it is new enough."""
-        floor, follower = self._floor or self.revision(), self._opened().follower
-        return follower.at(int(floor.partition(".")[0]), patient=not self._floor)
+        client = self._opened() if self._floor else self._asking()
+        floor = self._floor or _revision(client)
+        return client.follower.at(int(floor.partition(".")[0]), patient=not self._floor)
 
     def get(self, id: str) -> Record:
         """Return the record, a tombstone too. Raises KeyError."""
@@ -987,7 +960,7 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
             spool.execute("CREATE INDEX batches ON row (batch, n)")
 
             def batches() -> Iterator[list[Row]]:
-                return (spool.execute(BATCH, (number,)).fetchall() for number in range(batch + 1))
+                return filter(None, (spool.execute(BATCH, (number,)).fetchall() for number in range(batch + 1)))
 
             if batch:
                 self._opened().changes.load(batches)
@@ -1015,28 +988,20 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
         """Remove the record altogether. Raises KeyError."""
         self._asking().changes.change(id, lambda record: None)
 
-    def page(
-        self, account: str | None, start: int, limit: int, *,
-        public: bool = True, deleted: bool | None = False,
-    ) -> tuple[int, list[Record]]:
+    def page(self, account: str | None, start: int, limit: int, *, public: bool = True,
+             deleted: bool | None = False) -> tuple[int, list[Record]]:
         """Return how many records belong to the scope, and `limit` of them from `start` on."""
         return self._replica().page(account, start, limit, public=public, deleted=deleted)
 
-    def walk(
-        self, account: str | None = None, *, public: bool = True, deleted: bool | None = None,
-        start: int = 0, oldest_first: bool = False, frozen: bool = False,
-    ) -> Iterator[Record]:
+    def walk(self, account: str | None = None, *, public: bool = True, deleted: bool | None = None, start: int = 0,
+             oldest_first: bool = False, frozen: bool = False) -> Iterator[Record]:
         """Yield the scope's records. Those of a frozen walk are all of one revision."""
-        return self._replica().walk(account, public=public, deleted=deleted, start=start,
-                                    oldest_first=oldest_first, frozen=frozen)
+        scope: Any = {"public": public, "deleted": deleted, "start": start}
+        return self._replica().walk(account, **scope, oldest_first=oldest_first, frozen=frozen)
 
     def revision(self) -> str:
         """Return a text that differs after every change. It costs a call."""
-        client = self._asking()
-        seen = client.follower.state  # as it was before the call: later it may be ahead
-        change, name = _last(client.cluster.range(client.cluster.key("change"))[1])
-        client.follower.compare(seen, change, name)
-        return f"{change}.{name.decode('latin-1')}"
+        return _revision(self._asking())
 
     def at_least(self, revision: str) -> EtcdStorage:
         """Return this store for reads that are answered here, without a call."""
@@ -1078,5 +1043,12 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _revision(client: _Client) -> str:
+    seen = client.follower.state  # as it is before the call: later it may be ahead
+    last = _last(client.cluster.range(client.cluster.key("change"))[1])
+    client.follower.compare(seen, last)
+    return f"{last[0]}.{last[1].decode('latin-1')}"
 
 
