@@ -45,16 +45,14 @@ import os
 import re
 import shutil
 import socket
-import sqlite3
 import ssl
 import tempfile
 import threading
 import time
 import weakref
 from base64 import b64decode, b64encode
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, suppress
+from contextlib import AbstractContextManager, suppress
 from glob import escape, glob
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -62,48 +60,35 @@ from urllib.parse import urlsplit
 
 from .sqlite_store import ADD, CACHE_KIB, DELETE, LIVE, LOAD_CACHE_KIB, SqliteStorage, _row
 
-TRY_S, CALL_S = 1.5, 5.0  # for one member to answer; for a call in all: a server gives up at 10 s
-FENCE_S = 2.5  # to find out, after that, whether a change was made
-PAUSE_S = 0.1  # when all members were tried, before they are tried again
-DOWN_S = 1.0  # for which calls fail at once, after one that no member answered
-SILENT_S = 1.0  # for which a read waits for the watch before that is begun anew
-SESSION_S, SESSION_USED_S = 3600, 1800  # lease of a session; an older one is not used any more
-LOAD_S = 900  # lease of a load's session: a load takes no longer, and a killed one ends then
-AT_ONCE, BYTES_AT_ONCE = 100, 500_000  # of a transaction; etcd takes 128 operations and 1.5 MiB
-NESTED_AT_ONCE = 32  # transactions within one: their operations add up
-PAGE_S, PAGE, PAGE_BYTES = 4.0, 5000, 4_000_000  # of images that are read together
-LEFT_S = 60  # a folder that is older, and locked by nobody, was left by a killed process
-FOLDER = "wmi-etcd-"
-EXHAUSTED, COMPACTED, UNAUTHENTICATED = 8, 11, 16  # gRPC's codes of refusals
-UNDECIDED = (1, 2, 4, 13, 14, 15)  # and those after which a change may have been made
-LOG_IN = re.compile("user name is empty|auth token|revision of auth store is old")
-NO_GATEWAY = """no JSON gateway there: give addresses for clients, and to an etcd that was started
- with a configuration file "enable-grpc-gateway: true"
-""".replace("\n", "")
+# Seconds: for one member to answer, for a call in all (a server gives up at 10), then to ask whether it was done.
+TRY_S, CALL_S, FENCE_S = 1.5, 5.0, 2.5
+# Before members that were all tried are tried again; for which calls fail after one that nobody answered; for which
+# a read waits for the watch before that is begun anew.
+PAUSE_S, DOWN_S, SILENT_S = 0.1, 1.0, 1.0
+# Leases of a session, which is followed by another one, and of a load, which keeps it alive.
+SESSION_S, LOAD_S = 3600, 120
+# Of one transaction, in which etcd takes 128 operations and 1.5 MiB; and of those with transactions inside.
+AT_ONCE, BYTES_AT_ONCE, NESTED_AT_ONCE = 100, 500_000, 32
+PAGE_S, PAGE, PAGE_BYTES = 4.0, 5000, 4_000_000  # seconds for, and size of, the images that are read at once
+FOLDER, LEFT_S = "wmi-etcd-", 60  # one of that age that nobody locks was left by a killed process
+EXHAUSTED, COMPACTED, UNDECIDED = 8, 11, (1, 2, 4, 13, 14, 15)  # gRPC's codes; after those it may be done
 CLOSED = "closed: the store in etcd"
 OTHERS = "etcd: others change the same images meanwhile; nothing was changed: try again"
 FORM = "not etcd:http://HOST:PORT[,http://HOST:PORT...]/PREFIX with https and ?cafile=FILE as needed"
 FORM_PATTERN = r"(https?://[^/,@?#]+(?:,https?://[^/,@?#]+)*)/+([^?#]*[^?#/])/*(?:\?cafile=(.+))?"
 
-PREPARE = (
-    "PRAGMA synchronous = OFF",  # nobody needs it after a crash
-    "PRAGMA journal_mode = MEMORY",
-    f"PRAGMA cache_size = -{LOAD_CACHE_KIB}",
-    "CREATE TABLE intent (id PRIMARY KEY, load, n, record)",
-    "CREATE TEMP TABLE staged (revision, n, id, account_id, is_public, deleted, record)",
-)
+PREPARE = f"""PRAGMA synchronous = OFF; PRAGMA journal_mode = MEMORY; PRAGMA cache_size = -{LOAD_CACHE_KIB};
+    CREATE TABLE intent (id PRIMARY KEY, load, n, record);
+    CREATE TEMP TABLE staged (revision, n, id, account_id, is_public, deleted, record)"""
 STAGE = "INSERT INTO staged VALUES (?, ?, ?, ?, ?, ?, ?)"
 SETTLE = """INSERT INTO image (id, account_id, is_public, deleted, record)
     SELECT id, account_id, is_public, deleted, record FROM staged ORDER BY revision, n"""
-LIVE_ROW = "SELECT 1 FROM row WHERE id = ? AND NOT deleted"
-BATCH = "SELECT n, id, record FROM row WHERE batch = ? ORDER BY n"
 CHANGE = "UPDATE image SET account_id = ?, is_public = ?, deleted = ?, record = ? WHERE id = ?"
 
 Record = dict[str, Any]
 Json = dict[str, Any]
-Order = tuple[int, int]
 Change = tuple[int, bytes]  # its revision and name
-Row = tuple[int, str, str]  # place in the load, id, record as JSON
+Row = tuple[int, str, bool, str]  # place in what is added at once, id, whether it is a tombstone, record as JSON
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 _inherited: list[Any] = []  # what a parent had open: closing it in a child could harm it
 
@@ -124,8 +109,6 @@ class _Refused(OSError):
     """Raised when etcd says no: nothing was done."""
 
     def __init__(self, code: int, text: str) -> None:
-        if code == EXHAUSTED:
-            text += "; nothing was changed: see the README about quota"
         super().__init__(f"etcd: {text}")
         self.code = code
 
@@ -139,45 +122,17 @@ class _Pair(NamedTuple):
     put: int
 
 
-class _Bound(threading.local):
-    """When what a thread is doing has to end."""
-
-    until = 0.0
-
-    def allow(self, seconds: float) -> None:
-        """Let it take so long from now on."""
-        self.until = time.monotonic() + seconds
-
-    def tries(self) -> Iterator[None]:
-        """Yield as often as there is time for. Raises OSError then."""
-        while time.monotonic() < self.until:
-            yield
-        raise OSError(OTHERS)
-
-
 class _Channel:
     """A connection to a member. HTTP by hand costs a quarter of what http.client does."""
 
     def __init__(self, url: str, context: ssl.SSLContext | None, seconds: float) -> None:
         parts = urlsplit(url)
         self.url, self.kept, self._host = url, False, parts.netloc
-        raw = socket.create_connection((parts.hostname, parts.port or 2379), seconds)
-        try:
-            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._socket = context.wrap_socket(raw, server_hostname=parts.hostname) if context else raw
-            self._file = self._socket.makefile("rb")
-        except BaseException:
-            raw.close()
-            raise
-
-    def is_good(self) -> bool:
-        """Return whether the member has neither closed the connection nor sent what nobody asked."""
-        try:
-            self._socket.settimeout(0)
-            self._socket.recv(1)
-        except OSError as error:
-            return isinstance(error, (BlockingIOError, ssl.SSLWantReadError))
-        return False
+        self._socket = socket.create_connection((parts.hostname, parts.port or 2379), seconds)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if context:
+            self._socket = context.wrap_socket(self._socket, server_hostname=parts.hostname)
+        self._file = self._socket.makefile("rb")
 
     def ask(self, path: str, body: Json, fields: str, seconds: float) -> tuple[int, bytes]:
         """Send a request; return the status of its answer, and the body."""
@@ -231,12 +186,20 @@ class _Cluster:
             raise ValueError(FORM + "; user and password come from WMI_ETCD_USER, WMI_ETCD_PASSWORD")
         self._urls, self._prefix = match[1].split(","), f"/{match[2]}/".encode()
         self._context = ssl.create_default_context(cafile=match[3]) if "https:" in location else None
-        self._token, self.at = "", 0  # which member is asked first
-        self._idle: deque[_Channel] = deque()
+        self._field, self.at = "", 0  # that proves who we are; which member is asked first
+        self._idle: list[_Channel] = []
         self._watching: _Channel | None = None
         self._failure: Exception | None = None  # of the last call, if no member answered it
         self._again = 0.0  # when a call may try again after that
-        self.bound = _Bound()
+        self._bound = threading.local()  # when what a thread is doing has to end
+
+    def allow(self, seconds: float) -> None:
+        """Let what this thread does take so long from now on."""
+        self._bound.until = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Return how many seconds are left to this thread."""
+        return float(self._bound.until - time.monotonic())
 
     def key(self, kind: str, name: str = "") -> bytes:
         """Return the key of an image, a load or a session, or what all of a kind begin with."""
@@ -261,7 +224,7 @@ class _Cluster:
         What must not be repeated is sent once; _Unanswered if it is not answered then.
         """
         tried, logged_in, failure = 0, False, Exception("no time is left")
-        while (left := self.bound.until - time.monotonic()) > 0:
+        while (left := self.left()) > 0:
             at, sent = self.at, False
             try:
                 channel = self._connect(min(TRY_S, left))
@@ -270,7 +233,9 @@ class _Cluster:
                 self._failure = None
                 return answer
             except _Refused as refused:
-                if logged_in or not (refused.code == UNAUTHENTICATED or LOG_IN.search(str(refused))):
+                if refused.code == EXHAUSTED and not repeat:  # so it says also when the quota is exceeded by this
+                    raise _Unanswered(str(refused)) from refused
+                if logged_in or not re.search("user name is empty|auth token|auth store is old", str(refused)):
                     raise
                 self._log_in(refused)
                 logged_in = True
@@ -293,36 +258,32 @@ class _Cluster:
         """Return a connection to the member that is asked now, one that is kept if there is one."""
         url = self._urls[self.at]
         with suppress(IndexError):
-            while True:
-                channel = self._idle.pop()
-                if channel.url == url and channel.is_good():
-                    return channel
+            while (channel := self._idle.pop()).url != url:
                 channel.close()
+            return channel
         return _Channel(url, self._context if url.startswith("https:") else None, seconds)
 
     def _ask(self, channel: _Channel, path: str, body: Json, seconds: float) -> Json:
         """Ask one member. Raises _Refused, and OSError or ValueError for what is no answer."""
         try:
-            status, text = channel.ask(path, body, self._fields(), seconds)
+            status, text = channel.ask(path, body, self._field, seconds)
         finally:
             self._idle.append(channel) if channel.kept else channel.close()
         if status == 404 and not text.startswith(b"{"):
-            raise _Refused(0, f"{channel.url}: {NO_GATEWAY}")
+            raise _Refused(0, f"no JSON gateway at {channel.url}: give addresses for clients, and to an etcd with a"
+                              " configuration file enable-grpc-gateway: true")
         answer: Json = json.loads(text)
         if status != 200:
             raise _error(answer)
         return answer
 
-    def _fields(self) -> str:
-        return f"Authorization: {self._token}\r\n" if self._token else ""
-
     def _log_in(self, refused: _Refused) -> None:
         user, password = map(os.environ.get, ("WMI_ETCD_USER", "WMI_ETCD_PASSWORD"))
         if not user:
             raise _Refused(0, f"{refused}: set WMI_ETCD_USER and WMI_ETCD_PASSWORD") from refused
-        self._token = ""
-        asked = {"name": user, "password": password or ""}
-        self._token = self.call("/v3/auth/authenticate", asked)["token"]
+        self._field = ""
+        answer = self.call("/v3/auth/authenticate", {"name": user, "password": password or ""})
+        self._field = f"Authorization: {answer['token']}\r\n"
 
     def range(self, key: bytes, end: bytes = b"", **options: Any) -> tuple[int, list[_Pair]]:
         """Return the store's revision, and the pair of a key, or those up to the end of a range."""
@@ -334,7 +295,7 @@ class _Cluster:
         """Yield all pairs of a kind as they were at a revision. Raises _Refused if that is compacted."""
         start, limit, end = self.key(kind), PAGE // 10, self.key(kind)[:-1] + b"0"  # the slash's successor
         while start:
-            self.bound.allow(CALL_S)
+            self.allow(CALL_S)
             _, pairs = self.range(start, end, limit=limit, revision=revision)
             yield from pairs
             start = pairs[-1].key + b"\0" if len(pairs) == limit else b""
@@ -352,7 +313,7 @@ class _Cluster:
         """Yield what a watch of all that can be seen brings, from a revision on."""
         create = {"key": _text(self.key("change")), "range_end": _text(self.key("m")), "start_revision": start}
         # Without this field a member that has lost the others would be silent.
-        fields = self._fields() + "Grpc-Metadata-hasleader: true\r\n"
+        fields = self._field + "Grpc-Metadata-hasleader: true\r\n"
         channel = self._watching = self._connect(TRY_S)
         try:
             for line in channel.watch("/v3/watch", {"create_request": create}, fields):
@@ -371,10 +332,8 @@ class _Cluster:
 
     def close(self) -> None:
         """Close what is kept."""
-        self.cut_watch()
-        with suppress(IndexError):
-            while True:
-                self._idle.pop().close()
+        while self._idle:
+            self._idle.pop().close()
 
 
 def _no_quorum(failure: Exception) -> OSError:
@@ -425,10 +384,14 @@ class _Image(NamedTuple):
     """What stands under an image's key, and what it means now."""
 
     put: int = 0  # revision of the key; 0: there is none
-    order: Order = (0, 0)
+    order: Sequence[int] = ()  # the revision and the place at which it was registered
     record: Record | None = None  # None: there is no such image
     load: str = ""  # one that is not done, and holds the key
     intent: tuple[int, Record] = (0, {})  # of that load: the place in it, and the record
+
+    def kept(self) -> Json | None:
+        """Return the value that keeps the image, and its place in the order."""
+        return {"order": self.order, "record": self.record} if self.record else None
 
 
 def _read(pair: _Pair, done: Callable[[str], int]) -> _Image:
@@ -438,17 +401,15 @@ def _read(pair: _Pair, done: Callable[[str], int]) -> _Image:
         load, n, record = value.get("load", ""), value.get("n", 0), value["record"]
         at = done(load) if load else pair.put
         if at:
-            first, second = value.get("order") or (at, n)
-            return _Image(pair.put, (first, second), record)
-        before = value.get("before") or {"order": (0, 0), "record": None}
-        first, second = before["order"]
-        return _Image(pair.put, (first, second), before["record"], load, (n, record))
+            return _Image(pair.put, value.get("order") or [at, n], record)
+        before = value.get("before") or {"order": [], "record": None}
+        return _Image(pair.put, before["order"], before["record"], load, (n, record))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise OSError(f"etcd: {pair.key!r} does not hold an image of ours: {error!r}") from error
 
 
-def _value(image: _Image) -> bytes:
-    return _encode({"order": image.order, "record": image.record}).encode()
+def _value(record: str, **fields: Any) -> bytes:
+    return f'{_encode(fields)[:-1]}, "record": {record}}}'.encode()
 
 
 class _Session:
@@ -467,7 +428,7 @@ class _Changes:
 
     def __init__(self, cluster: _Cluster) -> None:
         self._cluster, self._key = cluster, cluster.key
-        self._sessions: deque[_Session] = deque()  # that no change is using
+        self._sessions: list[_Session] = []  # that no change is using
 
     def find(self, id: str) -> _Image:
         """Return the image as it is now."""
@@ -480,13 +441,13 @@ class _Changes:
         _, pairs = self._cluster.range(self._key("load/", load))
         return pairs[0].created if pairs else 0
 
-    def commit(self, compare: Sequence[Json], success: Sequence[Json], failure: Sequence[Json] = (),
-               seen: bool = True) -> list[list[_Pair]] | None:
+    def commit(self, compare: Sequence[Json], success: Sequence[Json],
+               failure: Sequence[Json] = ()) -> list[list[_Pair]] | None:
         """Make a change. Return None, or what `failure` found because a comparison failed."""
-        for _ in self._cluster.bound.tries():
+        while self._cluster.left() > 0:
             session = self._take_session()
             name = os.urandom(8).hex().encode()
-            puts = [_put(session.key, name, session.lease), *([_put(self._key("change"), name)] if seen else ())]
+            puts = [_put(session.key, name, session.lease), _put(self._key("change"), name)]
             try:
                 held, found, revision = self._cluster.transact(
                     [session.is_ours(), *compare], [*success, *puts], [_range(session.key), *failure], repeat=False)
@@ -503,11 +464,11 @@ class _Changes:
                 continue  # the session has ended
             self._sessions.append(session)
             return None if held else found[1:]
-        return None
+        raise OSError(OTHERS)
 
     def _was_made(self, session: _Session, name: bytes, error: _Unanswered) -> bool:
         """Return whether a change was made. If not, it never will be, however late it comes."""
-        self._cluster.bound.allow(FENCE_S)
+        self._cluster.allow(FENCE_S)
         try:
             held, found, _ = self._cluster.transact([session.is_ours()], [_delete(session.key)], [_range(session.key)])
         except OSError as failed:
@@ -523,12 +484,10 @@ class _Changes:
 
     def _take_session(self) -> _Session:
         """Return a session that nobody uses."""
-        with suppress(IndexError):
-            while True:
-                session = self._sessions.pop()
-                if time.monotonic() - session.born < SESSION_USED_S:
-                    return session
-        return self._begin_session(os.urandom(8).hex(), SESSION_S)
+        try:
+            return self._sessions.pop()
+        except IndexError:
+            return self._begin_session(os.urandom(8).hex(), SESSION_S)
 
     def _begin_session(self, name: str, seconds: int) -> _Session:
         key = self._key("session/", name)
@@ -542,79 +501,90 @@ class _Changes:
         return ([_is_at(self._key("load/", load), 0) for load in loads],
                 [_delete(self._key("session/", load)) for load in loads])
 
-    def add(self, rows: list[Row], load: str = "", session: _Session | None = None) -> None:
+    def add(self, rows: Sequence[Row], load: str = "", session: _Session | None = None) -> None:
         """Register all or none; for a load put its intents. Raises FileExistsError, OSError if the load has lost."""
-        keys, images = [self._key("image/", id) for _, id, _ in rows], [_Image()] * len(rows)
+        keys, images = [self._key("image/", id) for _, id, *_ in rows], [_Image()] * len(rows)
         ours = [session.is_ours()] if session else []
-        for _ in self._cluster.bound.tries():
-            undone, defeat = self._defeat(images)
+        while True:
+            undone, defeat = self._defeat(image for image in images if image.load != load)
+            puts = [_put(key, _value(text, n=n, load=load, before=image.kept() if load else None))
+                    for key, (n, *_, text), image in zip(keys, rows, images)]
             found = self.commit(
                 [*ours, *undone, *(_is_at(key, image.put) for key, image in zip(keys, images))],
-                [*defeat, *(_put(key, _row_value(row, load, image)) for key, row, image in zip(keys, rows, images))],
-                [_range(session.key if session else keys[0]), *map(_range, keys)], seen=not load)
+                [*defeat, *puts], [_range(session.key if session else keys[0]), *map(_range, keys)])
             if found is None:
                 return
             if session and not (found[0] and found[0][0].put == session.put):
                 raise OSError(OTHERS)
             images = [self._meaning(pairs) for pairs in found[1:]]
-            for (_, id, _), image in zip(rows, images):
-                if image.record is not None and image.record["deleted_at"] is None:
+            for (_, id, *_), image in zip(rows, images):
+                record = image.intent[1] if load and image.load == load else image.record
+                if record and record["deleted_at"] is None:
                     raise FileExistsError(id)
 
-    def change(self, id: str, make: Callable[[Record], Record | None]) -> None:
-        """Put what `make` makes of the record in its place; None deletes it. Raises KeyError."""
+    def change(self, id: str, make: Callable[[Record], str]) -> str:
+        """Put the record, as JSON, that `make` makes in its place, or delete it if that is "". Raises KeyError."""
         key, image = self._key("image/", id), self.find(id)
-        for _ in self._cluster.bound.tries():
+        while True:
             if image.record is None:
                 raise KeyError(id)
-            record = make(image.record)
-            done = _delete(key) if record is None else _put(key, _value(image._replace(record=record)))
+            text = make(image.record)
             undone, defeat = self._defeat([image])
+            done = _put(key, _value(text, order=image.order)) if text else _delete(key)
             found = self.commit([_is_at(key, image.put), *undone], [done, *defeat], [_range(key)])
             if found is None:
-                return
+                return text
             image = self._meaning(found[0])
 
     # Many records.
 
-    def load(self, batches: Callable[[], Iterator[list[Row]]]) -> None:
+    def load(self, batches: Iterable[Sequence[Row]]) -> None:
         """Register all that the batches hold, or none. Raises FileExistsError, OSError."""
         name = os.urandom(8).hex()
         session = self._begin_session(name, LOAD_S)
         try:
-            for rows in batches():
-                self._cluster.bound.allow(CALL_S)
+            for rows in batches:
+                self._cluster.allow(CALL_S)
+                self._cluster.call("/v3/lease/keepalive", {"ID": session.lease})
                 self.add(rows, name, session)
             marker = _put(self._key("load/", name), b"{}")
             if self.commit([session.is_ours()], [marker, _delete(session.key)]) is not None:
                 raise OSError(OTHERS)
         except BaseException:
             with suppress(OSError):  # then the lease ends it, and `check` takes back what is left
-                self._cluster.bound.allow(CALL_S)
+                self._cluster.allow(CALL_S)
                 self._cluster.transact([], [_delete(session.key)])
-                self.undo((self._key("image/", id) for rows in batches() for _, id, _ in rows), {name})
+                list(self.check(repair=True))
             raise
 
-    def undo(self, keys: Iterable[bytes], loads: set[str]) -> None:
-        """Take back the intents of loads whose sessions have ended, unless they are done."""
-        keys = iter(keys)
-        while some := list(islice(keys, NESTED_AT_ONCE)):
-            self._cluster.bound.allow(CALL_S)
-            nested = []
-            for pair in chain(*self._cluster.transact([], list(map(_range, some)))[1]):
-                image = _read(pair, lambda load: 0)
-                if image.load in loads:
-                    compare = [_is_at(pair.key, image.put), *self._defeat([image])[0]]
-                    done = _put(pair.key, _value(image)) if image.record else _delete(pair.key)
-                    nested.append({"request_txn": {"compare": compare, "success": [done]}})
-            self._cluster.transact([], nested)
+    def check(self, repair: bool) -> Iterator[str]:
+        """Yield each image that is none, or that was left by a load that has ended; take the latter back."""
+        split, pages, left = self._cluster.split, self._cluster.pages, []
+        revision, _ = self._cluster.range(self._key("change"))
+        done, alive = ({split(pair)[1]: pair.created for pair in pages(kind, revision)}
+                       for kind in ("load/", "session/"))
+        for pair in pages("image/", revision):
+            try:
+                image = _read(pair, lambda load: done.get(load, 0))
+                if {split(pair)[1]} != {_row(record)[0] for record in (image.record, image.intent[1]) if record}:
+                    raise ValueError("it has another id")
+            except (OSError, ValueError) as error:
+                yield f"etcd: {pair.key!r} does not hold an image of ours: {error}"
+            else:
+                if image.load and image.load not in alive:
+                    left.append(pair.key)
+                    yield f"etcd: {pair.key!r} was left by a load that has ended; it means nothing"
+        for first in range(0, len(left) if repair else 0, NESTED_AT_ONCE):
+            self._cluster.allow(CALL_S)
+            found = self._cluster.transact([], list(map(_range, left[first : first + NESTED_AT_ONCE])))[1]
+            self._cluster.transact([], [self._undone(pair) for pair in chain(*found)])
 
-
-def _row_value(row: Row, load: str, image: _Image) -> bytes:
-    n, _, record = row
-    before = _value(image).decode() if image.record else "null"
-    held = f'"load":"{load}","before":{before},' if load else ""
-    return f'{{{held}"n":{n},"record":{record}}}'.encode()
+    def _undone(self, pair: _Pair) -> Json:
+        """Return what takes an intent back, unless the key has changed."""
+        image = _read(pair, lambda load: 0)
+        compare = [_is_at(pair.key, image.put), *self._defeat([image])[0]]
+        before = _put(pair.key, _encode(image.kept()).encode()) if image.record else _delete(pair.key)
+        return {"request_txn": {"compare": compare, "success": [before] if image.load else []}}
 
 
 def _unknown(error: OSError) -> OSError:
@@ -637,7 +607,7 @@ class _Replica(SqliteStorage):
         self._writes = self._reads  # one connection, or what is applied would wait for a reader's lock
         self._removing = weakref.finalize(self, _remove_folder, folder, lock, os.getpid())
         with self._reads as db:
-            for statement in PREPARE:
+            for statement in PREPARE.split(";"):
                 db.execute(statement).fetchall()
 
     def stage(self, images: Iterable[_Image]) -> None:
@@ -669,24 +639,18 @@ class _Replica(SqliteStorage):
             for kind, name, pair in pairs:
                 if kind == "load":
                     self._publish(db, name)
-                elif kind == "image" and not pair.created:
-                    db.execute(DELETE, (name,))
-                    db.execute("DELETE FROM intent WHERE id = ?", (name,))
                 elif kind == "image":
-                    self._apply_image(db, pair)
-
-    def _apply_image(self, db: Any, pair: _Pair) -> None:
-        image = _read(pair, lambda load: 0)  # no load is done before its last intent
-        if image.load:
-            self._intend(db, image)
-            return
-        assert image.record is not None
-        id, *columns = _row(image.record)
-        db.execute("DELETE FROM intent WHERE id = ?", (id,))
-        if image.order[0] == pair.put:
-            db.execute(ADD.format("image"), (id, *columns))
-        elif not db.execute(CHANGE, (*columns, id)).rowcount:
-            raise _Rewritten
+                    image = _read(pair, lambda load: 0) if pair.created else _Image()
+                    row = _row(image.record) if image.record else ()
+                    db.execute("DELETE FROM intent WHERE id = ?", (name,))
+                    if image.load:
+                        self._intend(db, image)
+                    elif not row:
+                        db.execute(DELETE, (name,))
+                    elif image.order[0] == pair.put:
+                        db.execute(ADD.format("image"), row)
+                    elif not db.execute(CHANGE, (*row[1:], name)).rowcount:
+                        raise _Rewritten
 
     def _publish(self, db: Any, load: str) -> None:
         for id, record in db.execute("SELECT id, record FROM intent WHERE load = ? ORDER BY n", (load,)).fetchall():
@@ -742,19 +706,20 @@ class _Follower:
     """A replica and the thread that feeds it. Threads may share it."""
 
     def __init__(self, cluster: _Cluster) -> None:
-        self._cluster, self._closed = cluster, False
+        self._cluster, self._closed, self._stale = cluster, False, False
         self._changed = threading.Condition()  # of all that follows
         self._thread: threading.Thread | None = None
-        self._progress = self._cut = 0.0  # when something came, and when the watch was cut
+        self._progress = 0.0  # when something came, or the watch was cut
         self._why: Exception | None = None  # the replica is not up to date
         self.state = _State()
 
-    def start(self) -> None:
-        """Start the thread, unless it runs."""
+    def start(self) -> bool:
+        """Start the thread, unless it runs. Return whether there is a replica."""
         with self._changed:
             if not self._thread and not self._closed:
                 self._thread = threading.Thread(target=self._run, name="wmi-etcd", daemon=True)
                 self._thread.start()
+        return bool(self.state.replica)
 
     def at(self, revision: int, patient: bool) -> _Replica:
         """Return the replica when it has a revision. Raises OSError.
@@ -763,57 +728,49 @@ class _Follower:
         """
         began = time.monotonic()
         self.start()
-        while not ((state := self.state).replica and state.applied >= revision):
+        while not (state := self.state).replica or self._stale or state.applied < revision:
             with self._changed:
                 if self._closed:
                     raise ValueError(CLOSED)
                 if self.state is state:
                     self._changed.wait(PAUSE_S)
             now, since = time.monotonic(), max(began, self._progress)
-            if now > (since + CALL_S if patient else self._cluster.bound.until):
-                why = self._why or "try again"
-                raise OSError(f"etcd: the copy here {'is late' if state.replica else 'is being made'}: {why}")
-            if state.replica and now > max(since, self._cut) + SILENT_S:
-                self._cut = now
+            if (now > since + CALL_S) if patient else (self._cluster.left() < 0):
+                raise OSError(f"etcd: the copy here is {'late' if state.replica else 'being made'}: {self._why or ''}")
+            if state.replica and now > since + SILENT_S:
+                self._progress = now  # of a kind
                 self._cluster.cut_watch()
         return state.replica
 
     def compare(self, seen: _State, last: Change) -> None:
-        """Make the replica anew if its history, as it was before, is not that of the last change."""
+        """Have the replica made anew if its history, as it was before, is not that of the last change."""
         if last[0] <= seen.applied and last != seen.last:
-            self.renew(seen)
-
-    def renew(self, state: _State) -> None:
-        """Make the replica anew, unless it is another one already."""
-        with self._changed:
-            if self.state.replica is state.replica:
-                self.state = _State()
-        self._cluster.cut_watch()
+            self._stale = True
+            self._cluster.cut_watch()
 
     def close(self) -> None:
         """End the thread, and remove the replica."""
-        with self._changed:
-            self._closed, state = True, self.state
-            self._changed.notify_all()
-        until = time.monotonic() + TRY_S
-        while self._thread and self._thread.is_alive() and time.monotonic() < until:
+        self._closed = True
+        thread, until = self._thread, time.monotonic() + DOWN_S
+        while thread and thread.is_alive() and time.monotonic() < until:
             self._cluster.cut_watch()
-            self._thread.join(0.02)
-        if state.replica:
-            state.replica.close()
+            thread.join(PAUSE_S / 2)
+        if self.state.replica:
+            self.state.replica.close()
 
     # In the thread.
 
     def _run(self) -> None:
         while not self._closed:
             at = self._cluster.at
-            self._cluster.bound.allow(CALL_S)
+            self._cluster.allow(CALL_S)
             try:
-                if not self.state.replica:
+                if self._stale or not self.state.replica:
                     self._make()
-                self._follow()
+                else:
+                    self._follow()
             except _Rewritten:
-                self.renew(self.state)
+                self._stale = True
             except Exception as error:  # whatever it is: who waits is told
                 self._why = error
                 self._cluster.pass_over(at)
@@ -822,23 +779,19 @@ class _Follower:
 
     def _make(self) -> None:
         """Make a replica of what etcd holds now."""
-        replica, split = _Replica(), self._cluster.split
-        with ExitStack() as cleanup:
-            cleanup.callback(replica.close)
-            revision, change = self._cluster.range(self._cluster.key("change"))
-            loads = {split(pair)[1]: pair.created for pair in self._cluster.pages("load/", revision)}
-            pairs = self._cluster.pages("image/", revision)
-            while (some := list(islice(pairs, 1000))) and not self._closed:
-                replica.stage(_read(pair, lambda load: loads.get(load, 0)) for pair in some)
-                self._progress = time.monotonic()
-            replica.settle()
-            self._advance(self.state, _State(replica, revision, _last(change)))
-            cleanup.pop_all()
+        self.state, self._stale = _State(), False
+        replica, pages = _Replica(), self._cluster.pages
+        revision, change = self._cluster.range(self._cluster.key("change"))
+        loads = {self._cluster.split(pair)[1]: pair.created for pair in pages("load/", revision)}
+        pairs = pages("image/", revision)
+        while (some := list(islice(pairs, 1000))) and not self._closed:
+            replica.stage(_read(pair, lambda load: loads.get(load, 0)) for pair in some)
+            self._progress = time.monotonic()
+        replica.settle()
+        self._advance(_State(replica, revision, _last(change)))
 
-    def _advance(self, before: _State, state: _State) -> _State:
+    def _advance(self, state: _State) -> _State:
         with self._changed:
-            if self.state is not before:
-                raise _Rewritten
             self.state, self._progress, self._why = state, time.monotonic(), None
             self._changed.notify_all()
         return state
@@ -859,26 +812,20 @@ class _Follower:
                 changes = [pair for kind, _, pair in named if kind == "change"]
                 last = _last(changes) if changes else state.last
                 # The header may be ahead of the events: it says nothing about what was applied.
-                state = self._advance(state, _State(state.replica, pairs[-1].put, last))
+                state = self._advance(_State(state.replica, pairs[-1].put, last))
 
     def _resume(self, state: _State) -> _State:
         """Return the state from which a watch goes on. Raises _Rewritten if there is none."""
-        key = self._cluster.key
+        change, revision = self._cluster.key("change"), state.applied
         try:
-            if _last(self._cluster.range(key("change"), revision=state.applied)[1]) != state.last:
-                raise _Rewritten
-            return state
+            _, pairs = self._cluster.range(change, revision=revision)
         except _Refused as refused:
             if refused.code != COMPACTED:
                 raise
-        # What was put meanwhile may be compacted; but perhaps nothing was.
-        revision, change = self._cluster.range(key("change"))
-        if revision < state.applied or _last(change) != state.last:
+            revision, pairs = self._cluster.range(change)  # perhaps nothing was put meanwhile
+        if revision < state.applied or _last(pairs) != state.last:
             raise _Rewritten
-        if any(self._cluster.range(key(kind + "/"), key(kind + "0"), revision=revision, keys_only=True, limit=1,
-                                   min_mod_revision=state.applied + 1)[1] for kind in ("image", "load")):
-            raise _Rewritten
-        return self._advance(state, state._replace(applied=revision))
+        return self._advance(state._replace(applied=revision))
 
 
 def _last(change: list[_Pair]) -> Change:
@@ -905,35 +852,29 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
         self._location, self._floor = location, floor
         self._client = client or _Client(location)
 
-    def _opened(self) -> _Client:
+    def _opened(self, asking: bool = False) -> _Client:
         """Return what this process has open. What is called has CALL_S from now on."""
         if self._client.closed:
             raise ValueError(CLOSED)
         if self._client.pid != os.getpid():
             _inherited.append(self._client)
             self._client = _Client(self._location)
-        self._client.cluster.bound.allow(CALL_S)
+        self._client.cluster.allow(CALL_S)
+        if asking:
+            self._client.cluster.check_up()
         return self._client
-
-    def _asking(self) -> _Client:
-        client = self._opened()
-        client.cluster.check_up()
-        return client
 
     def _replica(self) -> _Replica:
         """Return the replica when it is new enough."""
-        client = self._opened() if self._floor else self._asking()
-        floor = self._floor or _revision(client)
+        client = self._opened()
+        floor = self._floor or self.revision()
         return client.follower.at(int(floor.partition(".")[0]), patient=not self._floor)
 
     def get(self, id: str) -> Record:
         """Return the record, a tombstone too. Raises KeyError."""
-        if self._floor:
-            follower = self._opened().follower
-            follower.start()
-            if follower.state.replica:
-                return self._replica().get(id)
-        record = self._asking().changes.find(id).record
+        if self._floor and self._opened().follower.start():
+            return self._replica().get(id)
+        record = self._opened(asking=True).changes.find(id).record
         if record is None:
             raise KeyError(id)
         return record
@@ -941,52 +882,50 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
     def add(self, record: Record) -> None:
         """Add a record as the newest, also over a tombstone. Raises FileExistsError."""
         id, *_, text = _row(record)
-        self._asking().changes.add([(0, id, text)])
+        self._opened(asking=True).changes.add([(0, id, False, text)])
 
     def add_all(self, records: Iterable[Record]) -> int:
         """Add all records or none, the last one as the newest. Return how many."""
-        replica, count, batch, first, size = self._replica(), 0, 0, 1, 0
-        with closing(sqlite3.connect("", isolation_level=None)) as spool:  # a file without a name
-            spool.execute("CREATE TABLE row (n INTEGER PRIMARY KEY, id UNIQUE, deleted, record, batch)")
-            spool.execute("BEGIN")
+        replica, count = self._replica(), 0
+
+        def batches() -> Iterator[list[Row]]:
+            nonlocal count
+            rows: dict[str, Row] = {}
+            size = 0
             for count, record in enumerate(records, 1):
-                id, _, _, deleted, text = _row(record)
-                if spool.execute(LIVE_ROW, (id,)).fetchall() or replica.has_live(id):
+                id, *_, deleted, text = _row(record)
+                if replica.has_live(id) or (id in rows and not rows.pop(id)[2]):
                     raise FileExistsError(id)
                 size += len(text.encode())
-                if count - first >= AT_ONCE or size > BYTES_AT_ONCE:
-                    batch, first, size = batch + 1, count, len(text.encode())
-                spool.execute("REPLACE INTO row VALUES (?, ?, ?, ?, ?)", (count, id, deleted, text, batch))
-            spool.execute("CREATE INDEX batches ON row (batch, n)")
+                if len(rows) == AT_ONCE or size > BYTES_AT_ONCE:
+                    yield list(rows.values())
+                    rows, size = {}, len(text.encode())
+                rows[id] = count, id, deleted, text
+            if rows:
+                yield list(rows.values())
 
-            def batches() -> Iterator[list[Row]]:
-                return filter(None, (spool.execute(BATCH, (number,)).fetchall() for number in range(batch + 1)))
-
-            if batch:
-                self._opened().changes.load(batches)
-            elif count:
-                self._opened().changes.add(next(batches()))
+        found = batches()
+        some = list(islice(found, 2))
+        if len(some) == 2:
+            self._opened().changes.load(chain(some, found))
+        elif some:
+            self._opened().changes.add(some[0])
         return count
 
     def replace(self, id: str, change: Callable[[Record], Record]) -> Record:
         """Put what `change` makes of the record in its place. Return a copy of it."""
-        text = ""
-
-        def make(record: Record) -> Record:
-            nonlocal text
-            new = change(record)
-            found, *_, text = _row(new)
+        def make(record: Record) -> str:
+            found, *_, text = _row(change(record))
             if found != id:
                 raise ValueError(f"the id {id!r} cannot be changed to {found!r}")
-            return new
+            return text
 
-        self._asking().changes.change(id, make)
-        record: Record = json.loads(text)
+        record: Record = json.loads(self._opened(asking=True).changes.change(id, make))
         return record
 
     def delete(self, id: str) -> None:
         """Remove the record altogether. Raises KeyError."""
-        self._asking().changes.change(id, lambda record: None)
+        self._opened(asking=True).changes.change(id, lambda record: "")
 
     def page(self, account: str | None, start: int, limit: int, *, public: bool = True,
              deleted: bool | None = False) -> tuple[int, list[Record]]:
@@ -1001,7 +940,11 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
 
     def revision(self) -> str:
         """Return a text that differs after every change. It costs a call."""
-        return _revision(self._asking())
+        client = self._opened(asking=True)
+        seen = client.follower.state  # as it is before the call: later it may be ahead
+        last = _last(client.cluster.range(client.cluster.key("change"))[1])
+        client.follower.compare(seen, last)
+        return f"{last[0]}.{last[1].decode('latin-1')}"
 
     def at_least(self, revision: str) -> EtcdStorage:
         """Return this store for reads that are answered here, without a call."""
@@ -1009,29 +952,8 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
 
     def check(self, repair: bool = False) -> Iterator[str]:
         """Yield each fault of what etcd holds, and of the replica; take back what dead loads have left."""
-        client = self._opened()
-        cluster, faults = client.cluster, 0
-        revision, _ = cluster.range(cluster.key("change"))
-        done, alive = ({cluster.split(pair)[1]: pair.created for pair in cluster.pages(kind, revision)}
-                       for kind in ("load/", "session/"))
-        left: dict[str, list[bytes]] = {}
-        for pair in cluster.pages("image/", revision):
-            try:
-                image, id = _read(pair, lambda load: done.get(load, 0)), cluster.split(pair)[1]
-                if {id} != {_row(record)[0] for record in (image.record, image.intent[1]) if record}:
-                    raise ValueError(f"etcd: {pair.key!r} holds an image with another id")
-            except (OSError, ValueError) as error:
-                faults += 1
-                yield str(error)
-                continue
-            if image.load and image.load not in alive:
-                left.setdefault(image.load, []).append(pair.key)
-        for load, keys in left.items():
-            yield f"etcd: {len(keys)} images of the load {load}, which has ended: they mean nothing"
-            if repair:
-                client.changes.undo(keys, {load})
-        if not faults:  # else there is no replica
-            yield from self._replica().check(repair)
+        yield from self._opened().changes.check(repair)
+        yield from self._replica().check(repair)
 
     def close(self) -> None:
         """Close everything. Every later call but this one raises ValueError."""
@@ -1043,12 +965,3 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _revision(client: _Client) -> str:
-    seen = client.follower.state  # as it is before the call: later it may be ahead
-    last = _last(client.cluster.range(client.cluster.key("change"))[1])
-    client.follower.compare(seen, last)
-    return f"{last[0]}.{last[1].decode('latin-1')}"
-
-

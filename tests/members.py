@@ -204,6 +204,8 @@ class Relay:
                 elif not self.deaf:
                     client.sendall(data)
         for end in (client, member):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)  # or whoever waits for it in the other thread holds it open
             end.close()
 
     def release(self):

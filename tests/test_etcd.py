@@ -239,32 +239,54 @@ def test_a_killed_load_means_nothing(single, opened):
         assert list(each.walk(oldest_first=True)) == want[::-1] + [image(100 + n) for n in range(250)]
 
 
-def test_a_load_that_loses_an_image_starts_over(single, opened):
-    """Who adds an image that a load holds wins, and the load fails; who deletes a tombstone does not make it fail."""
+def test_a_load_that_loses_an_image_fails(single, opened):
+    """Who adds an image that a load holds, or deletes the tombstone below it, wins; nothing is left of the load."""
     location = single.location()
     loader, other = opened(location), opened(location)
     loader.add_all([dead(image(5)), image(600)])
     keys = f"/t/{location.partition('/t/')[2]}/image/"
-    errors = []
+    for act in (lambda: other.delete("wmi-00000005"), lambda: other.add(image(5))):
+        def source(act=act):
+            yield from (image(n) for n in range(300))
+            assert f"{keys}wmi-00000064" in single.keys(keys)
+            act()
+            yield from (image(n) for n in range(300, 500))
 
-    def load(numbers):
-        try:
-            loader.add_all(image(n) for n in numbers)
-        except FileExistsError as error:
-            errors.append(error.args)
-
-    for act, error in ((lambda: other.delete("wmi-00000005"), None), (lambda: other.add(image(1005)), "wmi-000003ed")):
-        base = 1000 if error else 0
-        thread = threading.Thread(target=load, args=[range(base, base + 500)])
-        thread.start()
-        until(lambda base=base: f"{keys}wmi-{base + 105:08x}" in single.keys(keys))
-        act()
-        thread.join()
-        assert errors == ([(error,)] if error else [])
-    numbers = [600, *range(500), 1005]
-    want = [image(n) for n in numbers]
-    assert list(loader.walk(oldest_first=True)) == list(other.walk(oldest_first=True)) == want
+        with pytest.raises(OSError, match="nothing was changed"):
+            loader.add_all(source())
+    want = [image(5), image(600)]
+    assert list(loader.walk()) == list(other.walk()) == want
     assert list(other.check()) == [] and len(single.keys(keys)) == len(want)
+    with pytest.raises(FileExistsError, match="wmi-00000005"):
+        loader.add_all(image(n) for n in range(300))
+
+
+def test_a_load_whose_source_fails_leaves_nothing(single, opened):
+    """However much of it was put: an exception of the source comes out as it is, and the keys are as before."""
+    location = single.location()
+    store = opened(location)
+    store.add_all([dead(image(7)), image(600)])
+
+    def source():
+        yield from (image(n) for n in range(350))
+        yield dead(image(1000))
+        yield from (image(n) for n in range(350, 480))
+        yield image(1000)  # over a tombstone of the load itself, in another transaction
+        raise RuntimeError("x")
+
+    with pytest.raises(RuntimeError, match="x"):
+        store.add_all(source())
+    assert list(store.walk()) == [image(600), dead(image(7))] and list(store.check()) == []
+    assert len(single.keys(f"/t/{location.partition('/t/')[2]}/image/")) == 2
+
+    def whole():
+        with contextlib.suppress(RuntimeError):
+            yield from source()
+
+    assert store.add_all(whole()) == 482
+    with opened(location) as again:
+        want = [600, *range(480), 1000]
+        assert list(again.walk(oldest_first=True)) == list(store.walk(oldest_first=True)) == [image(n) for n in want]
 
 
 # ---- members that are gone ----
