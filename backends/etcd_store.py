@@ -444,6 +444,7 @@ class _Changes:
     def commit(self, compare: Sequence[Json], success: Sequence[Json],
                failure: Sequence[Json] = ()) -> list[list[_Pair]] | None:
         """Make a change. Return None, or what `failure` found because a comparison failed."""
+        end = time.monotonic() + self._cluster.left() + FENCE_S
         while self._cluster.left() > 0:
             session = self._take_session()
             name = os.urandom(8).hex().encode()
@@ -452,6 +453,7 @@ class _Changes:
                 held, found, revision = self._cluster.transact(
                     [session.is_ours(), *compare], [*success, *puts], [_range(session.key), *failure], repeat=False)
             except _Unanswered as error:
+                self._cluster.allow(end - time.monotonic())
                 if self._was_made(session, name, error):
                     return None
                 continue
@@ -468,7 +470,6 @@ class _Changes:
 
     def _was_made(self, session: _Session, name: bytes, error: _Unanswered) -> bool:
         """Return whether a change was made. If not, it never will be, however late it comes."""
-        self._cluster.allow(FENCE_S)
         try:
             held, found, _ = self._cluster.transact([session.is_ours()], [_delete(session.key)], [_range(session.key)])
         except OSError as failed:
@@ -580,11 +581,12 @@ class _Changes:
             self._cluster.transact([], [self._undone(pair) for pair in chain(*found)])
 
     def _undone(self, pair: _Pair) -> Json:
-        """Return what takes an intent back, unless the key has changed."""
+        """Return what takes an intent back, unless its load goes on after all: it may be another one by now."""
         image = _read(pair, lambda load: 0)
-        compare = [_is_at(pair.key, image.put), *self._defeat([image])[0]]
-        before = _put(pair.key, _encode(image.kept()).encode()) if image.record else _delete(pair.key)
-        return {"request_txn": {"compare": compare, "success": [before] if image.load else []}}
+        ended = (_is_at(self._key(kind, image.load), 0) for kind in ("load/", "session/"))
+        done = [_put(pair.key, _encode(image.kept()).encode()) if image.record else _delete(pair.key)]
+        compare = [_is_at(pair.key, image.put), *ended]
+        return {"request_txn": {"compare": compare, "success": done if image.load else []}}
 
 
 def _unknown(error: OSError) -> OSError:

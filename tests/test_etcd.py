@@ -239,6 +239,26 @@ def test_a_killed_load_means_nothing(single, opened):
         assert list(each.walk(oldest_first=True)) == want[::-1] + [image(100 + n) for n in range(250)]
 
 
+def test_a_repair_does_not_harm_a_load(single, opened):
+    """What a dead load left is not taken back where another load, which goes on, has put its own over it."""
+    location = single.location()
+    store, loader = opened(location), opened(location)
+    killed_load(single, location)
+    until(lambda: list(store.check()))
+    repair = store.check(repair=True)
+    next(repair)  # it has begun
+
+    def source():
+        yield from (image(n) for n in range(150))
+        assert list(repair)
+        yield from (image(n) for n in range(150, 300))
+
+    loader.add_all(source())
+    assert list(store.walk(oldest_first=True)) == [image(n) for n in range(300)]
+    list(store.check(repair=True))
+    assert len(single.keys(f"/t/{location.partition('/t/')[2]}/image/")) == 300
+
+
 def test_a_load_that_loses_an_image_fails(single, opened):
     """Who adds an image that a load holds, or deletes the tombstone below it, wins; nothing is left of the load."""
     location = single.location()
