@@ -74,19 +74,17 @@ FOLDER, LEFT_S = "wmi-etcd-", 60  # one of that age that nobody locks was left b
 EXHAUSTED, COMPACTED, UNDECIDED = 8, 11, (1, 2, 4, 13, 14, 15)  # gRPC's codes; after those it may be done
 CLOSED = "closed: the store in etcd"
 OTHERS = "etcd: others change the same images meanwhile; nothing was changed: try again"
-FORM = "not etcd:http://HOST:PORT[,http://HOST:PORT...]/PREFIX with https and ?cafile=FILE as needed"
 FORM_PATTERN = r"(https?://[^/,@?#]+(?:,https?://[^/,@?#]+)*)/+([^?#]*[^?#/])/*(?:\?cafile=(.+))?"
 
 PREPARE = f"""PRAGMA synchronous = OFF; PRAGMA journal_mode = MEMORY; PRAGMA cache_size = -{LOAD_CACHE_KIB};
     CREATE TABLE intent (id PRIMARY KEY, load, n, record);
     CREATE TEMP TABLE staged (revision, n, id, account_id, is_public, deleted, record)"""
 STAGE = "INSERT INTO staged VALUES (?, ?, ?, ?, ?, ?, ?)"
-SETTLE = """INSERT INTO image (id, account_id, is_public, deleted, record)
-    SELECT id, account_id, is_public, deleted, record FROM staged ORDER BY revision, n"""
+SETTLE = "INSERT INTO image SELECT NULL, id, account_id, is_public, deleted, record FROM staged ORDER BY revision, n"
 CHANGE = "UPDATE image SET account_id = ?, is_public = ?, deleted = ?, record = ? WHERE id = ?"
 
 Record = dict[str, Any]
-Json = dict[str, Any]
+Ops = Sequence[Record]  # comparisons or operations, as etcd takes them
 Change = tuple[int, bytes]  # its revision and name
 Row = tuple[int, str, bool, str]  # place in what is added at once, id, whether it is a tombstone, record as JSON
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
@@ -122,6 +120,9 @@ class _Pair(NamedTuple):
     put: int
 
 
+Found = list[list[_Pair]]  # by each operation
+
+
 class _Channel:
     """A connection to a member. HTTP by hand costs a quarter of what http.client does."""
 
@@ -134,7 +135,7 @@ class _Channel:
             self._socket = context.wrap_socket(self._socket, server_hostname=parts.hostname)
         self._file = self._socket.makefile("rb")
 
-    def ask(self, path: str, body: Json, fields: str, seconds: float) -> tuple[int, bytes]:
+    def ask(self, path: str, body: Record, fields: str, seconds: float) -> tuple[int, bytes]:
         """Send a request; return the status of its answer, and the body."""
         self.kept = False
         status, head = self._send(path, body, fields, seconds)
@@ -142,14 +143,14 @@ class _Channel:
         self.kept = head.get("connection") == "keep-alive"
         return status, text
 
-    def watch(self, path: str, body: Json, fields: str) -> Iterator[bytes]:
+    def watch(self, path: str, body: Record, fields: str) -> Iterator[bytes]:
         """Send a request; yield the lines of an answer that goes on. The first one comes in time."""
         self._send(path, body, fields, TRY_S)
         for line in self._file:
             yield line
             self._socket.settimeout(None)
 
-    def _send(self, path: str, body: Json, fields: str, seconds: float) -> tuple[int, dict[str, str]]:
+    def _send(self, path: str, body: Record, fields: str, seconds: float) -> tuple[int, dict[str, str]]:
         # In HTTP/1.0 nothing is chunked: a long answer, or a watch, ends with its connection. One that is cut
         # does not parse.
         text = json.dumps(body).encode()
@@ -183,7 +184,7 @@ class _Cluster:
     def __init__(self, location: str) -> None:
         match = re.fullmatch(FORM_PATTERN, location)
         if not match:  # which is not shown, as it may hold a password
-            raise ValueError(FORM + "; user and password come from WMI_ETCD_USER, WMI_ETCD_PASSWORD")
+            raise ValueError("not etcd:http[s]://HOST:PORT[,...]/PREFIX[?cafile=FILE], without a password")
         self._urls, self._prefix = match[1].split(","), f"/{match[2]}/".encode()
         self._context = ssl.create_default_context(cafile=match[3]) if "https:" in location else None
         self._field, self.at = "", 0  # that proves who we are; which member is asked first
@@ -212,18 +213,16 @@ class _Cluster:
 
     def check_up(self) -> None:
         """Raise OSError at once if a call has just failed, or another one is trying again."""
-        failure, now = self._failure, time.monotonic()
-        if failure:
-            if now < self._again:
-                raise _no_quorum(failure)
-            self._again = now + CALL_S
+        if self._failure and time.monotonic() < self._again:
+            raise _no_quorum(self._failure)
+        self._again = time.monotonic() + CALL_S  # if it has failed, others do until this one has tried
 
-    def call(self, path: str, body: Json, repeat: bool = True, seconds: float = TRY_S) -> Json:
+    def call(self, path: str, body: Record, repeat: bool = True, seconds: float = TRY_S) -> Record:
         """Return the answer of any member. Raises OSError.
 
         What must not be repeated is sent once; _Unanswered if it is not answered then.
         """
-        tried, logged_in, failure = 0, False, Exception("no time is left")
+        logged_in, failure = False, Exception("no time is left")
         while (left := self.left()) > 0:
             at, sent = self.at, False
             try:
@@ -240,12 +239,11 @@ class _Cluster:
                 self._log_in(refused)
                 logged_in = True
             except (OSError, ValueError) as error:
-                tried, failure = tried + 1, error
+                failure = error
                 self.pass_over(at)
                 if sent and not repeat:
                     raise _Unanswered(str(error)) from error
-                if tried % len(self._urls) == 0:
-                    time.sleep(min(PAUSE_S, left))
+                time.sleep(0 if self.at else min(PAUSE_S, left))  # a while when all of them were tried
         self._failure, self._again = failure, time.monotonic() + DOWN_S
         raise _no_quorum(failure) from failure
 
@@ -263,53 +261,48 @@ class _Cluster:
             return channel
         return _Channel(url, self._context if url.startswith("https:") else None, seconds)
 
-    def _ask(self, channel: _Channel, path: str, body: Json, seconds: float) -> Json:
+    def _ask(self, channel: _Channel, path: str, body: Record, seconds: float) -> Record:
         """Ask one member. Raises _Refused, and OSError or ValueError for what is no answer."""
         try:
             status, text = channel.ask(path, body, self._field, seconds)
         finally:
             self._idle.append(channel) if channel.kept else channel.close()
         if status == 404 and not text.startswith(b"{"):
-            raise _Refused(0, f"no JSON gateway at {channel.url}: give addresses for clients, and to an etcd with a"
-                              " configuration file enable-grpc-gateway: true")
-        answer: Json = json.loads(text)
+            raise _Refused(0, f"no JSON gateway at {channel.url}: its configuration needs enable-grpc-gateway: true")
+        answer: Record = json.loads(text)
         if status != 200:
             raise _error(answer)
         return answer
 
     def _log_in(self, refused: _Refused) -> None:
-        user, password = map(os.environ.get, ("WMI_ETCD_USER", "WMI_ETCD_PASSWORD"))
-        if not user:
+        if "WMI_ETCD_USER" not in os.environ:
             raise _Refused(0, f"{refused}: set WMI_ETCD_USER and WMI_ETCD_PASSWORD") from refused
+        who = {"name": os.environ["WMI_ETCD_USER"], "password": os.environ.get("WMI_ETCD_PASSWORD", "")}
         self._field = ""
-        answer = self.call("/v3/auth/authenticate", {"name": user, "password": password or ""})
-        self._field = f"Authorization: {answer['token']}\r\n"
+        self._field = f"Authorization: {self.call('/v3/auth/authenticate', who)['token']}\r\n"
 
-    def range(self, key: bytes, end: bytes = b"", **options: Any) -> tuple[int, list[_Pair]]:
-        """Return the store's revision, and the pair of a key, or those up to the end of a range."""
-        asked = {"key": _text(key), "range_end": _text(end), **options}
-        answer = self.call("/v3/kv/range", asked, seconds=PAGE_S)
+    def range(self, key: bytes, seconds: float = TRY_S, **options: Any) -> tuple[int, list[_Pair]]:
+        """Return the store's revision, and the pair of a key, or those up to a range_end."""
+        answer = self.call("/v3/kv/range", {"key": _text(key), **options}, seconds=seconds)
         return int(answer["header"]["revision"]), _pairs(answer)
 
     def pages(self, kind: str, revision: int) -> Iterator[_Pair]:
         """Yield all pairs of a kind as they were at a revision. Raises _Refused if that is compacted."""
-        start, limit, end = self.key(kind), PAGE // 10, self.key(kind)[:-1] + b"0"  # the slash's successor
+        start, limit, end = self.key(kind), PAGE // 10, _text(self.key(kind)[:-1] + b"0")  # the slash's successor
         while start:
             self.allow(CALL_S)
-            _, pairs = self.range(start, end, limit=limit, revision=revision)
+            _, pairs = self.range(start, PAGE_S, range_end=end, limit=limit, revision=revision)
             yield from pairs
             start = pairs[-1].key + b"\0" if len(pairs) == limit else b""
             limit = max(16, min(PAGE, limit * PAGE_BYTES // (1 + sum(len(pair.value) for pair in pairs))))
 
-    def transact(self, compare: Sequence[Json], success: Sequence[Json], failure: Sequence[Json] = (),
-                 repeat: bool = True) -> tuple[bool, list[list[_Pair]], int]:
+    def transact(self, compare: Ops, success: Ops, failure: Ops = (), repeat: bool = True) -> tuple[bool, Found, int]:
         """Return whether all comparisons held, what each operation found, and the revision."""
-        body = {"compare": compare, "success": success, "failure": failure}
-        answer = self.call("/v3/kv/txn", body, repeat)
+        answer = self.call("/v3/kv/txn", {"compare": compare, "success": success, "failure": failure}, repeat)
         found = [_pairs(each.get("response_range", {})) for each in answer.get("responses", ())]
         return answer.get("succeeded", False), found, int(answer["header"]["revision"])
 
-    def watch(self, start: int) -> Iterator[Json]:
+    def watch(self, start: int) -> Iterator[Record]:
         """Yield what a watch of all that can be seen brings, from a revision on."""
         create = {"key": _text(self.key("change")), "range_end": _text(self.key("m")), "start_revision": start}
         # Without this field a member that has lost the others would be silent.
@@ -340,18 +333,18 @@ def _no_quorum(failure: Exception) -> OSError:
     return OSError(errno.EHOSTUNREACH, f"no member of the cluster that has a quorum answers: {failure}")
 
 
-def _error(answer: Json) -> OSError:
+def _error(answer: Record) -> OSError:
     """Return the error that etcd answers, in a body or in the midst of a watch."""
     code: int = {"code": answer.get("grpc_code", 2), **answer}["code"]
     text = str(answer.get("message") or answer.get("error"))
     return OSError(text) if code in UNDECIDED else _Refused(code, text)
 
 
-def _pairs(answer: Json) -> list[_Pair]:
+def _pairs(answer: Record) -> list[_Pair]:
     return [_pair(each) for each in answer.get("kvs", ())]
 
 
-def _pair(found: Json) -> _Pair:
+def _pair(found: Record) -> _Pair:
     revisions = int(found.get("create_revision", 0)), int(found["mod_revision"])
     return _Pair(b64decode(found["key"]), b64decode(found.get("value", "")), *revisions)
 
@@ -360,20 +353,20 @@ def _text(data: bytes) -> str:
     return b64encode(data).decode()
 
 
-def _is_at(key: bytes, put: int) -> Json:
+def _is_at(key: bytes, put: int) -> Record:
     """Return the comparison that a key was put last at that revision; 0: that there is none."""
     return {"key": _text(key), "target": "MOD", "result": "EQUAL", "mod_revision": put}
 
 
-def _put(key: bytes, value: bytes, lease: str = "0") -> Json:
+def _put(key: bytes, value: bytes, lease: str = "0") -> Record:
     return {"request_put": {"key": _text(key), "value": _text(value), "lease": lease}}
 
 
-def _range(key: bytes) -> Json:
+def _range(key: bytes) -> Record:
     return {"request_range": {"key": _text(key)}}
 
 
-def _delete(key: bytes) -> Json:
+def _delete(key: bytes) -> Record:
     return {"request_delete_range": {"key": _text(key)}}
 
 
@@ -389,7 +382,7 @@ class _Image(NamedTuple):
     load: str = ""  # one that is not done, and holds the key
     intent: tuple[int, Record] = (0, {})  # of that load: the place in it, and the record
 
-    def kept(self) -> Json | None:
+    def kept(self) -> Record | None:
         """Return the value that keeps the image, and its place in the order."""
         return {"order": self.order, "record": self.record} if self.record else None
 
@@ -399,8 +392,7 @@ def _read(pair: _Pair, done: Callable[[str], int]) -> _Image:
     try:
         value = json.loads(pair.value)
         load, n, record = value.get("load", ""), value.get("n", 0), value["record"]
-        at = done(load) if load else pair.put
-        if at:
+        if at := done(load) if load else pair.put:
             return _Image(pair.put, value.get("order") or [at, n], record)
         before = value.get("before") or {"order": [], "record": None}
         return _Image(pair.put, before["order"], before["record"], load, (n, record))
@@ -418,7 +410,7 @@ class _Session:
     def __init__(self, key: bytes, lease: str, put: int) -> None:
         self.key, self.lease, self.put, self.born = key, lease, put, time.monotonic()
 
-    def is_ours(self) -> Json:
+    def is_ours(self) -> Record:
         """Return the comparison that holds as long as the session goes on."""
         return _is_at(self.key, self.put)
 
@@ -441,8 +433,7 @@ class _Changes:
         _, pairs = self._cluster.range(self._key("load/", load))
         return pairs[0].created if pairs else 0
 
-    def commit(self, compare: Sequence[Json], success: Sequence[Json],
-               failure: Sequence[Json] = ()) -> list[list[_Pair]] | None:
+    def commit(self, compare: Ops, success: Ops, failure: Ops = ()) -> Found | None:
         """Make a change. Return None, or what `failure` found because a comparison failed."""
         end = time.monotonic() + self._cluster.left() + FENCE_S
         while self._cluster.left() > 0:
@@ -496,7 +487,7 @@ class _Changes:
         # If this is put twice, one revision is wrong: what compares it fails, and nothing is done.
         return _Session(key, lease, self._cluster.transact([], [_put(key, b"", lease)])[2])
 
-    def _defeat(self, images: Iterable[_Image]) -> tuple[list[Json], list[Json]]:
+    def _defeat(self, images: Iterable[_Image]) -> tuple[list[Record], list[Record]]:
         """Return what has to hold, and to be done, so that the loads that hold images never end."""
         loads = sorted({image.load for image in images} - {""})
         return ([_is_at(self._key("load/", load), 0) for load in loads],
@@ -580,7 +571,7 @@ class _Changes:
             found = self._cluster.transact([], list(map(_range, left[first : first + NESTED_AT_ONCE])))[1]
             self._cluster.transact([], [self._undone(pair) for pair in chain(*found)])
 
-    def _undone(self, pair: _Pair) -> Json:
+    def _undone(self, pair: _Pair) -> Record:
         """Return what takes an intent back, unless its load goes on after all: it may be another one by now."""
         image = _read(pair, lambda load: 0)
         ended = (_is_at(self._key(kind, image.load), 0) for kind in ("load/", "session/"))
@@ -673,21 +664,14 @@ class _Replica(SqliteStorage):
 def _make_folder() -> tuple[str, int]:
     """Return a new folder for a replica, and a descriptor that locks it; remove what was left."""
     for left in glob(os.path.join(escape(tempfile.gettempdir()), FOLDER + "*")):
-        with suppress(OSError):
-            if time.time() - os.lstat(left).st_mtime > LEFT_S and not os.path.islink(left):
-                _remove_folder(left, _lock(left), os.getpid())
+        with suppress(OSError), open(os.path.join(left, "lock"), "r+b") as file:
+            if time.time() - os.fstat(file.fileno()).st_mtime > LEFT_S:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
     folder = tempfile.mkdtemp(prefix=FOLDER)
-    return folder, _lock(folder)
-
-
-def _lock(folder: str) -> int:
-    lock = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise
-    return lock
+    lock = os.open(os.path.join(folder, "lock"), os.O_WRONLY | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return folder, lock
 
 
 def _remove_folder(folder: str, lock: int, pid: int) -> None:
@@ -711,9 +695,8 @@ class _Follower:
         self._cluster, self._closed, self._stale = cluster, False, False
         self._changed = threading.Condition()  # of all that follows
         self._thread: threading.Thread | None = None
-        self._progress = 0.0  # when something came, or the watch was cut
         self._why: Exception | None = None  # the replica is not up to date
-        self.state = _State()
+        self.state, self._progress = _State(), 0.0  # when something came, or the watch was cut
 
     def start(self) -> bool:
         """Start the thread, unless it runs. Return whether there is a replica."""
@@ -746,7 +729,7 @@ class _Follower:
 
     def compare(self, seen: _State, last: Change) -> None:
         """Have the replica made anew if its history, as it was before, is not that of the last change."""
-        if last[0] <= seen.applied and last != seen.last:
+        if last[0] <= seen.applied and last != seen.last and seen.replica is self.state.replica:
             self._stale = True
             self._cluster.cut_watch()
 
@@ -764,7 +747,6 @@ class _Follower:
 
     def _run(self) -> None:
         while not self._closed:
-            at = self._cluster.at
             self._cluster.allow(CALL_S)
             try:
                 if self._stale or not self.state.replica:
@@ -775,7 +757,6 @@ class _Follower:
                 self._stale = True
             except Exception as error:  # whatever it is: who waits is told
                 self._why = error
-                self._cluster.pass_over(at)
                 with self._changed:
                     self._changed.wait(PAUSE_S)
 
@@ -786,7 +767,7 @@ class _Follower:
         revision, change = self._cluster.range(self._cluster.key("change"))
         loads = {self._cluster.split(pair)[1]: pair.created for pair in pages("load/", revision)}
         pairs = pages("image/", revision)
-        while (some := list(islice(pairs, 1000))) and not self._closed:
+        while some := list(islice(pairs, 0 if self._closed else 1000)):
             replica.stage(_read(pair, lambda load: loads.get(load, 0)) for pair in some)
             self._progress = time.monotonic()
         replica.settle()
@@ -811,8 +792,7 @@ class _Follower:
                     state.replica.apply(named)
                 except OSError as error:
                     raise _Rewritten from error
-                changes = [pair for kind, _, pair in named if kind == "change"]
-                last = _last(changes) if changes else state.last
+                last = _last([pair for kind, _, pair in named if kind == "change"], state.last)
                 # The header may be ahead of the events: it says nothing about what was applied.
                 state = self._advance(_State(state.replica, pairs[-1].put, last))
 
@@ -830,8 +810,8 @@ class _Follower:
         return self._advance(state._replace(applied=revision))
 
 
-def _last(change: list[_Pair]) -> Change:
-    return (change[-1].put, change[-1].value) if change else (0, b"")
+def _last(change: list[_Pair], before: Change = (0, b"")) -> Change:
+    return (change[-1].put, change[-1].value) if change else before
 
 
 # ---- store ----
@@ -851,8 +831,7 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
 
     def __init__(self, location: str, client: _Client | None = None, floor: str = "") -> None:
         """Open it; with a floor, for reads that need not be newer. Raises ValueError."""
-        self._location, self._floor = location, floor
-        self._client = client or _Client(location)
+        self._location, self._floor, self._client = location, floor, client or _Client(location)
 
     def _opened(self, asking: bool = False) -> _Client:
         """Return what this process has open. What is called has CALL_S from now on."""
@@ -868,9 +847,8 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
 
     def _replica(self) -> _Replica:
         """Return the replica when it is new enough."""
-        client = self._opened()
-        floor = self._floor or self.revision()
-        return client.follower.at(int(floor.partition(".")[0]), patient=not self._floor)
+        follower, floor = self._opened().follower, self._floor or self.revision()
+        return follower.at(int(floor.partition(".")[0]), patient=not self._floor)
 
     def get(self, id: str) -> Record:
         """Return the record, a tombstone too. Raises KeyError."""
@@ -922,8 +900,7 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
                 raise ValueError(f"the id {id!r} cannot be changed to {found!r}")
             return text
 
-        record: Record = json.loads(self._opened(asking=True).changes.change(id, make))
-        return record
+        return dict(json.loads(self._opened(asking=True).changes.change(id, make)))
 
     def delete(self, id: str) -> None:
         """Remove the record altogether. Raises KeyError."""

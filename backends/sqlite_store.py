@@ -101,8 +101,7 @@ VERSION = """SELECT application_id, user_version, (SELECT count(*) FROM sqlite_m
     FROM pragma_application_id, pragma_user_version"""  # sqlite_master makes SQLite read the file, under one lock
 GET = "SELECT serial, record FROM image WHERE id = ?"
 ADD = "INSERT INTO {} (id, account_id, is_public, deleted, record) VALUES (?, ?, ?, ?, ?)"
-REPLACE = """UPDATE image SET id = ?, account_id = ?, is_public = ?, deleted = ?, record = ?
-    WHERE serial = ?"""
+REPLACE = "UPDATE image SET id = ?, account_id = ?, is_public = ?, deleted = ?, record = ? WHERE serial = ?"
 LIVE = "SELECT 1 FROM image WHERE id = ? AND NOT deleted"
 DELETE = "DELETE FROM image WHERE id = ?"
 IMAGES_AFTER = "SELECT * FROM image WHERE serial > ? ORDER BY serial LIMIT ?"

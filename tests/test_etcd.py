@@ -190,6 +190,20 @@ def test_a_wiped_cluster_is_not_taken_for_the_old_one(changes, opened):
             view.get(ID)
 
 
+def test_another_history_is_noticed_by_reads(opened):
+    """Also while the watch still hangs at a member of the old one, which is silent."""
+    needed()
+    with Cluster() as old, Cluster() as new, Relay(old.clients[0]) as relay:
+        prefix = old.location().partition("/t/")[2]
+        store = opened(f"{relay.url}/t/{prefix}")
+        store.add_all(image(n) for n in range(20))
+        assert store.page(None, 0, 0)[0] == 20
+        opened(f"{new.clients[0]}/t/{prefix}").add(image(100))
+        host, port = new.clients[0].rpartition("/")[2].split(":")
+        relay.target, relay.hold = (host, int(port)), b"/v3/kv/range"  # on the connection that is kept
+        assert store.page(None, 0, 9) == (1, [image(100)])
+
+
 # ---- loads ----
 
 LOADER = """
@@ -249,14 +263,14 @@ def test_a_repair_does_not_harm_a_load(single, opened):
     next(repair)  # it has begun
 
     def source():
-        yield from (image(n) for n in range(150))
+        yield from (image(n) for n in range(250))
         assert list(repair)
-        yield from (image(n) for n in range(150, 300))
+        yield from (image(n) for n in range(250, 400))
 
     loader.add_all(source())
-    assert list(store.walk(oldest_first=True)) == [image(n) for n in range(300)]
+    assert list(store.walk(oldest_first=True)) == [image(n) for n in range(400)]
     list(store.check(repair=True))
-    assert len(single.keys(f"/t/{location.partition('/t/')[2]}/image/")) == 300
+    assert len(single.keys(f"/t/{location.partition('/t/')[2]}/image/")) == 400
 
 
 def test_a_load_that_loses_an_image_fails(single, opened):
@@ -429,16 +443,26 @@ def test_a_full_quota(opened):
     with Cluster(1, "--quota-backend-bytes", str(4 << 20)) as cluster:
         store = opened(cluster.location())
         store.page(None, 0, 0)
-        kept = []
-        with pytest.raises(OSError, match="space") as caught:
-            for n in range(200):
-                store.add(image(n, description="x" * 100_000))
-                kept.append(n)
-        assert caught.value.errno is None and len(kept) > 5
-        assert [int(id[4:], 16) for id in ids(store.walk(oldest_first=True))] == kept
+        kept, errors = [], []
+
+        def fill(first):  # several at once: some are refused before they are done, and some after
+            try:
+                for n in range(first, first + 200):
+                    store.add(image(n, description="x" * 100_000))
+                    kept.append(n)
+            except OSError as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=fill, args=[first]) for first in range(0, 1600, 200)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(errors) == len(threads) and all("space" in str(error) and not error.errno for error in errors)
+        assert sorted(int(id[4:], 16) for id in ids(store.walk())) == sorted(kept) and len(kept) > 5
         with pytest.raises(OSError, match="space"):
-            store.delete("wmi-00000000")
-        assert store.get("wmi-00000000")["id"] == "wmi-00000000"
+            store.delete(f"wmi-{kept[0]:08x}")
+        assert store.get(f"wmi-{kept[0]:08x}")
         prefix = "/t/" + store._location.partition("/t/")[2]
         for n in kept[1:]:  # as an administrator would
             cluster.ask("/v3/kv/deleterange", {"key": encode(f"{prefix}/image/wmi-{n:08x}")})
@@ -446,9 +470,9 @@ def test_a_full_quota(opened):
         cluster.ask("/v3/maintenance/defragment", {}, seconds=30)
         for alarm in cluster.ask("/v3/maintenance/alarm", {"action": "GET"})["alarms"]:
             cluster.ask("/v3/maintenance/alarm", {"action": "DEACTIVATE", **alarm})
-        store.add(image(500))
+        store.add(image(5000))
         with etcd_store.open_storage(store._location) as again:
-            assert ids(again.walk()) == ["wmi-000001f4", "wmi-00000000"]
+            assert ids(again.walk()) == [f"wmi-{5000:08x}", f"wmi-{kept[0]:08x}"]
 
 
 def test_a_token_that_is_not_valid_any_more(opened, monkeypatch):
@@ -582,12 +606,12 @@ def test_a_copy_leaves_nothing(single, opened, tmp_path, monkeypatch):
     ) as process:
         assert process.stdout.readline() == b"made\n"
         (folder,) = os.listdir(tmp_path)
-        os.utime(tmp_path / folder, (0, 0))
+        os.utime(tmp_path / folder / "lock", (0, 0))
         with etcd_store.open_storage(location) as store:
             store.page(None, 0, 0)
             assert len(os.listdir(tmp_path)) == 2
         process.kill()
-    os.utime(tmp_path / folder, (0, 0))
+    os.utime(tmp_path / folder / "lock", (0, 0))
     with etcd_store.open_storage(location) as store:
         store.page(None, 0, 0)
         assert len(os.listdir(tmp_path)) == 1 and folder not in os.listdir(tmp_path)

@@ -34,6 +34,7 @@ MAX_CODE_LINES, MAX_CORE_LINES = 3200, 2450  # of wmi.py, and without its part "
 # Run by the copy under test as `module`: every store opens, and comes from beside the copy.
 EXERCISE = """
 import sys
+module.open_storage("etcd:http://127.0.0.1:2379/images").close()  # asks nothing before it has to
 for scheme in ("memory", "json", "sqlite"):
     with module.open_storage(f"{scheme}:{sys.argv[1]}/images.{scheme}") as storage:
         id = module.Catalog(storage).register({"account_id": "a-shpoolxx"})
@@ -211,7 +212,7 @@ def test_zip(archive, work):
     wmi.open_storage(f"sqlite:{work / 'new'}").close()
     for how, path in (([archive], []), (["-m", "wmi"], [archive])):
         assert run(*how, "list", "-o", "id", "--store", "sqlite:new", path=path, cwd=work) == ""
-    assert "json, memory, sqlite" in run(archive, "list", "--store", "none:x", cwd=work, code=1)
+    assert "etcd, json, memory, sqlite" in run(archive, "list", "--store", "none:x", cwd=work, code=1)
 
 
 # ---- backends ----
@@ -270,7 +271,7 @@ def test_unknown_scheme_names_the_known(copy, work, plugin):
             try:
                 wmi.open_storage(url)
             except wmi.InvalidParameter as error:
-                assert all(name in str(error) for name in ("broken, json, memory, sqlite, theirs", url)), error
+                assert all(name in str(error) for name in ("broken, etcd, json, memory, sqlite, theirs", url)), error
             except AttributeError:
                 print(url)
         print(sorted(name for name in sys.modules if "_store" in name or "theirs" in name))
@@ -338,8 +339,9 @@ FILES = [SOURCE, *sorted(BACKENDS.glob("*.py"))]
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_standard_library_only(path):
-    """wmi.py and its backends import the standard library and nothing else; backends not even wmi."""
-    assert [name for name in _imports(path) if not _is_standard(name)] == []
+    """wmi.py and its backends import the standard library and nothing else; backends not even wmi, but each other."""
+    siblings = [f".{scheme}_store" for scheme in _schemes_with_files()] if path != SOURCE else []
+    assert [name for name in _imports(path) if not _is_standard(name) and name not in siblings] == []
 
 
 def test_foreign_modules_are_seen():
@@ -375,6 +377,12 @@ def test_promised_size():
     core = before + after[after.index(banner.format("Command line")) :]
     assert count_code_lines(source) <= MAX_CODE_LINES
     assert count_code_lines(core) <= MAX_CORE_LINES
+
+
+@pytest.mark.parametrize("scheme, most", [("json", 450), ("sqlite", 450), ("etcd", 650)])
+def test_promised_size_of_a_backend(scheme, most):
+    """A backend is short; the one that speaks to a cluster is the longest."""
+    assert count_code_lines((BACKENDS / f"{scheme}_store.py").read_text(encoding="utf-8")) <= most
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("tests/test_*.py")), ids=lambda path: path.name)
