@@ -21,6 +21,18 @@ def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="hundreds of kills and mutations instead of a few")
 
 
+def pytest_configure(config):
+    """Know the mark of what only --long runs."""
+    config.addinivalue_line("markers", "long: runs with --long only")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is marked so, without a line for each."""
+    left = [] if config.getoption("--long") else [item for item in items if item.get_closest_marker("long")]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
+
+
 def pytest_report_header():
     """Show what is tested."""
     return f"wmi: {wmi.__version__} from {wmi.__file__}"

@@ -14,7 +14,7 @@ import time
 import unittest
 
 import pytest
-from members import Cluster, Relay, encode, needed, until
+from members import Cluster, Relay, encode, until
 from serving import serving
 
 import wmi
@@ -27,7 +27,6 @@ ID = "wmi-00000001"
 @pytest.fixture(scope="module")
 def single():
     """A cluster of one member."""
-    needed()
     with Cluster() as cluster:
         yield cluster
 
@@ -35,7 +34,6 @@ def single():
 @pytest.fixture(scope="module")
 def three():
     """A cluster of three members."""
-    needed()
     with Cluster(3) as cluster:
         yield cluster
 
@@ -59,6 +57,13 @@ def opened():
         yield lambda location: stack.enter_context(etcd_store.open_storage(location))
 
 
+@pytest.fixture
+def hasty(monkeypatch):
+    """A store that waits less long for a member, so that a test does."""
+    monkeypatch.setattr(etcd_store, "TRY_S", 0.5)
+    monkeypatch.setattr(etcd_store, "SILENT_S", 0.4)
+
+
 # ---- the contract ----
 
 
@@ -67,25 +72,30 @@ class TestSingle(StorageContract, unittest.TestCase):
     shared = True
 
     @pytest.fixture(autouse=True)
-    def _located(self, single):
-        self.location = single.location()
+    def _located(self, single, request):
+        self.location, self.long = single.location(), request.config.getoption("--long")
+
+    def operate(self, chance):
+        """Of the random sequences do one, unless there is time."""
+        if self.long or not hasattr(self, "operated"):
+            self.operated = True
+            super().operate(chance)
 
 
+@pytest.mark.long
 class TestThree(StorageContract, unittest.TestCase):
     opener = staticmethod(etcd_store.open_storage)
     shared = True
 
     @pytest.fixture(autouse=True)
-    def _located(self, request):
-        if not request.config.getoption("--long"):
-            pytest.skip("the contract on three members takes --long")
-        self.location = request.getfixturevalue("three").location()
+    def _located(self, three):
+        self.location = three.location()
 
 
 # ---- changes whose answers are lost ----
 
 
-def test_a_request_that_comes_late_does_nothing(single, opened):
+def test_a_request_that_comes_late_does_nothing(single, opened, hasty):
     """A change that no answer came to is made again; the first request, come at last, brings nothing back."""
     with Relay(single.clients[0]) as relay:
         prefix = single.location().partition("/t/")[2]
@@ -116,7 +126,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=["add", "replace", "delete", "few", "many"])
-def test_a_change_whose_answer_is_lost_is_made_once(single, opened, change):
+def test_a_change_whose_answer_is_lost_is_made_once(single, opened, hasty, change):
     """It is found out that the change was made: no error of a second try, and nothing is done twice."""
     with Relay(single.clients[0]) as relay:
         prefix = single.location().partition("/t/")[2]
@@ -133,7 +143,7 @@ def test_a_change_whose_answer_is_lost_is_made_once(single, opened, change):
             assert list(plain.check()) == []
 
 
-def test_an_outcome_that_cannot_be_found_out_is_said_to_be_unknown(single, opened):
+def test_an_outcome_that_cannot_be_found_out_is_said_to_be_unknown(single, opened, hasty):
     """EINPROGRESS in time, in words of its own over HTTP; nothing of it is left in the store object."""
     with Relay(single.clients[0]) as relay:
         prefix = single.location().partition("/t/")[2]
@@ -172,7 +182,6 @@ def works(call):
 @pytest.mark.parametrize("changes", [1, 40])
 def test_a_wiped_cluster_is_not_taken_for_the_old_one(changes, opened):
     """Behind the same addresses another history begins, shorter or longer: no image of the old one is shown."""
-    needed()
     with Cluster() as cluster:
         location = cluster.location()
         store, writer = opened(location), opened(location)
@@ -190,9 +199,8 @@ def test_a_wiped_cluster_is_not_taken_for_the_old_one(changes, opened):
             view.get(ID)
 
 
-def test_another_history_is_noticed_by_reads(opened):
+def test_another_history_is_noticed_by_reads(opened, hasty):
     """Also while the watch still hangs at a member of the old one, which is silent."""
-    needed()
     with Cluster() as old, Cluster() as new, Relay(old.clients[0]) as relay:
         prefix = old.location().partition("/t/")[2]
         store = opened(f"{relay.url}/t/{prefix}")
@@ -353,9 +361,20 @@ def test_without_quorum_it_is_said_at_once(whole, opened):
         store.replace(ID, lambda record: {**record, "state": "x"})
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
+@pytest.mark.long
 @pytest.mark.parametrize("role", ["leader", "follower"])
-def test_no_read_fails_when_a_member_does(whole, opened, signum, role):
+def test_no_read_fails_when_a_member_hangs(whole, opened, role):
+    """SIGSTOP does not close a connection: each read waits until it asks another member."""
+    attack_a_member(whole, opened, signal.SIGSTOP, role)
+
+
+@pytest.mark.parametrize("role", ["leader", "follower"])
+def test_no_read_fails_when_a_member_dies(whole, opened, role):
+    """Nor when it is killed with SIGKILL."""
+    attack_a_member(whole, opened, signal.SIGKILL, role)
+
+
+def attack_a_member(whole, opened, signum, role):
     """One of three dies or hangs: every read is answered, by both servers, and shows each change."""
     leader = whole.leader()
     victim = leader if role == "leader" else (leader + 1) % 3
@@ -439,7 +458,6 @@ def test_compaction_during_a_walk_and_while_the_copy_is_made(single, opened, mon
 
 def test_a_full_quota(opened):
     """Changes are refused with the reason, and nothing is lost; reads go on; with space again all is well."""
-    needed()
     with Cluster(1, "--quota-backend-bytes", str(4 << 20)) as cluster:
         store = opened(cluster.location())
         store.page(None, 0, 0)
@@ -477,7 +495,6 @@ def test_a_full_quota(opened):
 
 def test_a_token_that_is_not_valid_any_more(opened, monkeypatch):
     """With authentication on, a token is got, and got anew; a wrong password, or none, is said; it is never shown."""
-    needed()
     with Cluster() as cluster:
         location = cluster.location()
         with etcd_store.open_storage(location) as before:
@@ -507,7 +524,6 @@ def test_a_token_that_is_not_valid_any_more(opened, monkeypatch):
 
 def test_a_gateway_that_is_switched_off(opened):
     """The error says which option of etcd is missing."""
-    needed()
     with contextlib.ExitStack() as stack:
         cluster = Cluster.__new__(Cluster)
         wait, Cluster.wait = Cluster.wait, lambda self: None

@@ -13,7 +13,7 @@ import time
 from typing import Any, NamedTuple
 
 import pytest
-from members import Cluster, needed
+from members import Cluster
 from serving import serving
 
 import wmi
@@ -193,7 +193,6 @@ def recorded(location, act, opener=etcd_store.open_storage):
 @pytest.fixture(scope="module")
 def three():
     """A cluster of three members."""
-    needed()
     with Cluster(3) as cluster:
         yield cluster
 
@@ -212,7 +211,7 @@ def test_histories_while_members_die_and_hang(three, request):
                 leader = three.leader()
                 victim = leader if lead else (leader + 1) % 3
                 three.signal(victim, signum)
-                wait(2)
+                wait(1.5)
                 if signum == signal.SIGKILL:
                     three.start(victim)
                 else:
