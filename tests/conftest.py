@@ -22,12 +22,17 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Know the mark of what only --long runs."""
+    """Know the marks."""
     config.addinivalue_line("markers", "long: runs with --long only")
+    config.addinivalue_line("markers", "browser: needs a Chromium, and is the same on each Python")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config, items):
-    """Leave out what is marked so, without a line for each."""
+    """Mark what uses a browser; leave out what only --long runs, without a line for each."""
+    for item in items:
+        if "browser" in item.fixturenames:
+            item.add_marker("browser")
     left = [] if config.getoption("--long") else [item for item in items if item.get_closest_marker("long")]
     config.hook.pytest_deselected(items=left)
     items[:] = [item for item in items if item not in left]
