@@ -3,6 +3,7 @@
     python3 tests/benchmark.py                          # ours, on 1,000 and on 100,000 images in sqlite
     python3 tests/benchmark.py --url http://HOST:9001   # any server of this API that runs already
     python3 tests/benchmark.py --peers --workers 2      # ours and those that are installed, in turns
+    python3 tests/benchmark.py --etcd 3                 # ours on a cluster of three members, and on sqlite, in turns
 
 Everything runs on this machine, the load too, so figures compare only within one table. The load is
 wrk with one thread and 8 connections where it is installed, else a loop in this file (`--load own`),
@@ -34,6 +35,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -228,9 +230,10 @@ def family_of(pid: int) -> list[int]:
 
 @contextlib.contextmanager
 def ours(folder: pathlib.Path, workers: int, store: str) -> Iterator[Target]:
-    """Run our server on a store in the folder."""
-    port, log = free_port(), folder / f"{store}.log"
-    command = [sys.executable, folder / "wmi.py", "serve", "--store", f"sqlite:{folder / store}", "--port", port]
+    """Run our server on a file in the folder, or on what a URL names."""
+    port = free_port()
+    log, url = folder / f"{port}.log", store if ":" in store else f"sqlite:{folder / store}"
+    command = [sys.executable, folder / "wmi.py", "serve", "--store", url, "--port", port]
     with running([*command, "--workers", workers, "--log", folder / "access.log"], log) as process:
         yield wait_for(process, port, log)
 
@@ -562,6 +565,75 @@ def measure_ours(options: argparse.Namespace, folder: pathlib.Path) -> None:
         show_table(rows)
 
 
+READ_PAGES = """
+import json, resource, statistics, sys, time
+sys.path.insert(0, sys.argv[1])
+import wmi
+def seconds(call):
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+with wmi.open_storage(sys.argv[2]) as store:
+    total = []
+    first = seconds(lambda: total.append(store.page(None, 0, 20)[0]))
+    starts = (0, total[0] // 2, total[0] - 20)
+    pages = [statistics.median(seconds(lambda: store.page(None, start, 20)) for _ in range(50)) for start in starts]
+    print(json.dumps([first, *pages, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+"""
+
+
+def measure_etcd(options: argparse.Namespace, folder: pathlib.Path) -> None:
+    """Print tables about one and two servers on a cluster, and on sqlite in turns. Needs etcd and pytest."""
+    from members import Cluster
+
+    fill(folder, "many.db", options.images, peers=False)
+    import wmi
+
+    bench = Bench(options)
+    with Cluster(options.etcd, "--quota-backend-bytes", str(8 << 30)) as cluster, contextlib.ExitStack() as stack:
+        urls = {"sqlite": f"sqlite:{folder / 'many.db'}", "etcd": f"etcd:{cluster.location()}"}
+        began = time.perf_counter()
+        with wmi.open_storage(urls["sqlite"]) as source, wmi.open_storage(urls["etcd"]) as target:
+            target.add_all(source.walk(oldest_first=True))
+        loaded = time.perf_counter() - began
+        rows = [["", "first page, s", "page at the start, ms", "in the middle", "at the end", "memory at most, MB"]]
+        for name, url in urls.items():
+            command = [sys.executable, "-c", READ_PAGES, str(folder), url]
+            first, *pages, memory = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+            rows.append([name, f"{first:.2f}", *(f"{1000 * page:.2f}" for page in pages), f"{memory:.0f}"])
+        print(f"{options.images:,} images, {options.etcd} members of etcd; copied into it in {loaded:.0f} s")
+        show_table(rows)
+        servers = [stack.enter_context(ours(folder, 1, url)) for url in (urls["sqlite"], urls["etcd"], urls["etcd"])]
+        for server in servers:
+            until_answered(server, PAGE)
+        for _ in range(options.rounds):
+            for scenario in LABELS:
+                bench.measure("sqlite", scenario, servers[0])
+                bench.measure("etcd, one server", scenario, servers[1])
+                threads = [threading.Thread(target=bench.measure, args=[f"pair {n}", scenario, server])
+                           for n, server in enumerate(servers[1:])]  # fmt: skip
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+    rows = [["requests/s (p99, ms)", *LABELS.values()]]
+    for name in ("sqlite", "etcd, one server"):
+        rows.append([name, *(f"{bench.median(name, s):,.0f} ({bench.median(name, s, 2):.1f})" for s in LABELS)])
+    both = [sum(bench.median(f"pair {n}", scenario) for n in range(2)) for scenario in LABELS]
+    rows.append(["etcd, two servers at once", *(f"{rate:,.0f}" for rate in both)])
+    show_table(rows)
+
+
+def until_answered(target: Target, path: str) -> None:
+    """Wait until a server answers a path, which it cannot at first if it has to copy a million images."""
+    while True:
+        try:
+            fetch(target, path)
+            return
+        except OSError:
+            time.sleep(0.1)
+
+
 def measure_url(options: argparse.Namespace) -> None:
     """Print requests/s of a server that runs already."""
     match = re.fullmatch(r"http://([^/:]+):([0-9]+)/?", options.url)
@@ -628,6 +700,8 @@ def main() -> None:
     parser.add_argument("--url", help="measure this server, http://HOST:PORT")
     parser.add_argument("--account", default=ACCOUNT, help="who asks (default: %(default)s)")
     parser.add_argument("--peers", action="store_true", help="measure other servers that are installed, too")
+    parser.add_argument("--etcd", type=int, metavar="N", help="measure servers on a cluster of N members, too")
+    parser.add_argument("--images", type=int, default=MANY, help="for --etcd, at least %(default)s (the default)")
     parser.add_argument("--workers", type=int, default=1, help="processes of each server (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each row (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=2, help="of each run (default: %(default)s)")
@@ -648,6 +722,8 @@ def main() -> None:
                 measure_url(options)
             except (OSError, ValueError) as error:
                 raise SystemExit(f"{options.url}: {error}") from error
+        elif options.etcd:
+            measure_etcd(options, folder)
         elif options.peers:
             measure_peers(options, folder)
         else:
