@@ -1398,7 +1398,7 @@ def test_deadline_over_https(https, certificate, drip):
     """A byte now and then does not outlast the deadline over TLS either."""
     with Scripted(drip, before=https) as server:
         url = f"https://localhost:{server.port}"
-        assert elapsed(lambda: client(url, cafile=certificate[0], deadline=0.5).show("wmi-one")) < 8
+        assert elapsed(lambda: client(url, cafile=certificate[0], deadline=0.25).show("wmi-one")) < 8
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
@@ -1426,7 +1426,7 @@ def test_deadline_while_sending(https, certificate, scheme):
 
     stopped = threading.Event()
     with Scripted(b"", before=Slow) as server:
-        caller = client(f"{scheme}://localhost:{server.port}", cafile=certificate[0], deadline=0.6, version="12.03")
+        caller = client(f"{scheme}://localhost:{server.port}", cafile=certificate[0], deadline=0.3, version="12.03")
         try:
             assert elapsed(lambda: caller.update("wmi-one", display_name="x" * (16 << 20))) < 6
         finally:
@@ -1454,7 +1454,7 @@ def test_deadline_holds_during_the_handshake():
 
     with Scripted(b"", before=before) as server:
         url = server.url.replace("http:", "https:")
-        assert elapsed(lambda: client(url, timeout=15, deadline=0.5).show("wmi-one")) < 8
+        assert elapsed(lambda: client(url, timeout=15, deadline=0.25).show("wmi-one")) < 8
 
 
 def test_https_works_where_the_certificate_is_trusted(https, certificate, monkeypatch):

@@ -64,7 +64,7 @@ def test_a_head_that_has_begun_is_finished(served):
         idle.sendall(GET)
         read_answer(idle)
         peer.sendall(GET[:20])
-        until(lambda: [handler for handler in server._connections if not handler.is_idle], "the beginning of a head")
+        until(lambda: [each for each in server._connections if each.phase == wmi.HEAD], "the beginning of a head")
         server.shutdown()
         stopper = threading.Thread(target=lambda: ended.append(server.stop(SECONDS)))
         stopper.start()
