@@ -240,7 +240,8 @@ def test_nginx_of_the_readme(place, tmp_path):
          "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate],
         check=True, capture_output=True, timeout=60,
     )  # fmt: skip
-    block = blocks("nginx")[0].replace("listen 443", f"listen 127.0.0.1:{port}").replace("images.example", "localhost")
+    [block] = [block for block in blocks("nginx") if "listen 443" in block]
+    block = block.replace("listen 443", f"listen 127.0.0.1:{port}").replace("images.example", "localhost")
     block = block.replace("/etc/ssl", str(tmp_path)).replace("/run/wmi", str(tmp_path))
     (tmp_path / "nginx.conf").write_text(
         f"{'user root;' if os.geteuid() == 0 else ''} daemon off; pid {tmp_path}/pid; error_log {tmp_path}/error;\n"
