@@ -3948,7 +3948,7 @@ class _Arrival:
         total = int(whole[1]) if whole else None
         if total is not None and total < self.size:
             raise self._changed()
-        if not self.size and self._path:
+        if not self.size:
             self._begin(_strong_validator(headers))
         # 2. Compare what a server without ranges sends again, and write the rest.
         here, same = (0 if answer.status == 206 else self.size), hashlib.md5(usedforsecurity=False)
@@ -3972,6 +3972,8 @@ class _Arrival:
     def _begin(self, validator: str) -> None:
         """Note of what the bytes are that come."""
         self._about["validator"] = validator
+        if not self._path:
+            return
         with _naming(self._known_by):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._known_by)
