@@ -3518,12 +3518,12 @@ class Tokens:
         """Read the file if it has changed; return what is newly wrong with it, in which case nothing changes."""
         if not self._lock.acquire(blocking=False):
             return ""
-        known, fault, self._state = self._state, "", None
+        fault = ""
         try:
             status = os.stat(self._path)
             state = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-            if state != known:
-                with open(self._path, encoding="utf-8") as file:
+            if state != self._state:
+                with open(self._path, encoding="utf-8-sig") as file:
                     self._accounts = dict(self._parse_lines(file))
             # A file that was changed just now may change again within the same tick of its clock.
             self._state = state if abs(time.time() - status.st_ctime) > TICK_SECONDS else None
@@ -3607,6 +3607,7 @@ def add_token(account: str, path: str) -> str:
 # ---- the page, and /health ----
 
 PAGE_SIZE = 20  # images on a page
+MAX_SEARCH = 200  # characters of what is searched for: each word is looked for in each image
 _NOBODY = "a-" + os.urandom(16).hex()  # an account that owns nothing, for visitors who name none
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --line: #d5dbe1; --paper: #fff; --card: #f6f8fa;
@@ -3723,7 +3724,7 @@ def _index_page(
     service: Service, catalog: Catalog, query: Mapping[str, str], account: str, linked: str, pulse: Pulse
 ) -> Iterator[str]:
     start, total, images = whole_number("start", query.get("start") or "0"), 0, []
-    words = " ".join(query.get("q", "").encode("utf-8", "replace").decode().split())
+    words = " ".join(query.get("q", "")[:MAX_SEARCH].encode("utf-8", "replace").decode().split())
     if words:
         with service.walking(catalog, pulse) as walking, storage_errors():
             found = walking.matching(True, False, [functools.partial(_has_words, words.lower().split())])
@@ -3751,8 +3752,9 @@ def _index_page(
 
 
 def _has_words(words: Sequence[str], record: Record) -> bool:
-    text = " ".join(str(record[name] or "") for name in ("id", "account_id", "arch", "description", "display_name"))
-    return all(word in text.lower() for word in words)
+    texts = (str(record[name] or "") for name in ("id", "account_id", "arch", "description", "display_name"))
+    text = " ".join(texts).lower()
+    return all(word in text for word in words)
 
 
 def _heading(image: Record) -> str:
