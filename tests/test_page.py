@@ -220,13 +220,21 @@ def test_hostile_text_in_every_field(server, number):
         shown(server, f"/images/{query.translate({ord('.'): None, ord('/'): None})}", 400)
 
 
+def test_text_for_html():
+    """Text and other values are escaped, for attributes, too; what HTML may not hold becomes U+FFFD."""
+    assert wmi._html("<a b='c' d=\"e\">&\t\n") == "&lt;a b=&#x27;c&#x27; d=&quot;e&quot;&gt;&amp;\t\n"
+    assert wmi._html("\0\x1f\x7f\x9f\ud800\udfff\ufdd0\ufdef\ufffe\uffff\r") == "\ufffd" * 11
+    assert wmi._html("~\xa0\ud7ff\ue000\ufdcf\ufdf0\U0010fffd") == "~\xa0\ud7ff\ue000\ufdcf\ufdf0\U0010fffd"
+    assert (wmi._html(False), wmi._html({"<": None})) == ("false", "{&quot;&lt;&quot;:null}")
+
+
 def test_directions_are_isolated(server):
     """Text of others stands in <bdi>, so that it cannot turn the text around it; what is searched for, too."""
     number = next(number for number, text in enumerate(HOSTILE) if "\u202e" in text)
-    for target in (f"/images/wmi-bad{number}", f"/?q=wmi-bad{number}", "/?q=%E2%80%AEnothing", "/?start=%E2%80%AE"):
+    for target in (f"/images/wmi-bad{number}", f"/?q=wmi-bad{number}", "/?q=%E2%80%AEnothing", "/images/%E2%80%AEx"):
         body = server.request("GET", target)[2].decode()
         bare = re.sub('<bdi>.*?</bdi>|value="[^"]*"|href="[^"]*"', "", body, flags=re.DOTALL)
-        assert "\u202e" not in bare
+        assert "\u202e" in body and "\u202e" not in bare
 
 
 def test_longest_texts():
@@ -270,6 +278,24 @@ def test_search(server):
     assert len({*page.ids(), *older.ids()}) == 38 and "account=a-shpoolxx" in page.links[-1]
     assert ("input", "value", "image of") in older.attributes
     assert shown(server, "/?q=%ff%ed%a0%80").texts["p"][-1].startswith("Nothing here has")
+
+
+def test_long_search():
+    """Only so many characters are searched for, and each text is read once: many words cost little more than one."""
+    reads = []
+
+    class Text(str):
+        __slots__ = ()
+
+        def __str__(self):
+            reads.append(self)
+            return super().__str__()
+
+    record = image("wmi-a", is_public=True, description="a b c")
+    assert wmi._has_words(["a", "b", "c"] * 100, {**record, "description": Text("A B C")}) and len(reads) == 1
+    with serving(stored(record)) as server:
+        page = shown(server, "/?q=" + "+".join(["a"] * 3000 + ["zzz"]))
+        assert page.ids() == ["wmi-a"] and ("input", "value", " ".join(["a"] * 100)) in page.attributes
 
 
 def test_first_visit_and_empty_store():

@@ -72,6 +72,15 @@ def server(path):
         yield server
 
 
+@pytest.fixture(scope="module")
+def steady(tmp_path_factory):
+    """Serve with tokens, for tests that change nothing."""
+    path = tmp_path_factory.mktemp("steady") / "tokens"
+    path.write_text(lines())
+    with serving(filled(), tokens=wmi.Tokens(str(path))) as server:
+        yield server
+
+
 def bearer(token):
     return {"Authorization": f"Bearer {token}"}
 
@@ -141,13 +150,13 @@ BAD = [
 
 
 @pytest.mark.parametrize("fields", BAD)
-def test_no_token_or_a_wrong_one_is_401(server, fields):
+def test_no_token_or_a_wrong_one_is_401(steady, fields):
     """Whatever does not prove an account gets 401, both challenges and code 103, and the same answer as any other."""
-    status, _, body = server.request("GET", "/api/images", fields)
-    plain = server.request("GET", "/api/images")
+    status, _, body = steady.request("GET", "/api/images", fields)
+    plain = steady.request("GET", "/api/images")
     assert (status, json.loads(body)["code"]) == (401, "103")
     assert (status, body) == (plain[0], plain[2])  # nothing tells whether an account or a token exists
-    raw = server.raw(b"GET /api/images HTTP/1.0\r\n\r\n").decode()
+    raw = steady.raw(b"GET /api/images HTTP/1.0\r\n\r\n").decode()
     assert 'WWW-Authenticate: Basic realm="wmi", charset="UTF-8"\r\n' in raw
     assert 'WWW-Authenticate: Bearer realm="wmi"\r\n' in raw
 
@@ -161,20 +170,20 @@ def test_no_token_or_a_wrong_one_is_401(server, fields):
         ("GET", "/"), ("GET", "/?account=a-one"), ("GET", "/images/wmi-one"), ("GET", "/images/wmi-one?account=a-one"),
     ],
 )  # fmt: skip
-def test_nothing_is_said_without_a_token(server, method, target):
+def test_nothing_is_said_without_a_token(steady, method, target):
     """Every call of every version, and the page, is 401 before anything else is looked at; nothing changes."""
-    status, headers, body = server.request(method, target, {"X-VDC-ACCOUNT-UUID": "a-one"})
+    status, headers, body = steady.request(method, target, {"X-VDC-ACCOUNT-UUID": "a-one"})
     assert (status, "www-authenticate" in headers) == (401, True)
     assert b"wmi-" not in body and b"a-one" not in body.replace(b"/?account=a-one", b"")
-    assert server.server.service.storage.get("wmi-one")["display_name"] == ""
+    assert steady.server.service.storage.get("wmi-one")["display_name"] == ""
 
 
-def test_another_account_is_403(server):
+def test_another_account_is_403(steady):
     """A header that names another account than the token's is 403 and 105, whoever it names."""
     for named in ("a-two", "a-00000000", "A-one", "a-one, a-one", "-"):
         fields = {**bearer(ONE), "X-VDC-ACCOUNT-UUID": named}
         for method, target in (("GET", ""), ("GET", "/wmi-one"), ("DELETE", "/wmi-one")):
-            status, _, body = server.request(method, f"/api/images{target}", fields)
+            status, _, body = steady.request(method, f"/api/images{target}", fields)
             assert (status, json.loads(body)["code"]) == (403, "105")
 
 
@@ -186,12 +195,12 @@ def test_operator_needs_its_own_token(server):
     assert server.request("DELETE", "/api/images/wmi-two", fields)[0] == 200
 
 
-def test_page_of_an_account(server):
+def test_page_of_an_account(steady):
     """With a token the page shows what its account may see, and an account in the query changes nothing."""
-    status, headers, body = server.request("GET", "/?account=a-two", basic("a-one", ONE))
+    status, headers, body = steady.request("GET", "/?account=a-two", basic("a-one", ONE))
     assert (status, headers["content-type"]) == (200, "text/html;charset=utf-8")
     assert set(re.findall(rb"/images/(wmi-\w+)", body)) == {b"wmi-one", b"wmi-public"}
-    assert server.request("GET", "/images/wmi-two?account=a-two", basic("a-one", ONE))[0] == 403
+    assert steady.request("GET", "/images/wmi-two?account=a-two", basic("a-one", ONE))[0] == 403
 
 
 def test_without_tokens_nothing_is_proved():
@@ -340,8 +349,9 @@ def test_token_file_of_a_client(server, command, tmp_path):
         code, _, err = command("list", "--url", server.url, "--token-file", mine, "-o", "id")
         assert (code, "warning" in err, f"chmod o= {mine}" in err) == (0, warned, warned)
     mine.write_text(" \n")
-    assert command("list", "--url", server.url, "--token-file", mine, "--account", "a-one")[0] == 1
-    assert command("list", "--url", server.url, "--token-file", tmp_path / "none", "--account", "a-one")[0] == 1
+    listing = ["list", "--url", server.url, "--account", "a-one", "--token-file"]
+    assert command(*listing, mine) == (1, "", f"wmi: {mine}: holds no token\n")
+    assert command(*listing, tmp_path / "none") == (1, "", f"wmi: {tmp_path}/none: No such file or directory\n")
 
 
 # ---- the command `token` ----
@@ -524,7 +534,7 @@ def test_malformed_file(path, text, line):
 
 def test_well_formed_files(path):
     """Comments, blanks, empty lines and other ends of lines are no fault; of equal digests the last line counts."""
-    path.write_text(f"\n  # ours\r\n\t a-one\t{digest(ONE).upper()}  # laptop\r\n\r\na-two {digest(ONE)}")
+    path.write_text(f"\ufeff\n  # ours\r\n\t a-one\t{digest(ONE).upper()}  # laptop\r\n\r\na-two {digest(ONE)}")
     tokens = wmi.Tokens(str(path))
     assert [*tokens._accounts.values()] == ["a-two"]
     path.write_text("")
@@ -832,14 +842,14 @@ def test_client_refuses_what_is_no_token(token):
     assert token.strip() not in str(error.value)
 
 
-def test_answers_of_requests_in_one_segment(server):
+def test_answers_of_requests_in_one_segment(steady):
     """Requests of different callers that arrive together are each answered in the name of their own caller."""
     callers = [*ACCOUNTS, "", *reversed(ACCOUNTS)] * 3
     text = "".join(f"GET /api/images HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {TOKENS.get(caller, 'no')}\r\n\r\n"
                    for caller in callers)  # fmt: skip
-    with socket.create_connection((server.host, server.port), SECONDS) as peer:
+    with socket.create_connection((steady.host, steady.port), SECONDS) as peer:
         peer.sendall(text.encode())
         for caller in callers:
             answer = read_answer(peer)
             assert ids_of(answer) == expected(caller) if caller else answer[0] == 401
-    assert parse_answer(server.raw(b"GET /health HTTP/1.0\r\n\r\n"))[0] == 200
+    assert parse_answer(steady.raw(b"GET /health HTTP/1.0\r\n\r\n"))[0] == 200
