@@ -6,6 +6,9 @@ import contextlib
 import errno
 import json
 import os
+import pathlib
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +16,10 @@ import threading
 import time
 import unittest
 
+import members
 import pytest
-from members import Cluster, Relay, encode, until
-from serving import serving
+from members import Cluster, Relay, encode, free_port, until
+from serving import parse_answer, raw, serving
 
 import wmi
 from wmi import etcd_store
@@ -663,3 +667,73 @@ def test_a_command_sees_each_change_of_a_server_at_once(single, opened, capsys):
             capsys.readouterr()
             assert wmi.main(["list", "-o", "id", *store, "--account", ALICE]) == 0
             assert capsys.readouterr().out == ""
+
+
+# ---- the README ----
+
+
+@pytest.fixture
+def shown(tmp_path):
+    """The README's cluster with two servers, its commands run as they are printed but for the ports."""
+    text = (pathlib.Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (commands,) = re.findall(r"^```sh cluster\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    (config,) = re.findall(r"^```nginx\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    ports = {name: str(free_port()) for name in ("9000", "9001", "9002")}
+    for kind in ("2379", "2380"):
+        ports.update({f"{n}{kind}": str(free_port()) for n in (1, 2, 3)})
+        numbers = " ".join(f"{n}) echo {ports[f'{n}{kind}']};;" for n in (1, 2, 3))
+        commands = commands.replace(f"${{n}}{kind}", f"$(case $n in {numbers} esac)")
+    for old, new in ports.items():
+        commands, config = (re.sub(rf"(?<=[: ]){old}\b", new, each) for each in (commands, config))
+    shutil.copy(wmi.__file__, tmp_path / "wmi.py")
+    shutil.copytree(os.path.dirname(etcd_store.__file__), tmp_path / "backends")
+    (tmp_path / "nginx.conf").write_text(config)
+    for name, program in (("etcd", members.ETCD), ("python3", sys.executable)):
+        (tmp_path / name).write_text(f'#!/bin/sh\nexec "{program}" "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
+    shell = subprocess.Popen(
+        ["bash", "-c", commands + "\necho done\nwait\n"], cwd=tmp_path, env=environment, start_new_session=True,
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert (shell.stdout.readline(), shell.stdout.readline()) == (b"wmi-shared\n", b"done\n")
+        yield tmp_path, ports, shell, environment
+    finally:
+        os.killpg(shell.pid, signal.SIGKILL)
+        shell.wait()
+        shell.stdout.close()
+
+
+def show(port):
+    """Return the status of an answer on a port, 0 if there is none, and the description."""
+    with contextlib.suppress(OSError, IndexError):
+        target = "/api/images/wmi-shared HTTP/1.0\r\nHost: localhost\r\nX-VDC-ACCOUNT-UUID: a-shpoolxx\r\n\r\n"
+        status, _, body = parse_answer(raw("127.0.0.1", int(port), f"GET {target}".encode()))
+        return status, json.loads(body).get("description")
+    return 0, None
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="no /proc here")
+def test_the_cluster_of_the_readme(shown):
+    """Three members and two servers behind nginx: any member may be killed, no read fails, each change shows."""
+    folder, ports, shell, environment = shown
+    addresses = [ports["9001"], ports["9002"]]
+    until(lambda: all(show(port)[0] == 200 for port in addresses))
+    with contextlib.ExitStack() as stack:
+        if shutil.which("nginx"):
+            nginx = ["nginx", "-p", f"{folder}/", "-c", "nginx.conf", "-g", "daemon off;"]
+            proxy = stack.enter_context(subprocess.Popen(nginx, cwd=folder, env=environment, stderr=subprocess.PIPE))
+            stack.callback(proxy.terminate)
+            addresses.append(ports["9000"])
+            until(lambda: show(ports["9000"])[0] == 200)
+        children = pathlib.Path(f"/proc/{shell.pid}/task/{shell.pid}/children").read_text().split()
+        (member,) = [pid for pid in children if b"\0m2\0" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()]
+        for number in range(12):
+            if number == 4:
+                os.kill(int(member), signal.SIGKILL)
+            change = ["python3", "wmi.py", "modify", "wmi-shared", "-d", str(number)]
+            store = ",".join(f"http://127.0.0.1:{ports[f'{n}2379']}" for n in (1, 2, 3))
+            subprocess.run(change, cwd=folder, env={**environment, "WMI_STORE": f"etcd:{store}/images"}, check=True,
+                           stdout=subprocess.DEVNULL)  # fmt: skip
+            assert [show(port) for port in addresses] == [(200, str(number))] * len(addresses)
