@@ -432,16 +432,19 @@ def test_half_a_head_does_not_keep_its_place(monkeypatch):
 
 def test_many_long_works_delay_what_needs_no_store():
     """While many requests that each take the store a while are queued, what is known is answered between them."""
+    sent, log = threading.Event(), []
 
     class Busy(wmi.MemoryStorage):
         gets = 0
 
         def get(self, id):
             self.gets += 1
+            if self.gets == 10:
+                assert sent.wait(SECONDS)  # another request comes now
             threading.Event().wait(0.02)
             return super().get(id)
 
-    with Busy() as storage, serving(storage) as served, contextlib.ExitStack() as stack:
+    with Busy() as storage, serving(storage, log=log.append) as served, contextlib.ExitStack() as stack:
         storage.add(wmi.image_record({"id": "wmi-1", "account_id": ACCOUNT}))
         quick = stack.enter_context(connect(served))
         for _ in range(3):
@@ -452,9 +455,13 @@ def test_many_long_works_delay_what_needs_no_store():
         with served.server._lock:  # the leader waits here, so that all of these arrive together
             for number, peer in enumerate(peers):
                 peer.sendall(head(f"/api/images/wmi-1?{number}"))
+        until(lambda: storage.gets == 10)
         quick.sendall(head("/api/images"))
-        assert read_answer(quick)[0] == 200
-        assert storage.gets < 25  # half of the queue; a turn is three of them
+        sent.set()
+        assert [read_answer(peer)[0] for peer in (quick, *peers)] == [200] * 51
+        until(lambda: len(log) == 3 + 51)
+    answered = [line.split()[4] for line in log[3:]]
+    assert answered.index("/api/images") < 35  # a turn is three of the others
 
 
 @pytest.mark.skipif(not hasattr(os, "fork") or not os.path.exists("/proc/self/stat"), reason="workers, and /proc")
