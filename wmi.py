@@ -3409,8 +3409,8 @@ def file_answer(request: Request, record: Record, file: BinaryIO) -> Answer:
     # The checksum names the bytes on every server. Without one it is the file as it is now, unless that was written so
     # lately that another change may get the same time: then nothing can name the bytes.
     settled = abs(moment - status.st_mtime) > TICK_SECONDS
-    name = f"{status.st_ino:x}-{size:x}-{status.st_mtime_ns:x}" if settled else os.urandom(12).hex()
-    etag, date = f'"{record["md5sum"] or name}"', email.utils.formatdate(modified, usegmt=True)
+    mark = f"{status.st_ino:x}-{size:x}-{status.st_mtime_ns:x}" if settled else os.urandom(12).hex()
+    etag, date = f'"{record["md5sum"] or mark}"', email.utils.formatdate(modified, usegmt=True)
     lines = (f"ETag: {etag}\r\nLast-Modified: {date}\r\n"
              f"Accept-Ranges: bytes\r\nCache-Control: {_CACHE_CONTROL}\r\n")  # fmt: skip
     with contextlib.ExitStack() as cleanup:
@@ -3453,10 +3453,8 @@ def parse_range(field: str, size: int) -> tuple[int, int] | None:
 
     Several ranges, another unit, and what is malformed count as none. Raises RangeNotSatisfiable.
     """
-    unit, _, text = field.partition("=")
-    ranges = [each.strip(" \t") for each in text.split(",") if each.strip(" \t")]
-    match = re.fullmatch("([0-9]*)-([0-9]*)", ranges[0]) if unit.lower() == "bytes" and len(ranges) == 1 else None
-    if not match or match[0] == "-":
+    match = re.fullmatch(r"(?i:bytes)=[ \t,]*([0-9]*)-([0-9]*)[ \t,]*", field)
+    if not match or not any(match.groups()):
         return None
     first, last = (_FAR if len(digits.lstrip("0")) > 18 else int(digits[-18:] or _FAR) for digits in match.groups())
     if not match[1]:  # the last so many bytes
