@@ -365,8 +365,9 @@ def test_an_end_at_each_operation(known, out, monkeypatch):
                 raise Killed
             return original(*args, **options)
 
-        source = Source(CONTENT, 'ETag: "a"')
-        with source, catalog(image(source.uri, **({} if known else {"md5sum": None}))) as url:
+        content = CONTENT[:100_000]
+        source = Source(content, 'ETag: "a"')
+        with source, catalog(image(source.uri, content, **({} if known else {"md5sum": None}))) as url:
             client = wmi.Client(url, ACCOUNT)
             with monkeypatch.context() as patched:
                 stand_in = type("os", (), {"__getattr__": lambda self, name: getattr(os, name)})()
@@ -375,14 +376,14 @@ def test_an_end_at_each_operation(known, out, monkeypatch):
                 patched.setattr(wmi, "os", stand_in)
                 with contextlib.suppress(Killed):
                     client.fetch("wmi-one", "x")
-            assert not (out / "x").exists() or (out / "x").read_bytes() == CONTENT
+            assert not (out / "x").exists() or (out / "x").read_bytes() == content
             with contextlib.suppress(wmi.FetchError):  # the last moment in which no note is there, but all bytes
                 client.fetch("wmi-one", "x")
             if not (out / "x").exists():
-                assert not known and (out / "x.part").read_bytes() == CONTENT
+                assert not known and (out / "x.part").read_bytes() == content
                 os.unlink(out / "x.part")
                 client.fetch("wmi-one", "x")
-            assert (out / "x").read_bytes() == CONTENT and left(out) == ["x"]
+            assert (out / "x").read_bytes() == content and left(out) == ["x"]
             os.unlink(out / "x")
         if count < at:
             break
@@ -431,6 +432,15 @@ def test_a_shorter_file(out, refused):
         half(url, out / "x")
         source.content, source.lines = CONTENT[:10], []
         assert "has changed" in refused(url, "x")
+
+
+def test_an_end_of_what_is_sent_again(out, refused):
+    """A server without ranges or lengths whose connection ends before the bytes that are here has not sent all."""
+    with Source() as source, catalog(image(source.uri, md5sum=None)) as url:
+        size = half(url, out / "x")
+        source.acts = [b"HTTP/1.1 200 OK\r\n\r\n" + CONTENT[:10]]
+        assert "the answer is cut" in refused(url, "x")
+    assert (out / "x.part").read_bytes() == CONTENT[:size]
 
 
 def test_a_changed_catalog(out, refused):
@@ -621,6 +631,31 @@ def test_many_fetches_to_one_file(own, out):
     for thread in threads:
         thread.join()
     assert ends == [True] * 20 and left(out) == ["x"]
+
+
+def test_another_fetch_ends_just_before(own, out, monkeypatch):
+    """A part that was opened while another process finished it is the file there by now, and not written to."""
+    fcntl = pytest.importorskip("fcntl")
+    lock = fcntl.flock
+
+    def flock(file, how):
+        if not (out / "y").exists():
+            os.replace(out / "x.part", out / "y")
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert fetch(own, "x") == 0
+    assert (out / "x").read_bytes() == CONTENT and (out / "y").read_bytes() == b""
+
+
+def test_a_refusal_leaves_nothing_locked(own, out):
+    """A second try is told the same, though the first error is still looked at."""
+    (out / "x.part").write_bytes(b"mine")
+    client, errors = wmi.Client(own, ACCOUNT), []
+    for _ in range(2):
+        with pytest.raises(wmi.FetchError, match="nothing says of what") as error:
+            client.fetch("wmi-one", "x")
+        errors.append(error)
 
 
 @pytest.mark.parametrize("ending", ["", ".part", ".part.json"])

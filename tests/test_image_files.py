@@ -482,7 +482,7 @@ def test_a_link_that_is_put_there_after_the_path_was_resolved(what, place, monke
 
 
 def test_links_that_are_swapped_during_requests(place, request):
-    """While another process puts links in the place of a folder and a file, and back, only what is inside comes out."""
+    """While links are put in the place of a folder and a file, and back, only what is inside comes out."""
     outside = place.parent / "outside"
     outside.mkdir()
     write(outside / "in", b"secret")
@@ -503,7 +503,7 @@ def test_links_that_are_swapped_during_requests(place, request):
         swapping = threading.Thread(target=swap)
         swapping.start()
         try:
-            for count in range(20_000 if request.config.getoption("--long") else 400):
+            for count in range(20_000 if request.config.getoption("--long") else 200):
                 answers.add(ask(served)[::2] if count % 2 else ask(served)[2])
         finally:
             ended.set()
@@ -691,7 +691,7 @@ def test_files_are_closed(how, big, tls, monkeypatch):
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no /proc here")
 @pytest.mark.skipif(sys.implementation.name == "pypy", reason="PyPy collects this test's own pieces when it likes")
 def test_memory_stays_flat_and_others_are_served(big, tls):
-    """While several clients have 100 MB sent, little memory is used, and another client is answered."""
+    """While several clients have 40 MB sent, little memory is used, and another client is answered."""
     os.truncate(big, 40_000_000)
     options, wrap = tls
     counts = []
