@@ -3495,6 +3495,12 @@ def _json_failure(time: str, text: str) -> str:
 LOG_FORMATS["json"] = LogFormat(_json_answer, _json_failure)
 
 
+def _tell(options: Any, text: str) -> None:
+    """Print a line to standard error, in the form of the log."""
+    is_json = getattr(options, "log_format", "text") == "json"
+    print(json.dumps({"time": now(), "message": text}) if is_json else f"wmi: {text}", file=sys.stderr, flush=True)
+
+
 # ---- tokens ----
 
 _CONTRADICTION = "the token is another account's"
@@ -3605,6 +3611,27 @@ def add_token(account: str, path: str) -> str:
     return token
 
 
+def _read_tokens(options: Any) -> Tokens | None:
+    return Tokens(options.tokens) if options.tokens else None
+
+
+def _read_token(options: Any) -> str:
+    """Return the token of --token-file, or of --token or WMI_TOKEN; an empty text if there is none."""
+    if not options.token_file:
+        return options.token or ""
+    with open(options.token_file, encoding="ascii", errors="replace") as file:
+        token = file.read(8192).strip()
+    if not token:
+        raise InvalidParameter(f"{options.token_file}: holds no token")
+    _warn_if_exposed(options, options.token_file)
+    return token
+
+
+def _warn_if_exposed(options: Any, path: str) -> None:
+    if os.stat(path).st_mode & (stat.S_IROTH | stat.S_IWOTH):
+        _tell(options, f"warning: {path} is open to others on this machine; use chmod o= {path}")
+
+
 # ---- the page, and /health ----
 
 PAGE_SIZE = 20  # images on a page
@@ -3615,10 +3642,9 @@ _STYLE = """
   --link: #0a58ad; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e7ebef; --soft: #a0abb6; --line: #3a434d; --paper: #14181c;
   --card: #1d2329; --link: #7db8ff; } }
-* { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 56rem; padding: 0 1rem 3rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-a { color: var(--link); text-decoration: none; } a:hover { text-decoration: underline; }
+* { box-sizing: border-box; } a { color: var(--link); text-decoration: none; } a:hover { text-decoration: underline; }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 2px; border-radius: .25rem; }
 header { margin-bottom: 1.25rem; padding: .9rem 0; border-bottom: 1px solid var(--line); font-weight: 600; }
 h1 { margin: 0; font-size: 1.5rem; line-height: 1.25; } h2 { margin: 0; font-size: 1.0625rem; } p { margin: .5rem 0; }
@@ -3702,7 +3728,7 @@ def read_page(service: Service, request: Request, route: Route, arrived: float, 
     account = "" if catalog.account == _NOBODY else str(catalog.account)
     linked = "" if service.tokens else account  # by links, as the browser sends a token by itself
     if route.id is None:
-        title, parts = "Machine images", _index_page(service, catalog, query, account, linked, pulse)
+        title, parts = "Machine images", _listing(service, catalog, query, account, linked, pulse)
     else:
         image = catalog.show(route.id)
         if request.path.endswith("/file"):
@@ -3721,9 +3747,7 @@ def error_page(error: Error, request: Request) -> Answer:
     return make_error(error, "text/html;charset=utf-8", body, f"{lines}Cache-Control: {_CACHE_CONTROL}\r\n")
 
 
-def _index_page(
-    service: Service, catalog: Catalog, query: Mapping[str, str], account: str, linked: str, pulse: Pulse
-) -> Iterator[str]:
+def _listing(service: Service, catalog: Catalog, query: Any, account: str, linked: str, pulse: Pulse) -> Iterator[str]:
     start, total, images = whole_number("start", query.get("start") or "0"), 0, []
     words = " ".join(query.get("q", "")[:MAX_SEARCH].encode("utf-8", "replace").decode().split())
     if words:
@@ -4288,10 +4312,7 @@ def _serve(options: Any) -> int:
         ours = storage if options.workers == 1 else open_storage(options.store)
         return Server(ours, listener=listener, unversioned=options.unversioned, host_names=options.host_name,
                       max_connections=options.max_connections, tls=context, log=log, log_format=options.log_format,
-                      files=options.files, tokens=read_tokens())  # fmt: skip
-
-    def read_tokens() -> Tokens | None:
-        return Tokens(options.tokens) if options.tokens else None
+                      files=options.files, tokens=_read_tokens(options))  # fmt: skip
 
     def renew(server: Server | None) -> None:  # None: the parent, for the workers to come
         nonlocal context
@@ -4307,7 +4328,7 @@ def _serve(options: Any) -> int:
             _add_sample(storage)
         if options.workers > 1:
             storage.close()
-        if read_tokens():  # and so is a bad file of tokens
+        if _read_tokens(options):  # and so is a bad file of tokens
             _warn_if_exposed(options, options.tokens)
         listener = listen(options.host, options.port, options.unix_socket)
         address = address_of(listener, "https" if context else "http")
@@ -4364,17 +4385,6 @@ def _announce(options: Any, address: str) -> None:
     _tell(options, f"serving {options.store} on {address}/api/images{page}")
 
 
-def _tell(options: Any, text: str) -> None:
-    """Print a line to standard error, in the form of the log."""
-    is_json = getattr(options, "log_format", "text") == "json"
-    print(json.dumps({"time": now(), "message": text}) if is_json else f"wmi: {text}", file=sys.stderr, flush=True)
-
-
-def _warn_if_exposed(options: Any, path: str) -> None:
-    if os.stat(path).st_mode & (stat.S_IROTH | stat.S_IWOTH):
-        _tell(options, f"warning: {path} is open to others on this machine; use chmod o= {path}")
-
-
 def _add(options: Any, boot_dev_type: int, location: str) -> None:
     fields = {**_given_fields(options), "boot_dev_type": boot_dev_type}
     if "WMI_ACCOUNT" in os.environ:
@@ -4425,13 +4435,7 @@ def _catalog(options: Any, version: str = DOCUMENT) -> Iterator[Any]:
 
 
 def _client(options: Any, version: str = DOCUMENT) -> Client:
-    token = options.token
-    if options.token_file:
-        with open(options.token_file, encoding="ascii", errors="replace") as file:
-            token = file.read(8192).strip()
-        if not token:
-            raise InvalidParameter(f"{options.token_file}: holds no token")
-        _warn_if_exposed(options, options.token_file)
+    token = _read_token(options)
     if not options.url:
         raise InvalidParameter("a file is fetched from a server: give --url http://HOST:PORT or set WMI_URL")
     if not options.account and not token:
