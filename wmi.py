@@ -3649,14 +3649,14 @@ body { margin: 0 auto; max-width: 56rem; padding: 0 1rem 3rem; background: var(-
 header { margin-bottom: 1.25rem; padding: .9rem 0; border-bottom: 1px solid var(--line); font-weight: 600; }
 h1 { margin: 0; font-size: 1.5rem; line-height: 1.25; } h2 { margin: 0; font-size: 1.0625rem; } p { margin: .5rem 0; }
 small, dt, label, .soft { color: var(--soft); font-size: .875rem; }
-form { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; margin: 1rem 0; } label { flex: 1 1 14rem; }
+form { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; margin: 1rem 0; } label { flex: 1 1 12rem; }
 input, button, .button { padding: .5rem 1rem; border: 1px solid var(--soft); border-radius: .375rem; font: inherit; }
 input { display: block; width: 100%; margin-top: .25rem; color: var(--ink); background: var(--paper); font-size: 1rem; }
 button, .button { display: inline-block; color: var(--paper); background: var(--link); border-color: var(--link); }
 ol { margin: 1rem 0; padding: 0; list-style: none; border-top: 1px solid var(--line); }
 li { padding: .8rem 0; border-bottom: 1px solid var(--line); } li p { margin: .125rem 0 0; }
 .tag { margin-right: .375rem; padding: 0 .5rem; border: 1px solid var(--line); border-radius: 1rem; color: var(--ink);
-  background: var(--card); font-size: .8125rem; } .tag, time { white-space: nowrap; }
+  background: var(--card); font-size: .8125rem; } .tag, time { white-space: nowrap; } small { display: inline-block; }
 nav { display: flex; justify-content: space-between; }
 .empty { margin: 1rem 0; padding: 2rem; border: 1px dashed var(--soft); border-radius: .5rem; text-align: center; }
 dl { display: grid; grid-template-columns: fit-content(30%) 1fr; gap: .5rem 1.25rem; margin: 1.5rem 0; }
