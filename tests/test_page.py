@@ -23,6 +23,7 @@ import wmi
 ACCOUNT, OTHER = "a-shpoolxx", "a-other"
 MD5 = "0123456789abcdef" * 2
 HTML = "text/html;charset=utf-8"
+LONGEST = "wmi-" + "w" * 251
 HOSTILE = [
     "</style><script>window.pwned=1</script>",
     "</title></bdi></dd></main><img src=x onerror=window.pwned=1>",
@@ -195,8 +196,7 @@ def test_reader_is_strict(text):
 def server():
     """Serve 45 images, a hostile one for each text, and one of each kind of source."""
     storage = many(45)
-    for record in hostile_images():
-        storage.add(record)
+    storage.add_all([*hostile_images(), image(LONGEST, account_id="a-" + "w" * 253, is_public=True)])
     with serving(storage) as server:
         yield server
 
@@ -612,7 +612,8 @@ def browser(tmp_path_factory):
     browser.close()
 
 
-TARGETS = ["/", "/?start=20&q=image&account=a-shpoolxx", "/?q=nothing-is-called-so", "/images/wmi-n1", "/?account=A"]
+TARGETS = ["/", "/?start=20&q=image&account=a-shpoolxx", "/?q=nothing-is-called-so", "/images/wmi-n1", "/?account=A",
+           "/?q=wmi-www", f"/images/{LONGEST}"]  # fmt: skip
 
 
 def check_quiet(browser, url):
