@@ -64,8 +64,8 @@ def opened():
 @pytest.fixture
 def hasty(monkeypatch):
     """A store that waits less long for a member, so that a test does."""
-    monkeypatch.setattr(etcd_store, "TRY_S", 0.5)
-    monkeypatch.setattr(etcd_store, "SILENT_S", 0.4)
+    for name, seconds in (("TRY_S", 0.5), ("CALL_S", 2.5), ("FENCE_S", 1.0), ("SILENT_S", 0.4)):
+        monkeypatch.setattr(etcd_store, name, seconds)
 
 
 # ---- the contract ----
