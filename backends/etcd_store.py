@@ -4,8 +4,7 @@ Theory of operation:
 
 1. Keys. Each of them is below PREFIX.
 
-       change      a random text, put by every change that can be seen; its mod_revision is the
-                   store's revision
+       change      a random text, put by every change; its mod_revision is the store's revision
        image/ID    {"order": [revision, n]?, "n": k?, "load": L?, "before": {…}?, "record": {…}}
        load/L      there if the load L is done; never changed, never deleted
        session/S   there as long as a client, or a load, may change something; with a lease
@@ -16,12 +15,13 @@ Theory of operation:
 3. A change is one transaction that compares what was read, so it is done once or not at all.
    When its answer is lost, it may have been done, or may still be under way in a member that is
    slow. Therefore it also compares its session, a key that nobody else puts, and leaves its own
-   name there. One more transaction then tells: either the name is there, or the session is
-   deleted, and what comes late finds none. If that cannot be asked either: EINPROGRESS.
+   name there. So it can be found out: either the name is there, or the session is deleted, and
+   what comes late finds none. If that cannot be asked either: EINPROGRESS. (A refusal
+   because of the quota is no answer: etcd also gives it when the change is made and exceeds it.)
 4. Many records do not fit into one transaction. They are put as intents, which carry the name
    of their load, and are seen when load/L is put. Until then the key means what it has as
    `before`, or nothing. Whoever changes an image under an intent deletes the session of that
-   load, which has to start over. What a dead load leaves means nothing; `check` can remove it.
+   load, which then fails. What a dead load leaves means nothing; `check` can remove it.
 5. Reads. etcd has neither offsets nor an order but that of its keys. So a process that needs
    pages keeps a replica, a private SQLite file that one watch feeds. A read asks for the
    revision, waits until the replica has it, and is answered here: no answer is older than
@@ -65,7 +65,7 @@ TRY_S, CALL_S, FENCE_S = 1.5, 5.0, 2.5
 # Before members that were all tried are tried again; for which calls fail after one that nobody answered; for which
 # a read waits for the watch before that is begun anew.
 PAUSE_S, DOWN_S, SILENT_S = 0.1, 1.0, 1.0
-# Leases of a session, which is followed by another one, and of a load, which keeps it alive.
+# Leases of a session, which is followed by another one, and of a load, which keeps it alive with each transaction.
 SESSION_S, LOAD_S = 3600, 120
 # Of one transaction, in which etcd takes 128 operations and 1.5 MiB; and of those with transactions inside.
 AT_ONCE, BYTES_AT_ONCE, NESTED_AT_ONCE = 100, 500_000, 32
@@ -460,19 +460,20 @@ class _Changes:
         raise OSError(OTHERS)
 
     def _was_made(self, session: _Session, name: bytes, error: _Unanswered) -> bool:
-        """Return whether a change was made. If not, it never will be, however late it comes."""
+        """Return whether a change was made. If not, it never will be, however late it comes: its session is deleted.
+
+        Both are asked plainly, as a transaction may be refused because of the quota.
+        """
         try:
-            held, found, _ = self._cluster.transact([session.is_ours()], [_delete(session.key)], [_range(session.key)])
+            _, pairs = self._cluster.range(session.key)
+            if not pairs or pairs[0].value != name:
+                path, body = "/v3/kv/deleterange", {"key": _text(session.key), "prev_kv": True}
+                pairs = [_pair(each) for each in self._cluster.call(path, body, repeat=False).get("prev_kvs", ())]
         except OSError as failed:
             raise _unknown(error) from failed
-        if not held and found[0] and found[0][0].value == name:
-            session.put = found[0][0].put
-            self._sessions.append(session)
-            return True
-        # If it is gone, this was asked twice, the first answer lost. Its lease could also be over.
-        if (found[0] and not held) or time.monotonic() - session.born > SESSION_S - 2 * CALL_S:
+        if not pairs and time.monotonic() - session.born > SESSION_S - 2 * CALL_S:  # its lease may be over
             raise _unknown(error)
-        return False
+        return bool(pairs) and pairs[0].value == name
 
     def _take_session(self) -> _Session:
         """Return a session that nobody uses."""
@@ -539,8 +540,9 @@ class _Changes:
                 self._cluster.allow(CALL_S)
                 self._cluster.call("/v3/lease/keepalive", {"ID": session.lease})
                 self.add(rows, name, session)
-            marker = _put(self._key("load/", name), b"{}")
-            if self.commit([session.is_ours()], [marker, _delete(session.key)]) is not None:
+            self._cluster.allow(CALL_S)
+            puts = [_put(self._key("load/", name), b"{}"), _delete(session.key)]
+            if self.commit([session.is_ours()], puts) is not None:
                 raise OSError(OTHERS)
         except BaseException:
             with suppress(OSError):  # then the lease ends it, and `check` takes back what is left
@@ -568,7 +570,7 @@ class _Changes:
                     yield f"etcd: {pair.key!r} was left by a load that has ended; it means nothing"
         for first in range(0, len(left) if repair else 0, NESTED_AT_ONCE):
             self._cluster.allow(CALL_S)
-            found = self._cluster.transact([], list(map(_range, left[first : first + NESTED_AT_ONCE])))[1]
+            _, found, _ = self._cluster.transact([], list(map(_range, left[first : first + NESTED_AT_ONCE])))
             self._cluster.transact([], [self._undone(pair) for pair in chain(*found)])
 
     def _undone(self, pair: _Pair) -> Record:

@@ -593,6 +593,7 @@ def test_a_forked_process_opens_its_own(single, opened):
     child = os.fork()
     if not child:
         status = 1
+        signal.alarm(20)
         with contextlib.suppress(BaseException):
             store.add(image(2))
             status = int(store.page(None, 0, 0)[0] < 2)
