@@ -232,13 +232,14 @@ class _Cluster:
                 self._failure = None
                 return answer
             except _Refused as refused:
+                self._failure = None
                 if refused.code == EXHAUSTED and not repeat:  # so it says also when the quota is exceeded by this
                     raise _Unanswered(str(refused)) from refused
                 if logged_in or not re.search("user name is empty|auth token|auth store is old", str(refused)):
                     raise
                 self._log_in(refused)
                 logged_in = True
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, IndexError, AttributeError) as error:  # the latter of what is not etcd
                 failure = error
                 self.pass_over(at)
                 if sent and not repeat:
@@ -270,7 +271,7 @@ class _Cluster:
         if status == 404 and not text.startswith(b"{"):
             raise _Refused(0, f"no JSON gateway at {channel.url}: its configuration needs enable-grpc-gateway: true")
         answer: Record = json.loads(text)
-        if status != 200:
+        if status != 200 or not answer.keys() & {"header", "result"}:
             raise _error(answer)
         return answer
 
@@ -311,7 +312,7 @@ class _Cluster:
         try:
             for line in channel.watch("/v3/watch", {"create_request": create}, fields):
                 answer = json.loads(line)
-                if "result" not in answer:
+                if "result" not in answer or "canceled" in answer["result"]:
                     raise _error(answer.get("error", answer))
                 yield answer["result"]
         finally:
@@ -336,7 +337,7 @@ def _no_quorum(failure: Exception) -> OSError:
 def _error(answer: Record) -> OSError:
     """Return the error that etcd answers, in a body or in the midst of a watch."""
     code: int = {"code": answer.get("grpc_code", 2), **answer}["code"]
-    text = str(answer.get("message") or answer.get("error"))
+    text = str(answer.get("message") or answer.get("error") or answer)
     return OSError(text) if code in UNDECIDED else _Refused(code, text)
 
 
@@ -785,8 +786,6 @@ class _Follower:
         """Apply what the watch brings. Whole revisions come in one answer, as `fragment` is not set."""
         state = self._resume(self.state)
         for answer in self._cluster.watch(state.applied + 1):
-            if answer.get("canceled"):
-                raise OSError(f"etcd: the watch ended: {answer}")
             pairs = [_pair(event["kv"]) for event in answer.get("events", ())]
             if pairs and state.replica:
                 named = [(*self._cluster.split(pair), pair) for pair in pairs]

@@ -10,6 +10,7 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -542,6 +543,31 @@ def test_a_gateway_that_is_switched_off(opened):
             return str(caught.value)
 
         until(lambda: "enable-grpc-gateway" in message())
+
+
+@pytest.mark.parametrize("answer", [
+    b"", b"\r\n\r\n", b"SSH-2.0-x\r\n", b"HTTP/1.1 200 OK\r\n\r\n[]", b"HTTP/1.1 200 OK\r\n\r\n{}",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}", b"HTTP/1.1 502 Bad Gateway\r\n\r\n<html>",
+])  # fmt: skip
+def test_what_is_not_etcd(opened, hasty, answer):
+    """Whatever answers there, a read is an OSError in time, not an image that is not there."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    peer, _ = listener.accept()
+                    with peer:
+                        peer.recv(65536)
+                        peer.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        store = opened(f"http://127.0.0.1:{listener.getsockname()[1]}/x")
+        for read in (lambda: store.get(ID), store.revision, lambda: store.page(None, 0, 1)):
+            with pytest.raises(OSError, match="quorum"):
+                read()
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
 
 
 @pytest.mark.parametrize("location", [
