@@ -3289,7 +3289,18 @@ class TLSConnection(Connection):
         if isinstance(self.socket, ssl.SSLSocket):
             with contextlib.suppress(OSError, ValueError):
                 self.socket.unwrap()  # says that the answer is whole; the client's own is not waited for
+            self._clear_errors()
         return super()._linger()
+
+    def close(self) -> None:
+        """Close the socket; see Connection."""
+        super().close()
+        self._clear_errors()
+
+    def _clear_errors(self) -> None:
+        """Empty OpenSSL's queue of errors. PyPy leaves them there, and takes them for those of the next connection."""
+        if sys.implementation.name == "pypy" and self.server.tls:
+            self.server.tls.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_side=True)
 
 
 def tls_context(certificate: str, key: str | None = None) -> ssl.SSLContext:
