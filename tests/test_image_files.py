@@ -596,6 +596,24 @@ def test_a_range_is_sent_exactly(big, tls, start, end):
     assert at == len(text)
 
 
+def test_junk_on_other_connections_cuts_nothing(big, tls):
+    """A handshake that fails is no failure of those who are served meanwhile."""
+    options, wrap = tls
+    with serving(store(big.as_uri()), files=str(big.parent), **options) as served:
+        with wrap(socket.create_connection((served.host, served.port), SECONDS)) as peer:
+            peer.sendall(GET + CLOSE)
+            text = bytearray()
+            for _ in range(10):
+                with socket.create_connection((served.host, served.port), SECONDS) as other:
+                    other.sendall(b"nonsense\r\n\r\n")
+                    rest(other)
+                for _ in range(100):  # so that the server sends, until it has to wait again
+                    text += peer.recv(16384)
+            text += rest(peer)
+    body = bytes(text).partition(b"\r\n\r\n")[2]
+    assert len(body) == BIG and hash(body) == hash(big.read_bytes())
+
+
 CHANGES = {
     "shrinks": lambda path: os.truncate(path, 12_288_000),
     "is emptied": lambda path: os.truncate(path, 0),
