@@ -62,6 +62,33 @@ def test_threads_are_bounded(monkeypatch):
         assert read_answer(peers[5])[0] == 200
 
 
+def test_a_look_that_hangs_holds_up_one_thread():
+    """A store that is asked for its revision over a network: the request waits and the look before it, nobody else."""
+
+    class Far(wmi.MemoryStorage):
+        going = threading.Event()
+
+        def revision(self):
+            assert self.going.wait(SECONDS)
+            return super().revision()
+
+    with Far() as storage, serving(storage) as served, connect(served) as peer:
+        storage.going.set()
+        storage.add(wmi.image_record({"id": "wmi-1", "account_id": ACCOUNT}))
+        for _ in range(4):  # after which the answer is kept
+            peer.sendall(head("/api/images/wmi-1"))
+            assert read_answer(peer)[0] == 200
+        storage.going.clear()
+        peer.sendall(head("/api/images/wmi-1"))
+        until(lambda: leaders() == 3)
+        for _ in range(10):
+            assert leaders() <= 3
+            threading.Event().wait(0.05)
+        storage.going.set()
+        assert read_answer(peer)[0] == 200
+        until(lambda: leaders() == 1)
+
+
 def test_clients_that_hung_up_keep_no_thread(monkeypatch):
     """When the store goes on, the threads of clients that went away end, and their places are free."""
     with Stuck() as storage, serving(storage) as served:
