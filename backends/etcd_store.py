@@ -601,7 +601,8 @@ class _Replica(SqliteStorage):
         folder, lock = _make_folder()
         super().__init__(os.path.join(folder, "images.db"))
         self._writes = self._reads  # one connection, or what is applied would wait for a reader's lock
-        self._removing = weakref.finalize(self, _remove_folder, folder, lock, os.getpid())
+        # One that is followed by another is closed when the last walk has let go of it.
+        self._removing = weakref.finalize(self, _remove_folder, folder, lock, os.getpid(), self._reads)
         with self._reads as db:
             for statement in PREPARE.split(";"):
                 db.execute(statement).fetchall()
@@ -677,8 +678,9 @@ def _make_folder() -> tuple[str, int]:
     return folder, lock
 
 
-def _remove_folder(folder: str, lock: int, pid: int) -> None:
+def _remove_folder(folder: str, lock: int, pid: int, connection: Any) -> None:
     if pid == os.getpid():
+        connection.close()
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
 
