@@ -650,7 +650,7 @@ class _Replica(SqliteStorage):
                         raise _Rewritten
 
     def _publish(self, db: Any, load: str) -> None:
-        for id, record in db.execute("SELECT id, record FROM intent WHERE load = ? ORDER BY n", (load,)).fetchall():
+        for record, in db.execute("SELECT record FROM intent WHERE load = ? ORDER BY n", (load,)):  # perhaps a million
             db.execute(ADD.format("image"), _row(json.loads(record)))
         db.execute("DELETE FROM intent WHERE load = ?", (load,))
 
