@@ -90,8 +90,8 @@ except ImportError:  # a Python that was built without it has all but TLS
 
 __version__ = "1.1.0"
 __all__ = [  # and the errors, which are the subclasses of Error
-    "VERSIONS", "Catalog", "Client", "Error", "MemoryStorage", "Page", "Server", "Storage", "image_record", "listen",
-    "main", "open_storage", "register_backend", "run_server", "tls_context",
+    "VERSIONS", "Catalog", "Client", "Error", "MemoryStorage", "Page", "Server", "Storage", "Tokens", "image_record",
+    "listen", "main", "open_storage", "register_backend", "run_server", "tls_context",
 ]  # fmt: skip
 
 # wmi is one file, yet a backend is imported as wmi.NAME_store: with __path__ a module counts as a package. The folder
