@@ -40,7 +40,7 @@ The parts (``grep -A1 '^####' wmi.py``). Each uses only what stands above it, ex
     Connections   the server's engine: sockets, deadlines, one loop
     Processes     a parent that forks workers, and their signals
     Client        the verbs and errors of the catalog, over HTTP
-    Optional      what the rest works without: HTTPS, parts of files, whole stores
+    Optional      what the rest works without: HTTPS, image files, tokens, the page, fetch, whole stores
     Command line  a function for each subcommand, and main()
 
 Left out on purpose: everything of DCMGR that is not an image; the rest of YAML; async; scanning for plug-ins. A
