@@ -704,7 +704,7 @@ def shown(tmp_path):
     """The README's cluster with two servers, its commands run as they are printed but for the ports."""
     text = (pathlib.Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     (commands,) = re.findall(r"^```sh cluster\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    (config,) = re.findall(r"^```nginx\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    (config,) = re.findall(r"^```nginx cluster\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     ports = {name: str(free_port()) for name in ("9000", "9001", "9002")}
     for kind in ("2379", "2380"):
         ports.update({f"{n}{kind}": str(free_port()) for n in (1, 2, 3)})
