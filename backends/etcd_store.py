@@ -714,7 +714,7 @@ class _Follower:
     def at(self, revision: int, patient: bool) -> _Replica:
         """Return the replica when it has a revision. Raises OSError.
 
-        Who is patient waits for as long as a replica is being made, else for CALL_S.
+        Who is patient waits for as long as that goes on, though it may take minutes to make one; else for CALL_S.
         """
         began = time.monotonic()
         self.start()
@@ -725,7 +725,7 @@ class _Follower:
                 if self.state is state:
                     self._changed.wait(PAUSE_S)
             now, since = time.monotonic(), max(began, self._progress)
-            if (now > since + CALL_S) if patient else (self._cluster.left() < 0):
+            if (self._why and now > since + CALL_S) if patient else (self._cluster.left() < 0):
                 raise OSError(f"etcd: the copy here is {'late' if state.replica else 'being made'}: {self._why or ''}")
             if state.replica and now > since + SILENT_S:
                 self._progress = now  # of a kind

@@ -600,7 +600,7 @@ def measure_etcd(options: argparse.Namespace, folder: pathlib.Path) -> None:
         rows = [["", "first page, s", "page at the start, ms", "in the middle", "at the end", "memory at most, MB"]]
         for name, url in urls.items():
             command = [sys.executable, "-c", READ_PAGES, str(folder), url]
-            first, *pages, memory = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+            first, *pages, memory = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
             rows.append([name, f"{first:.2f}", *(f"{1000 * page:.2f}" for page in pages), f"{memory:.0f}"])
         print(f"{options.images:,} images, {options.etcd} members of etcd; copied into it in {loaded:.0f} s")
         show_table(rows)
