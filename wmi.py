@@ -1634,7 +1634,7 @@ FRESH_AT_MOST = 32  # answers of one round that may be kept
 CACHE_BYTES = 4 << 20  # of kept answers a process; about 400 pages of 20
 PIECE = 16384  # bytes sent or received at once: recv allocates what it is asked for, and a TLS record is not longer
 
-_IMAGES_PATH = re.compile(r"/api(?:/(11\.12|12\.03))?/images(?:/([^/.]+))?(|\.json|\.yml|\.yaml)")
+_IMAGES_PATH = r"/api(?:/(11\.12|12\.03))?/images(?:/([^/.]+))?(|\.json|\.yml|\.yaml)"
 _CONTENT_TYPES = {"json": "application/json", "yaml": "text/yaml;charset=utf-8"}
 _CACHE_CONTROL = "private, no-cache"  # to be asked each time: each account sees other images
 
@@ -1783,7 +1783,8 @@ class Service:
         self.unversioned, self.waiting = find_version(unversioned), 0
         self.files, self.tokens = files, tokens  # the directory of image files, and who may call: see Optional
         self.secure = False  # it is called over HTTPS
-        self._routes = [(pattern, read) for pattern, read, option in ROUTES if not option or getattr(self, option)]
+        rows = [row for row in ROUTES if not row[2] or getattr(self, row[2])]
+        self._routes = [(re.compile(pattern), read) for pattern, read, _ in rows]
         self._hosts = hosts  # that are served; None: any
         self.storage, self._report = storage, report
         self._catalogs = functools.lru_cache(maxsize=64)(functools.partial(Catalog, storage))
@@ -1985,7 +1986,7 @@ class Service:
 
 # What a path is served by: a pattern of a version, an id and an ending; who reads; and the option of Service without
 # which there is no such path. Optional adds rows.
-ROUTES: list[tuple[re.Pattern[str], Read, str]] = [(_IMAGES_PATH, Service.read_images, "")]
+ROUTES: list[tuple[str, Read, str]] = [(_IMAGES_PATH, Service.read_images, "")]
 ERROR_PAGES: dict[Read, Callable[[Error, Request], Answer]] = {}  # of readers whose errors people read
 
 
@@ -3487,7 +3488,7 @@ def _http_date(field: str | None) -> int | None:
     return None
 
 
-ROUTES.append((re.compile(_FILE_PATH), read_file, "files"))
+ROUTES.append((_FILE_PATH, read_file, "files"))
 
 
 # ---- the log in JSON ----
@@ -3855,10 +3856,10 @@ def read_health(service: Service, request: Request, route: Route, arrived: float
 
 
 ROUTES += [
-    (re.compile("()/()()"), read_page, ""),
-    (re.compile("()/images/([^/.]+)()"), read_page, ""),
-    (re.compile("()/images/([^/.]+)/file()"), read_page, "files"),
-    (re.compile("()/health()()"), read_health, ""),
+    ("()/()()", read_page, ""),
+    ("()/images/([^/.]+)()", read_page, ""),
+    ("()/images/([^/.]+)/file()", read_page, "files"),
+    ("()/health()()", read_health, ""),
 ]
 ERROR_PAGES[read_page] = error_page
 
