@@ -1618,65 +1618,75 @@ class Reader:
 ####################################################################################################
 # Service
 ####################################################################################################
-# From a request to an answer, without sockets: route, catalog, rendering. An answer that is asked for again is
-# kept under the revision of the store that its content has: one that was the same before and after the content was
-# read. It is served while the revision is that one; for this a request may rely on any look at the revision that
-# began after the request had arrived. So one look before a round of requests and one behind it serve them all, and
-# no answer is older than what anybody was told is done.
+# From a request to an answer, without sockets: find the route, ask a catalog, render what it returns.
+#
+# Answers that are asked for again are kept in memory. Reading the store again would cost many times as much as looking
+# at its revision. The promise is that no answer misses a change that was reported as done before its request arrived:
+#
+#     1. Each change to a store gives it a new revision, one that it never had before.
+#     2. A GET takes the revision before it reads the store, and keep() takes it once more afterwards. The answer is
+#        kept only if both are the same: then nothing changed in between, and the answer shows just this revision.
+#     3. A kept answer is served only if a look at the store that began after the request had arrived shows the same
+#        revision. So it is what the store held at a moment after the arrival, and what a new read would have returned.
+#     4. A look thus serves every request that arrived before it. The server looks once before a round of requests,
+#        and once after a round that made new answers to keep, however many requests there are.
+#
+# The key of a kept answer holds all that the answer depends on: see CacheKey. What depends on anything else, such as a
+# page or a file, is not kept.
 
-MAX_WAITING = 8  # requests that the store keeps waiting, each in a thread; those beyond are refused at once
-MAX_LOOKS = 4  # at the store's revision, that wait beside them
-MAX_WALKS = 4  # indexes with filters at once: each looks at all images
-MAX_STREAMS = 64  # long indexes that are sent at once: each holds some pieces of the store
-KEPT_AT_MOST = 1 << 16  # bytes of an answer that is put together and may be kept; a longer one is streamed
-ASKED_AT_MOST = 2048  # different requests that are remembered, so that the next one's answer is kept
-FRESH_AT_MOST = 32  # answers of one round that may be kept
-CACHE_BYTES = 4 << 20  # of kept answers a process; about 400 pages of 20
-PIECE = 16384  # bytes sent or received at once: recv allocates what it is asked for, and a TLS record is not longer
+MAX_WAITING = 8  # requests that wait for a slow store, each in its own thread; further ones are refused at once
+MAX_LOOKS = 4  # threads that may wait for the store's revision, in addition to MAX_WAITING
+MAX_WALKS = 4  # indexes with filters at the same time: each reads all images
+MAX_STREAMS = 64  # long indexes that are being sent at the same time: each holds some images in memory
+KEPT_AT_MOST = 1 << 16  # bytes of an answer that is built in one piece and may be kept; a longer one is streamed
+ASKED_AT_MOST = 2048  # different requests that are remembered; an answer is kept when it is asked for a second time
+FRESH_AT_MOST = 32  # new answers in one round that may be kept
+CACHE_BYTES = 4 << 20  # of kept answers in each process: about 400 pages of 20 images
+PIECE = 16384  # bytes sent or received at once: recv allocates this many each time, and a TLS record is not longer
 
 _IMAGES_PATH = r"/api(?:/(11\.12|12\.03))?/images(?:/([^/.]+))?(|\.json|\.yml|\.yaml)"
 _CONTENT_TYPES = {"json": "application/json", "yaml": "text/yaml;charset=utf-8"}
-_CACHE_CONTROL = "private, no-cache"  # to be asked each time: each account sees other images
+_CACHE_CONTROL = "private, no-cache"  # a cache has to ask each time, since each account sees different images
 
-Kept = tuple[str, "Answer | None", int]  # the revision that an answer's content was read under, it, its size in bytes
+Kept = tuple[str, "Answer | None", int]  # the revision that an answer shows, the answer, its size in bytes
 _NOT_KEPT: Kept = "", None, 0
 
 
 class Body(Protocol):
-    """What follows an answer's head where it is not bytes; in Optional there is one more."""
+    """The body of an answer that is not held in memory: TextBody, or FileBody in the part Optional."""
 
     length: int | None  # in bytes; None: sent in chunks
 
     def more(self, stream: socket.socket) -> bytes | int:
-        """Return the next piece, or how many bytes of it were sent on the stream; nothing at the end."""
+        """Return the next piece, or send it on the stream and return its length; b"" at the end."""
 
     def close(self) -> None:
-        """Release what it holds."""
+        """Release what the body holds: a walk through the store, or an open file."""
 
 
 class Answer(NamedTuple):
-    """A status, encoded header lines, and a body."""
+    """A status, header lines that each end with CRLF, and a body."""
 
     status: int
     head: bytes
     body: bytes | Body
 
 
-Pulse = Callable[[], None]  # called now and then while all images are walked; may raise an Error to end that
+Pulse = Callable[[], None]  # called now and then during a walk through all images; raises an Error to end the walk
 Read = Callable[["Service", "Request", "Route", float, Pulse], Answer]  # answers GET and HEAD
 
 
 class Route(NamedTuple):
-    """What a path says: the version, which image, or all, and the format; and who reads what it names."""
+    """The meaning of a path."""
 
     version: Version
-    id: str | None
-    format: str
-    read: Read
+    id: str | None  # of an image; None: all images
+    format: str  # json or yaml
+    read: Read  # answers GET and HEAD of this path
 
 
 def make_answer(status: int, lines: str, body: bytes | Body = b"") -> Answer:
-    """Return an answer with these header lines, Content-Length added to them."""
+    """Return an answer with these header lines and, if the length of the body is known, Content-Length."""
     length = len(body) if isinstance(body, bytes) else body.length
     if length is not None and status not in (204, 304):
         lines += f"Content-Length: {length}\r\n"
@@ -1684,14 +1694,14 @@ def make_answer(status: int, lines: str, body: bytes | Body = b"") -> Answer:
 
 
 def error_answer(error: Error, version: Version, format: str = "json") -> Answer:
-    """Return the one form in which the API answers every error."""
+    """Return an error in the form that the API has for all errors."""
     name = version.prefix + type(error).__name__
     shown = {"error": name, "message": str(error) or name, "code": error.code}
     return make_error(error, _CONTENT_TYPES[format], encode(shown, format))
 
 
 def make_error(error: Error, type: str, body: bytes, lines: str = "") -> Answer:
-    """Return an answer with an error's status and the header lines that belong to it."""
+    """Return an answer with the status of an error and the header lines that this status requires."""
     lines += f"Content-Type: {type}\r\n"
     if isinstance(error, MethodNotAllowed):
         lines += f"Allow: {error}\r\n"
@@ -1708,17 +1718,18 @@ _json = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=("
 
 
 def to_json(value: Any) -> str:
-    """Return value as JSON the way the API spells it: no spaces, every character as it is."""
+    """Return a value as JSON, spelled as in the API: without spaces, and without escapes for letters beyond ASCII."""
     return _json.encode(value)
 
 
 def encode(value: Any, format: str) -> bytes:
-    """Return value as the body of an answer, in json or yaml."""
+    """Return a value as the body of an answer, in json or yaml."""
     return (to_json(value) if format == "json" else to_yaml(value)).encode("utf-8", "replace")
 
 
 def render_page(version: Version, page: Page, format: str) -> Generator[str, None, None]:
-    """Yield an index in pieces: what stands before the images, each of them, what stands after."""
+    """Yield an index in pieces: the envelope up to the images, each image, and the rest of the envelope."""
+    # The envelope is rendered with an empty list of images and cut there, so that a long index needs little memory.
     envelope: Any = dict(zip(version.envelope, (page.total, page.start, page.limit, [])))
     envelope = [envelope] if version.wrapped else envelope
     images = (render(version, image) for image in page.images)
@@ -1729,7 +1740,7 @@ def render_page(version: Version, page: Page, format: str) -> Generator[str, Non
             yield ("," if number else "") + to_json(image)
         yield f"]{after}"
         return
-    before = to_yaml(envelope)[: -len(" []\n")]  # the list stands last
+    before = to_yaml(envelope)[: -len(" []\n")]  # the list is the last field of every envelope
     number = 0
     for number, image in enumerate(images, 1):
         rows = "".join(yaml_lines([image], "  " if version.wrapped else ""))
@@ -1739,7 +1750,7 @@ def render_page(version: Version, page: Page, format: str) -> Generator[str, Non
 
 
 def gather(texts: Iterator[str], size: int) -> bytes:
-    """Return the next texts as bytes, at least `size` of them unless the texts end; none at their end."""
+    """Return the next texts as at least `size` bytes, or fewer if the texts end; b"" when no text is left."""
     gathered: list[bytes] = []
     while size > 0 and (text := next(texts, None)) is not None:
         gathered.append(text.encode("utf-8"))
@@ -1748,7 +1759,7 @@ def gather(texts: Iterator[str], size: int) -> bytes:
 
 
 class TextBody:
-    """Texts as a body, gathered into pieces that are worth a system call."""
+    """A long index as a body. `check` is called before each piece and may raise; `closed` is called at the end."""
 
     length: int | None = None
 
@@ -1758,22 +1769,24 @@ class TextBody:
         self._first, self._texts, self._check, self._closed = first, texts, check, closed
 
     def more(self, stream: socket.socket) -> bytes:
-        """Return the next piece; see Body. Raises DatabaseError if the store keeps too many waiting."""
+        """Return the next piece; see Body. Raises DatabaseError if too many requests wait for the store."""
+        # Once the head is sent, an error can only cut the answer. The client sees that the last chunk is missing.
         self._check()
         piece, self._first = self._first or gather(self._texts, PIECE), b""
         return piece
 
     def close(self) -> None:
         """End the walk through the store."""
-        with contextlib.suppress(ValueError):  # a thread that the store holds up is still in it
+        with contextlib.suppress(ValueError):  # "generator already executing": another thread waits for the store in it
             self._texts.close()
         self._closed()
 
 
 class Service:
-    """The answers to requests, from a store, without sockets; `report` takes lines about failures.
+    """The API over one store: takes requests and returns answers. Threads may share a service.
 
-    Threads may share it. `waiting` says how many requests the store keeps waiting: who serves it sets that.
+    `report` is called with a line of text for each failure on our side. The server sets `waiting` to the number of
+    requests that wait for the store at the moment.
     """
 
     def __init__(
@@ -1782,29 +1795,31 @@ class Service:
     ) -> None:  # fmt: skip
         self.unversioned, self.waiting = find_version(unversioned), 0
         self.files, self.tokens = files, tokens  # the directory of image files, and who may call: see Optional
-        self.secure = False  # it is called over HTTPS
+        self.secure = False  # True: clients connect over HTTPS
         rows = [row for row in ROUTES if not row[2] or getattr(self, row[2])]
         self._routes = [(re.compile(pattern), read) for pattern, read, _ in rows]
-        self._hosts = hosts  # that are served; None: any
+        self._hosts = hosts  # names that a request may be sent to; None: any
         self.storage, self._report = storage, report
         self._catalogs = functools.lru_cache(maxsize=64)(functools.partial(Catalog, storage))
-        self._known = 0.0, ""  # when a look at the store's revision began, and what it showed
-        self._kept: collections.OrderedDict[Any, Kept] = collections.OrderedDict()  # the one used last stands last
+        # One tuple, so that a thread which reads it without a lock gets a revision and the time of the same look.
+        self._known = 0.0, ""  # when the last look at the store's revision began, and the revision that it showed
+        self._kept: collections.OrderedDict[Any, Kept] = collections.OrderedDict()  # least recently used first
         self._kept_bytes = 0
-        self._asked: set[int] = set()  # hashes of keys, which may be long
-        self.fresh: list[tuple[CacheKey, Kept]] = []  # answers that keep() is to look at
-        self._lock, self._looking = threading.Lock(), threading.Lock()  # of what is kept; held by who looks
+        self._asked: set[int] = set()  # hashes of the keys of earlier requests, since a key may be long
+        self.fresh: list[tuple[CacheKey, Kept]] = []  # answers since the last keep(), which may keep them
+        # The first guards _kept and _kept_bytes against two calls of keep(); the second admits one thread to look().
+        self._lock, self._looking = threading.Lock(), threading.Lock()
         self._walks, self._streams = threading.Semaphore(MAX_WALKS), threading.Semaphore(MAX_STREAMS)
 
     def identify(self, request: Request) -> Request:
-        """Return the request in the name of who has proved to call; without tokens the header says who calls."""
+        """Return the request with the account that its token proves; without --tokens, return it unchanged."""
         return self.tokens.identify(request) if self.tokens else request
 
     def answer(self, request: Request, arrived: float | None = None, pulse: Pulse = lambda: None) -> Answer:
-        """Return the answer; every failure becomes one in the form of the API.
+        """Return the answer to a request. It never raises: each failure becomes an error in the form of the API.
 
-        `arrived` is a time.monotonic() when all of the request had arrived, by default now. pulse is called now and
-        then while all images are walked, and may raise an Error.
+        `arrived` is a time.monotonic() at which the whole request had arrived, by default now. `pulse` is called now
+        and then during a walk through all images, and may raise an Error to end the walk.
         """
         arrived = time.monotonic() if arrived is None else arrived
         try:
@@ -1813,6 +1828,8 @@ class Service:
             request = self.identify(request)
             if request.method not in ("GET", "HEAD"):
                 return self._change(request)
+            # The server has tried kept_answer() before. This is for a request whose round had no look at the store, or
+            # an earlier one than the request needs: for one more look, the answer may still be served from memory.
             if request.cache_key in self._kept:
                 self.revision(arrived)
                 if answer := self.kept_answer(request, arrived):
@@ -1825,24 +1842,27 @@ class Service:
             return self.refuse(error, request)
         except MemoryError:
             return self.refuse(DatabaseError("out of memory; try again"), request)
-        except Exception as error:  # a fault of ours: told in the log, not to the client
+        except Exception as error:  # a bug in this program: the log says what it is, the client need not know
             self._report(f"{request.method} {request.target}: {error!r}")
             return self.refuse(Error("internal error"), request)
 
     def kept_answer(self, request: Request, arrived: float) -> Answer | None:
-        """Return the answer if it is kept, and known to be right without another look at the store."""
+        """Return a kept answer if no look at the store is needed to know that it is up to date, else None."""
+        # Called for nearly every request, so it takes no lock: dict and tuple are read in one step each, and _NOT_KEPT
+        # stands for an entry that another thread has dropped in between. Steps 3 and 4 of the argument above.
         if request.cache_key not in self._kept or request.method not in ("GET", "HEAD"):
             return None
         (moment, known), (revision, answer, _) = self._known, self._kept.get(request.cache_key, _NOT_KEPT)
         if revision != known or moment <= arrived:
             return None
-        if self._kept_bytes > CACHE_BYTES // 2:  # before that, nothing is dropped soon
+        if self._kept_bytes > CACHE_BYTES // 2:  # while the cache is less than half full, the order does not matter
             with contextlib.suppress(KeyError):  # another thread has just dropped it
                 self._kept.move_to_end(request.cache_key)
         return answer
 
     def refuse(self, error: Error, request: Request | None = None) -> Answer:
-        """Return the answer to a request that could not be read, or not be answered."""
+        """Return an error as the answer to a request; None stands for a request that could not be read."""
+        # The error has the form of the path that was asked for: its version, JSON or YAML, or a page for people.
         version, format = self.unversioned, "json"
         with contextlib.suppress(NotFound):
             if request:
@@ -1861,7 +1881,7 @@ class Service:
         raise NotFound(path)
 
     def _change(self, request: Request) -> Answer:
-        """Answer what is neither GET nor HEAD."""
+        """Answer a request whose method is neither GET nor HEAD."""
         if request.path == "*":
             return make_answer(204, "Allow: GET, HEAD, PUT, DELETE, OPTIONS\r\n")
         methods, (version, id, format, read) = ["GET", "HEAD", "OPTIONS"], self._route(request.path)
@@ -1879,10 +1899,11 @@ class Service:
         return make_answer(200, f"Content-Type: {_CONTENT_TYPES[format]}\r\n", encode(done, format))
 
     def catalog(self, request: Request, version: Version, otherwise: str = "") -> Catalog:
-        """Return what the caller may do; `otherwise` is who calls if the request does not say.
+        """Return the catalog of the account that calls; `otherwise` is the account if the request names none.
 
         Raises InvalidRequestCredentials, OperationNotPermitted, DatabaseError.
         """
+        # With --tokens, only the token counts. Without, the header is believed, as the original DCMGR did.
         named = request.fields.get("x-vdc-account-uuid") or otherwise
         account = self.tokens.proven_account(request) if self.tokens else named
         try:
@@ -1894,55 +1915,67 @@ class Service:
         return catalog
 
     def look(self) -> None:
-        """Look at the store's revision, so that what is kept can be served; what cannot is told why by answer()."""
+        """Look at the store's revision before a round of requests, so that kept answers can be served; never raises.
+
+        If the look fails, answer() looks again and answers with the error.
+        """
+        # Also the place where a changed file of tokens is noticed: before any request of the round is identified.
         if self.tokens and (fault := self.tokens.refresh()):
             self._report(f"tokens: {fault}; the last good ones stay in force")
         if self._kept and self._looking.acquire(blocking=False):
-            with contextlib.suppress(Exception):  # one thread may be held up by this, not one after the other
+            with contextlib.suppress(Exception):  # if the store is slow, only one thread at a time waits here
                 self.revision(time.monotonic())
             self._looking.release()
 
     def check_waiting(self, limit: int) -> None:
-        """Raise DatabaseError if so many requests wait for the store."""
+        """Raise DatabaseError if at least `limit` requests wait for the store."""
         if self.waiting >= limit:
             raise DatabaseError("too many requests wait for the store; try again")
 
     def revision(self, arrived: float) -> str:
-        """Return the revision that the store had at some moment after that one."""
+        """Return a revision that the store had at some moment after `arrived`. Raises DatabaseError."""
+        # Two threads may look at the same time and set _known in either order. Both values are true, and an older one
+        # only costs another look.
         moment, revision = self._known
         if moment <= arrived:
-            self.check_waiting(MAX_WAITING + MAX_LOOKS)  # of a file it is quick, so what is kept is served on
-            moment = time.monotonic()
+            # A higher limit than for reads: to look is quick even if reads are slow, and lets kept answers be served.
+            self.check_waiting(MAX_WAITING + MAX_LOOKS)
+            moment = time.monotonic()  # taken before the look, since the revision may be that of its first instant
             with storage_errors():
                 revision = self.storage.revision()
             self._known = moment, revision
         return revision
 
     def read_images(self, request: Request, route: Route, arrived: float, pulse: Pulse) -> Answer:
-        """Answer GET and HEAD of one image, or of all."""
+        """Answer GET and HEAD of one image or of an index."""
+        # 1. The revision comes first, see step 2 above. In a cluster it has been agreed on by the members once for this
+        #    round; at_least() then allows a read from this member's copy alone.
         version, id, format, _ = route
         catalog, revision = self.catalog(request, version), self.revision(arrived)
         body: bytes | Body
-        catalog = catalog.at_least(revision)  # a cluster was asked once for this round, and is not asked again
+        catalog = catalog.at_least(revision)
+        # 2. Read and render.
         if id is not None:
             body = encode(render(version, catalog.show(id)), format)
         else:
             query = parse_query(request.query, ("start", "limit", *version.filters))
             if {"start", "limit"}.issuperset(query):
                 body = self._gather_page(catalog, query, format)
-            else:  # all images have to be looked at
+            else:  # a filter or sort_by: every image has to be read
                 with self.walking(catalog, pulse) as walking:
                     body = self._gather_page(walking, query, format)
         answer = content_answer(request, _CONTENT_TYPES[format], body)
-        is_kept = len(self.fresh) < FRESH_AT_MOST and request.cache_key[1] == catalog.account  # no other account's
+        # 3. Propose the answer to keep(). The account in the key must be the one that the answer was made for; with
+        #    --tokens they could differ if the file of tokens changed after identify().
+        is_kept = len(self.fresh) < FRESH_AT_MOST and request.cache_key[1] == catalog.account
         if is_kept and isinstance(answer.body, bytes) and self._was_asked(request.cache_key):
-            size = len(answer.head) + len(answer.body) + sum(map(len, request.cache_key)) + 1024  # objects around them
+            size = len(answer.head) + len(answer.body) + sum(map(len, request.cache_key)) + 1024  # for Python's objects
             self.fresh.append((request.cache_key, (revision, answer, size)))
         return answer
 
     @contextlib.contextmanager
     def walking(self, catalog: Catalog, pulse: Pulse) -> Iterator[Catalog]:
-        """Yield a catalog that may look at all images. Raises DatabaseError if enough of them do so."""
+        """Yield a catalog for a walk through all images. Raises DatabaseError if MAX_WALKS of them are under way."""
         if not self._walks.acquire(blocking=False):
             raise DatabaseError("too many requests look at all images; try again")
         try:
@@ -1951,7 +1984,7 @@ class Service:
             self._walks.release()
 
     def _gather_page(self, catalog: Catalog, query: Mapping[str, Any], format: str) -> bytes | Body:
-        """Return an index in one piece, or streamed if it is long."""
+        """Return an index: as bytes if it is short, otherwise as a body that reads the store while it is sent."""
         texts = render_page(catalog.version, catalog.index(**query), format)
         first = gather(texts, KEPT_AT_MOST)
         if len(first) < KEPT_AT_MOST:
@@ -1962,7 +1995,9 @@ class Service:
         return TextBody(first, texts, check, self._streams.release)
 
     def _was_asked(self, key: CacheKey) -> bool:
-        """Say whether the same was asked before: to keep what is never asked again would cost a tenth of its answer."""
+        """Return whether a request with this key came before, and remember the key."""
+        # To keep an answer costs a tenth of making it, which is wasted if nobody asks for it again. Two keys with the
+        # same hash do no harm: an answer is kept too early.
         if hash(key) in self._asked:
             return True
         if len(self._asked) >= ASKED_AT_MOST:
@@ -1971,7 +2006,8 @@ class Service:
         return False
 
     def keep(self) -> None:
-        """Keep the answers made since the last call, unless the store has changed since before they were read."""
+        """Keep the answers made since the last call, if the store has not changed since before they were read."""
+        # Steps 1 and 2 of the argument above. An entry that replaces one with the same key also replaces its size.
         fresh, self.fresh = self.fresh, []
         with storage_errors():
             revision = self.storage.revision()
@@ -1984,18 +2020,17 @@ class Service:
                 self._kept_bytes -= self._kept.popitem(last=False)[1][2]
 
 
-# What a path is served by: a pattern of a version, an id and an ending; who reads; and the option of Service without
-# which there is no such path. Optional adds rows.
+# The table of paths: a pattern with three groups (version, id and ending), the function that answers GET and HEAD, and
+# the attribute of Service without which the path does not exist. The part Optional adds rows.
 ROUTES: list[tuple[str, Read, str]] = [(_IMAGES_PATH, Service.read_images, "")]
-ERROR_PAGES: dict[Read, Callable[[Error, Request], Answer]] = {}  # of readers whose errors people read
+ERROR_PAGES: dict[Read, Callable[[Error, Request], Answer]] = {}  # how to answer errors of paths that people visit
 
 
 def content_answer(request: Request, type: str, body: bytes | Body, lines: str = "") -> Answer:
-    """Return 200 with this content, or 304 if the client has it already.
-
-    The ETag of a whole body is made of the body, so it is right whatever the store went through. That of a
-    streamed one is another each time: content that is still to come can have no name.
-    """
+    """Return 200 with this content, or 304 if the client has it already."""
+    # The ETag is a digest of the body and not the revision: another change to the store leaves it as it is, and a store
+    # that was restored from a copy cannot give an old tag to new content. A streamed body is not known yet, so its tag
+    # is random and never matches.
     tag = hashlib.blake2b(body, digest_size=12).hexdigest() if isinstance(body, bytes) else os.urandom(12).hex()
     lines += f'ETag: "{tag}"\r\nCache-Control: {_CACHE_CONTROL}\r\n'
     if "if-none-match" in request.fields and matches_etag(request.fields["if-none-match"], f'"{tag}"'):
@@ -2006,12 +2041,13 @@ def content_answer(request: Request, type: str, body: bytes | Body, lines: str =
 
 
 def matches_etag(field: str, etag: str, weakly: bool = True) -> bool:
-    """Return whether If-None-Match, or If-Match, which compares strongly, names the tag (RFC 9110, 13.1)."""
+    """Return whether If-None-Match (compared weakly) or If-Match (strongly) names the tag (RFC 9110, 13.1)."""
     return field == "*" or etag in [tag.strip().removeprefix("W/" if weakly else "") for tag in field.split(",")]
 
 
 def parse_query(query: str, known: Sequence[str]) -> dict[str, Any]:
-    """Return the known parameters; of equal ones the last counts. Raises InvalidParameter."""
+    """Return the known parameters; if one is repeated, the last one counts. Raises InvalidParameter."""
+    # As Rack does it. Only filter[] may be repeated: the list of its values is a list of tests.
     params: dict[str, Any] = {}
     for name, value in urllib.parse.parse_qsl(query, keep_blank_values=True, errors="surrogateescape"):
         name, bracket, key = name.partition("[")
@@ -2021,13 +2057,16 @@ def parse_query(query: str, known: Sequence[str]) -> dict[str, Any]:
             params[name] = value
         elif name == "filter" and key == "]" and isinstance(params.setdefault(name, []), list):
             params[name].append(value)
-        else:  # start[]=1: Rack made a list of it, which no other parameter takes; or both kinds of filter
+        else:  # start[]=1, which Rack makes a list that only filter may be; or both filter= and filter[]=
             raise InvalidParameter(name)
     return params
 
 
 def parse_update(request: Request, known: Sequence[str]) -> dict[str, Any]:
-    """Return the fields that a PUT sets: from the query, and from a form or JSON, flat or in "image"."""
+    """Return the fields that a PUT sets: from the query, and from a form or a JSON object, perhaps in "image".
+
+    Raises InvalidParameter and UnsupportedMediaType.
+    """
     params: dict[str, Any] = dict(parse_query(request.query, known))
     kind = request.fields.get("content-type", "").partition(";")[0].strip().lower()
     if request.body and kind == "application/json":
