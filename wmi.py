@@ -3281,9 +3281,8 @@ def _shown_record(shown: Any) -> Record:
 ####################################################################################################
 # Optional
 ####################################################################################################
-# What nobody needs in order to understand the rest. The server and the client work with this part deleted: they
-# call it in one place each, where an option asks for it. The command line prints through it, and some of its
-# commands are here.
+# Nobody needs this part in order to understand the others. The server and the client would work without it: each calls
+# it from one place, if an option asks for it. The command line uses it to print, and some subcommands are defined here.
 
 # ---- HTTPS ----
 
@@ -3291,19 +3290,22 @@ def _shown_record(shown: Any) -> Record:
 class TLSConnection(Connection):
     """A connection whose bytes pass through TLS.
 
-    To read, TLS may have to write first, and the other way round. The handshake is part of the first reading. No
-    bytes wait inside TLS where the selector does not see them: a record is at most PIECE bytes, and read whole.
+    In TLS, a read may have to write first, and a write may have to read: then READ or WRITE is returned. The handshake
+    is part of the first read.
     """
+
+    # No decrypted bytes stay in OpenSSL, where the selector would not see them: a record holds at most PIECE bytes, and
+    # receive() asks for PIECE bytes.
 
     def __init__(self, stream: socket.socket, address: Any, server: Server) -> None:
         assert server.tls
-        stream.getpeername()  # raises if the client is gone: wrap_socket would then leave a socket behind
+        stream.getpeername()  # raises if the client is gone; in that case wrap_socket() would leave the socket open
         wrapped = server.tls.wrap_socket(stream, server_side=True, do_handshake_on_connect=False)
         super().__init__(wrapped, address, server)
         self.deadline = self.began + HEAD_SECONDS
 
     def receive(self) -> int:
-        """Take what has arrived; see Connection. Raises BadRequest for a client that speaks HTTP."""
+        """Take what has arrived; see Connection. Raises BadRequest if the client speaks HTTP without TLS."""
         try:
             return super().receive()
         except ssl.SSLWantReadError:
@@ -3313,7 +3315,8 @@ class TLSConnection(Connection):
         except ssl.SSLError as error:
             if error.reason != "HTTP_REQUEST":
                 raise
-            self.socket = socket.socket(fileno=self.socket.detach())  # so that the client can read why
+            # The error is sent without TLS, on the bare socket, so that the client can read it.
+            self.socket = socket.socket(fileno=self.socket.detach())
             self.socket.setblocking(False)
             raise BadRequest("this port speaks HTTPS: the URL has to begin with https://") from error
 
@@ -3328,7 +3331,7 @@ class TLSConnection(Connection):
     def _linger(self) -> int:
         if isinstance(self.socket, ssl.SSLSocket):
             with contextlib.suppress(OSError, ValueError):
-                self.socket.unwrap()  # says that the answer is whole; the client's own is not waited for
+                self.socket.unwrap()  # sends close_notify: the answer is complete; the client's is not waited for
             self._clear_errors()
         return super()._linger()
 
@@ -3338,18 +3341,23 @@ class TLSConnection(Connection):
         self._clear_errors()
 
     def _clear_errors(self) -> None:
-        """Empty OpenSSL's queue of errors. PyPy leaves them there, and takes them for those of the next connection."""
+        """Empty OpenSSL's queue of errors on PyPy."""
+        # PyPy leaves errors in the queue of the thread, and reports them for the next connection that is served. Making
+        # a TLS object clears the queue.
         if sys.implementation.name == "pypy" and self.server.tls:
             self.server.tls.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_side=True)
 
 
 def tls_context(certificate: str, key: str | None = None) -> ssl.SSLContext:
-    """Return the context of an HTTPS server, from PEM files; without `key` the certificate's file has it."""
+    """Return the context of an HTTPS server, from PEM files. If key is None, the certificate's file holds the key too.
+
+    Raises InvalidParameter.
+    """
     if not ssl:
         raise InvalidParameter("--tls-cert: this Python has no ssl module")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)  # a client could make us work for nothing
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)  # each one would cost us work and the client nothing
     try:
         context.load_cert_chain(certificate, key)
     except (OSError, ValueError) as error:
@@ -3359,10 +3367,10 @@ def tls_context(certificate: str, key: str | None = None) -> ssl.SSLContext:
 
 
 def _secure_connection(cafile: str | None) -> Any:
-    """Return what makes a client's connections over TLS. Raises InvalidParameter if the file holds no certificates."""
+    """Return a factory of TLS connections for a client. Raises InvalidParameter if the file holds no certificates."""
 
     class SecureConnection(http.client.HTTPSConnection, _Connection):  # a Python without ssl has no HTTPSConnection
-        """A connection that shakes hands on the socket that _Connection.connect() left behind."""
+        """A connection that does its handshake on the socket that _Connection.connect() has opened."""
 
     try:
         return functools.partial(SecureConnection, context=ssl.create_default_context(cafile=cafile))
@@ -3372,33 +3380,38 @@ def _secure_connection(cafile: str | None) -> Any:
 
 # ---- image files ----
 
-TICK_SECONDS = 2.0  # that some file systems' clocks take for a step
-FILE_PIECE = 1 << 20  # bytes that one system call sends of a file
+TICK_SECONDS = 2.0  # the coarsest step of the times in any common file system: FAT
+FILE_PIECE = 1 << 20  # bytes of a file that are sent or read by one system call
 _FILE_PATH = r"/api(?:/(11\.12|12\.03))?/images/([^/.]+)/file()"
 _FAR = 10**18  # an offset past the end of every file
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
-           errno.ELOOP, errno.EINVAL,  # a link, or one that is gone while it is read
+           errno.ELOOP, errno.EINVAL,  # a link, or a link that vanished while it was read
            errno.ENXIO, errno.ENODEV)  # a socket, or a device without a driver
 
 
 class FileBody:
-    """A part of an open file as the body of an answer; see Body. It is closed when it is sent.
+    """The body of an answer that is an open file, or a range of it; see Body. close() closes the file.
 
-    `status` is that of the file when its ETag was made. When it changes, the answer is cut.
+    `status` is the status of the file for which the ETag was made. If the file changes later, the answer is cut.
     """
+
+    # The head names the bytes by their ETag, so no answer may end well with bytes of two versions of the file. The size
+    # and the time of change are compared after each piece. sendfile() has already sent the piece by then, so the last
+    # piece is always copied: it is read, the file is compared, and only then is it sent. A client that gets all of
+    # Content-Length thus has bytes of one version, as far as the clock of the file system tells two versions apart.
 
     def __init__(self, file: BinaryIO, status: os.stat_result, start: int, end: int) -> None:
         self.length: int | None = end - start
         self._file, self._status, self._at, self._end = file, status, start, end
 
     def more(self, stream: socket.socket) -> bytes | int:
-        """Return the next piece, or send it. Raises BadAnswer if the file was changed since it was opened."""
+        """Return the next piece, or send it; see Body. Raises BadAnswer if the file has changed since it was opened."""
         left = self._end - self._at
         piece: bytes | int
         if left > PIECE and hasattr(os, "sendfile") and not (ssl and isinstance(stream, ssl.SSLSocket)):
             size = min(left - PIECE, FILE_PIECE)
             piece = os.sendfile(stream.fileno(), self._file.fileno(), self._at, size)
-        else:  # the last piece is always copied: it leaves only if all bytes before it were the right ones
+        else:  # the last piece, TLS, or a system without sendfile
             piece = os.pread(self._file.fileno(), min(left, PIECE), self._at)
         status = os.fstat(self._file.fileno())
         same = (status.st_size, status.st_mtime_ns) == (self._status.st_size, self._status.st_mtime_ns)
@@ -3413,40 +3426,47 @@ class FileBody:
 
 
 def read_file(service: Service, request: Request, route: Route, arrived: float, pulse: Pulse) -> Answer:
-    """Answer GET and HEAD of an image's file, to whoever may see the image (RFC 9110, 13 and 14)."""
+    """Answer GET and HEAD of an image's file, if the caller may see the image (RFC 9110, 13 and 14)."""
     record = service.catalog(request, route.version).show(route.id or "")
     return file_answer(request, record, open_image_file(service.files or "", record))
 
 
 def open_image_file(folder: str, record: Record) -> BinaryIO:
-    """Return the regular file below folder that an image's source names, open for reading.
+    """Return the file that an image's source names, open for reading; it must be a regular file below folder.
 
-    The path is resolved first, so links may lead about below the folder, but not out of it. Then each step is opened
-    in the one before, and no link is followed any more: one that is put there meanwhile is not found. Raises NotFound,
-    and DatabaseError if the file is there and cannot be read.
+    Links may lead to other places below the folder, but not out of it. Raises NotFound, and DatabaseError if the file
+    exists and cannot be read.
     """
+    # Whoever registers images must not be able to give out any file of this machine, not even by a link that is made at
+    # the right moment.
+    #
+    # 1. Only a file:// URI of this machine names a file.
     uri = record["source"].get("uri", "")
     match = re.fullmatch("file://(?:localhost)?(/.*)", uri)
     absent = NotFound(f"there is no file of {record['id']} here")
     if not match:
         raise absent
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # the last: a FIFO would wait for a writer
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # the last: to open a FIFO waits for a writer
     with contextlib.ExitStack() as opened:
         try:
+            # 2. Resolve all links in the path. The result must be below the folder.
             base, step = os.path.realpath(folder), None
             real = os.path.realpath(os.fsdecode(urllib.parse.unquote_to_bytes(match[1])))
             if os.path.commonpath([base, real]) != base:
                 raise absent
+            # 3. Walk the resolved path: open each directory relative to the one before, and follow no link. If somebody
+            #    has put a link into the path since step 2, opening it fails.
             *folders, name = os.path.relpath(real, base).split(os.sep)
             for each in (base, *folders):
                 step = os.open(each, flags | os.O_DIRECTORY, dir_fd=step)
-                opened.close()  # the one before
+                opened.close()  # closes the directory before
                 opened.callback(os.close, step)
             file = io.FileIO(name, opener=lambda name, _: os.open(name, flags, dir_fd=step))
         except (OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno not in _ABSENT:
                 raise DatabaseError(f"the file of {record['id']} cannot be read") from error
-            raise absent from error  # ValueError: a NUL in its name
+            raise absent from error  # a ValueError comes from a NUL in the name
+    # 4. No FIFO, device or directory. Opening one was harmless because of O_NONBLOCK.
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise absent
@@ -3454,11 +3474,15 @@ def open_image_file(folder: str, record: Record) -> BinaryIO:
 
 
 def file_answer(request: Request, record: Record, file: BinaryIO) -> Answer:
-    """Return the answer that sends a file or a range of it, by the conditions that the request makes."""
+    """Return the answer that sends a file or a range of it, under the conditions that the request sets.
+
+    The file is closed unless it is sent. Raises PreconditionFailed and RangeNotSatisfiable.
+    """
+    # 1. Name the bytes. The checksum in the catalog names them on every server, so that a download can be resumed from
+    #    another one. Without a checksum, inode, size and time name them. If the file was written within the last tick,
+    #    a second write may get the same time: then the name is random, so that it never matches again.
     status, fields, moment = os.fstat(file.fileno()), request.fields, time.time()
     size, modified = status.st_size, int(min(status.st_mtime, moment))
-    # The checksum names the bytes on every server. Without one it is the file as it is now, unless that was written so
-    # lately that another change may get the same time: then nothing can name the bytes.
     settled = abs(moment - status.st_mtime) > TICK_SECONDS
     mark = f"{status.st_ino:x}-{size:x}-{status.st_mtime_ns:x}" if settled else os.urandom(12).hex()
     etag, date = f'"{record["md5sum"] or mark}"', email.utils.formatdate(modified, usegmt=True)
@@ -3466,7 +3490,7 @@ def file_answer(request: Request, record: Record, file: BinaryIO) -> Answer:
              f"Accept-Ranges: bytes\r\nCache-Control: {_CACHE_CONTROL}\r\n")  # fmt: skip
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(file.close)
-        # 1. The conditions, in the order of RFC 9110, 13.2.2.
+        # 2. Check the conditions, in the order of RFC 9110, 13.2.2.
         unless, since = _http_date(fields.get("if-unmodified-since")), _http_date(fields.get("if-modified-since"))
         if "if-match" in fields:
             if not matches_etag(fields["if-match"], etag, weakly=False):
@@ -3478,37 +3502,41 @@ def file_answer(request: Request, record: Record, file: BinaryIO) -> Answer:
                 return make_answer(304, lines)
         elif since is not None and modified <= since:
             return make_answer(304, lines)
-        # 2. The range, of which only GET knows, if the client's bytes are of this file (RFC 9110, 13.1.5).
+        # 3. Find the range. Only GET has one, and it counts only if If-Range names this file (RFC 9110, 13.1.5):
+        #    otherwise the client would put two different files together, so it gets the whole file.
         ranged = None
         if request.method == "GET" and fields.get("if-range", etag) in (etag, date if settled else etag):
             ranged = parse_range(fields.get("range", ""), size)
-        # 3. The name under which a browser saves it, of letters that are safe anywhere.
+        # 4. Add the name under which a browser saves the file.
         name = safe_name(record["source"]["uri"]) or record["id"]
         lines += (f'Content-Type: application/octet-stream\r\nContent-Disposition: attachment; filename="{name}"\r\n'
                   "X-Content-Type-Options: nosniff\r\n")  # fmt: skip
         start, end = ranged or (0, size)
         if ranged:
             lines += f"Content-Range: bytes {start}-{end - 1}/{size}\r\n"
-        cleanup.pop_all()
+        cleanup.pop_all()  # from here on FileBody.close() closes the file
         return make_answer(206 if ranged else 200, lines, FileBody(file, status, start, end))
 
 
 def safe_name(uri: str) -> str:
-    """Return the last part of a URI, its letters limited to those that are safe anywhere; perhaps nothing."""
+    """Return the last part of a URI as a file name that is safe on every system; "" if no letter is left."""
     name = urllib.parse.unquote(uri.partition("?")[0]).rpartition("/")[2]
     return re.sub("[^A-Za-z0-9._-]", "_", name)[:200].lstrip(".-")
 
 
 def parse_range(field: str, size: int) -> tuple[int, int] | None:
-    """Return start and end of the one range of bytes that Range asks for; None if all is to be sent (RFC 9110, 14).
+    """Return start and end of the range that Range asks for, or None if the whole file is to be sent (RFC 9110, 14).
 
-    Several ranges, another unit, and what is malformed count as none. Raises RangeNotSatisfiable.
+    Several ranges, other units than bytes and malformed fields are ignored, as the RFC permits. Raises
+    RangeNotSatisfiable.
     """
+    # A number of more than 18 digits lies past the end of every file. It is not converted: Python refuses, or takes
+    # long, for thousands of digits. A missing number becomes _FAR too.
     match = re.fullmatch(r"(?i:bytes)=[ \t,]*([0-9]*)-([0-9]*)[ \t,]*", field)
     if not match or not any(match.groups()):
         return None
     first, last = (_FAR if len(digits.lstrip("0")) > 18 else int(digits[-18:] or _FAR) for digits in match.groups())
-    if not match[1]:  # the last so many bytes
+    if not match[1]:  # "-500": the last 500 bytes
         if not last:
             raise RangeNotSatisfiable(size)
         return (max(0, size - last), size) if size else None
@@ -3520,8 +3548,8 @@ def parse_range(field: str, size: int) -> tuple[int, int] | None:
 
 
 def _http_date(field: str | None) -> int | None:
-    """Return a date of HTTP in seconds since 1970, None for what is none and so is to be ignored."""
-    with contextlib.suppress(ValueError, OverflowError, TypeError, IndexError):  # the last: of Python 3.9
+    """Return an HTTP date in seconds since 1970, or None for a malformed one, which the RFC says to ignore."""
+    with contextlib.suppress(ValueError, OverflowError, TypeError, IndexError):  # the last one comes from Python 3.9
         parsed = email.utils.parsedate_tz(field or "")
         return email.utils.mktime_tz(parsed) if parsed else None
     return None
@@ -3558,37 +3586,49 @@ _CONTRADICTION = "the token is another account's"
 
 
 class Tokens:
-    """Who may call: a file of lines `ACCOUNT SHA256-OF-TOKEN`, read again when it changes; `#` begins a comment.
+    """The tokens of all accounts, from a file that is read again when it changes.
 
-    A caller presents a token by Bearer, by Basic with the account as user name, or in X-VDC-REQUESTER-TOKEN.
+    Each line is `ACCOUNT SHA256-OF-TOKEN`; `#` begins a comment. A caller presents a token as Bearer, as Basic with the
+    account as the user name, or in X-VDC-REQUESTER-TOKEN.
     """
 
     def __init__(self, path: str) -> None:
         self._path, self._key = path, os.urandom(16)
         self._accounts: dict[bytes, str] = {}
-        self._state: object = None  # of the file when it was read; None: it has to be read again
-        self._fault = ""  # that was told last
-        self._lock = threading.Lock()  # of the thread that reads; if it is held up, the others do not wait
+        self._state: object = None  # of the file when it was last read; None: read it again
+        self._fault = ""  # the fault that was reported last
+        self._lock = threading.Lock()  # held by the thread that reads the file; the others do not wait for it
         if fault := self.refresh():
             raise InvalidParameter(fault)
 
     def refresh(self) -> str:
-        """Read the file if it has changed; return what is newly wrong with it, in which case nothing changes."""
+        """Read the file if it has changed. Return a fault that was not reported yet, or ""; never raise.
+
+        If the file has a fault, the tokens that were read last stay in force.
+        """
+        # Called before every round of requests, so usually it costs one stat.
+        #
+        # 1. If another thread is reading, perhaps from a network that is slow, go on with the tokens as they are.
         if not self._lock.acquire(blocking=False):
             return ""
         fault = ""
         try:
+            # 2. Read the file if its state is not the one that was read. The new tokens take the place of the old ones
+            #    in one assignment, after the last line has turned out to be good: no request sees half a file.
             status = os.stat(self._path)
             state = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
             if state != self._state:
                 with open(self._path, encoding="utf-8-sig") as file:
                     self._accounts = dict(self._parse_lines(file))
-            # A file that was changed just now may change again within the same tick of its clock.
+            # 3. Remember the state, unless the file was changed just now: another change in the same tick of the clock
+            #    would leave the same state, so the file is read again each time until it is older than a tick. The
+            #    state was taken before the file was read, so a change during the reading is noticed as well.
             self._state = state if abs(time.time() - status.st_ctime) > TICK_SECONDS else None
         except (OSError, ValueError, InvalidParameter) as error:
             fault = f"{self._path}: {getattr(error, 'strerror', '') or error}"
         finally:
             self._lock.release()
+        # 4. Report each fault once, and not in every round until somebody mends the file.
         told, self._fault = self._fault, fault
         return "" if fault == told else fault
 
@@ -3605,13 +3645,15 @@ class Tokens:
                 raise InvalidParameter(f"line {number}: {error}") from error
 
     def _keyed(self, digest: bytes) -> bytes:
-        """Return what a digest is looked up by: with a secret key, the time that takes tells nothing about it."""
+        """Return the key under which a digest is looked up."""
+        # Hashed once more with a secret of this process, so that the time of a look-up in the dict says nothing about
+        # the digests in it.
         return hashlib.blake2b(digest, key=self._key, digest_size=16).digest()
 
     def proven_account(self, request: Request) -> str:
-        """Return whose token the request presents.
+        """Return the account whose token the request presents.
 
-        Raises InvalidRequestCredentials with status 401, OperationNotPermitted if the request names another account.
+        Raises InvalidRequestCredentials, with status 401; OperationNotPermitted if the request names another account.
         """
         user, token = presented_token(request.fields)
         account = self._accounts.get(self._keyed(hashlib.sha256(token.encode("utf-8", "replace")).digest()))
@@ -3624,7 +3666,8 @@ class Tokens:
         return account
 
     def identify(self, request: Request) -> Request:
-        """Return the request in the name of its proven account, or of nobody, whom every answer is refused."""
+        """Return the request with the account that its token proves, or with "", for which every answer is an error."""
+        # The account goes into the cache key, so that no caller gets a kept answer of another account.
         try:
             account = self.proven_account(request)
         except Error:
@@ -3634,8 +3677,8 @@ class Tokens:
 
 
 def presented_token(fields: Mapping[str, str]) -> tuple[str, str]:
-    """Return the account, if it is named beside the token, and the token that a request presents, or empty texts."""
-    import binascii  # here: a server without tokens has no use for it
+    """Return the account that is named beside the token, and the token; each may be ""."""
+    import binascii  # here: a server without tokens does not need it
 
     scheme, _, value = fields.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
@@ -3648,16 +3691,19 @@ def presented_token(fields: Mapping[str, str]) -> tuple[str, str]:
 
 
 def add_token(account: str, path: str) -> str:
-    """Make a token for an account, append its digest to a file of tokens, and return it. Raises OSError."""
-    import secrets  # here: it is needed once
+    """Make a token for an account, append its digest to the file of tokens at path, and return the token.
 
-    token = f"wmi_{secrets.token_urlsafe(32)}"  # never begins with -, which would make an option of it
+    Raises InvalidParameter and OSError.
+    """
+    import secrets  # here: only this function needs it
+
+    token = f"wmi_{secrets.token_urlsafe(32)}"  # the prefix: a token that begins with - would look like an option
     line = f"{check_account('account', account)} {hashlib.sha256(token.encode()).hexdigest()}\n"
     with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b") as file:
         if file.seek(0, io.SEEK_END) and (file.seek(-1, io.SEEK_END), file.read(1))[1] != b"\n":
-            line = "\n" + line  # somebody's editor left the last line without its end
+            line = "\n" + line  # an editor left the last line without a newline
         file.write(line.encode())
-        file.flush()  # all of the line in one write, or an error
+        file.flush()  # the whole line in one write, so that a server never reads half of it
         os.fsync(file.fileno())
     return token
 
@@ -3686,8 +3732,8 @@ def _warn_if_exposed(options: Any, path: str) -> None:
 # ---- the page, and /health ----
 
 PAGE_SIZE = 20  # images on a page
-MAX_SEARCH = 200  # characters of what is searched for: each word is looked for in each image
-_NOBODY = "a-" + os.urandom(16).hex()  # an account that owns nothing, for visitors who name none
+MAX_SEARCH = 200  # characters of a search, as each of its words is looked for in every image
+_NOBODY = "a-" + os.urandom(16).hex()  # an account that owns no image, for visitors who name no account
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --line: #d5dbe1; --paper: #fff; --card: #f6f8fa;
   --link: #0a58ad; }
@@ -3736,7 +3782,7 @@ _PAGE_ERRORS = {
     404: "It may have been deleted, or its address is misspelled.",
     503: "The images cannot be read at this moment. Try again soon.",
 }
-# What people look for in an image, in that order; the other fields follow under their own names.
+# The fields that people look for first, with labels; the other fields follow under their own names.
 _LABELS = {
     "display_name": "Name", "description": "Description", "id": "ID", "file": "File", "md5sum": "MD5",
     "arch": "Architecture", "os_type": "System", "is_public": "Visible to", "account_id": "Owner", "state": "State",
@@ -3745,9 +3791,11 @@ _LABELS = {
 
 
 def _page_body(title: str, main: str, account: str) -> tuple[bytes, str]:
-    """Return a page, and its header lines: nothing in it runs, and it loads nothing but its own style."""
-    import binascii  # here: only who asks for a page needs it
+    """Return a page and its header lines."""
+    import binascii  # here: only pages need it
 
+    # The policy allows no script at all, and no style but ours, by its digest. So if a field of an image ever got into
+    # a page without escapes, it still could not run or load anything.
     digest = binascii.b2a_base64(hashlib.sha256(_STYLE.encode()).digest(), newline=False).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; form-action 'self'; base-uri 'none'"
     lines = f"Content-Security-Policy: {policy}; frame-ancestors 'none'\r\nReferrer-Policy: no-referrer\r\n"
@@ -3755,29 +3803,31 @@ def _page_body(title: str, main: str, account: str) -> tuple[bytes, str]:
 
 
 def _html(value: Any) -> str:
-    """Return a value as text for HTML, also within an attribute; characters that HTML may not hold are replaced."""
-    import html  # here: it is large
+    """Return a value as text for HTML, also for an attribute; characters that HTML does not allow are replaced."""
+    import html  # here: it is large, and only pages need it
 
     text = value if isinstance(value, str) else to_json(value)
     return html.escape(re.sub("[^\t\n -~\xa0-\ud7ff\ue000-\ufdcf\ufdf0-\ufffd\U00010000-\U0010ffff]", "\ufffd", text))
 
 
 def _link(path: str, **query: Any) -> str:
-    """Return a path with those parameters that have a value, as an attribute of HTML."""
+    """Return a link for an attribute of HTML: the path, and the parameters that are not empty."""
     given = {name: value for name, value in query.items() if value}
     return _html(f"{path}?{urllib.parse.urlencode(given)}" if given else path)
 
 
 def read_page(service: Service, request: Request, route: Route, arrived: float, pulse: Pulse) -> Answer:
-    """Answer GET and HEAD of / and /images/ID, which are pages for people, and of the file that such a page links.
+    """Answer GET and HEAD of the pages for people, / and /images/ID, and of the file that a page links to.
 
-    Without tokens the account stands in the query; who names none sees what is public.
+    Without --tokens, the account is a parameter of the query. Visitors who name no account see the public images.
     """
+    # A browser cannot send X-VDC-ACCOUNT-UUID, so every link of a page carries the account along. With --tokens the
+    # browser sends user name and password itself, and the links carry nothing.
     query = parse_query(request.query, ("account", "q", "start"))
     named = query.get("account", "") and check_account("account", query["account"])
     catalog = service.catalog(request, find_version(DOCUMENT), named or _NOBODY)
     account = "" if catalog.account == _NOBODY else str(catalog.account)
-    linked = "" if service.tokens else account  # by links, as the browser sends a token by itself
+    linked = "" if service.tokens else account  # the account that links carry
     if route.id is None:
         title, parts = "Machine images", _listing(service, catalog, query, account, linked, pulse)
     else:
@@ -3801,7 +3851,7 @@ def error_page(error: Error, request: Request) -> Answer:
 def _listing(service: Service, catalog: Catalog, query: Any, account: str, linked: str, pulse: Pulse) -> Iterator[str]:
     start, total, images = whole_number("start", query.get("start") or "0"), 0, []
     words = " ".join(query.get("q", "")[:MAX_SEARCH].encode("utf-8", "replace").decode().split())
-    if words:
+    if words:  # every image is read, but only those of this page are held
         with service.walking(catalog, pulse) as walking, storage_errors():
             found = walking.matching(True, False, [functools.partial(_has_words, words.lower().split())])
             for total, image in enumerate(found, 1):
@@ -3823,7 +3873,8 @@ def _listing(service: Service, catalog: Catalog, query: Any, account: str, linke
         yield f'<p class="empty">{"There are no more images." if total else none}</p>'
     before, after = max(0, min(start, total) - PAGE_SIZE), start + PAGE_SIZE
     newer, older = (_link("/", account=linked, q=words, start=offset) for offset in (before, after))
-    yield "<nav><span>" + (f'<a href="{newer}">← Newer</a>' if start else "") + "</span>"  # keeps the other one right
+    # The span is there even if it is empty: it keeps the other link on the right.
+    yield "<nav><span>" + (f'<a href="{newer}">← Newer</a>' if start else "") + "</span>"
     yield (f'<a href="{older}">Older →</a>' if after < total else "") + "</nav>"
 
 
@@ -3834,7 +3885,9 @@ def _has_words(words: Sequence[str], record: Record) -> bool:
 
 
 def _heading(image: Record) -> str:
-    """Return what an image is called, which can be seen."""
+    """Return the first name of an image that a person can see and read, as HTML."""
+    # A name of blanks or punctuation alone would be a link that nobody can see. <bdi> keeps right-to-left names apart
+    # from the text around them.
     texts = (str(image[name] or "")[:200] for name in ("display_name", "description", "id"))
     return f"<bdi>{_html(next(text for text in texts if any(map(str.isalnum, text))))}</bdi>"
 
@@ -3866,7 +3919,8 @@ def _image_page(service: Service, request: Request, image: Record, account: str,
     if address:
         proof = "--token-file ~/.wmi-token" if service.tokens else f"--account {caller}"
         yield _command("Fetch the file, checked and resumed", f"wmi fetch {id} --url {base} {proof}")
-    proof = f"-u {caller}" if service.tokens else f"-H 'X-VDC-ACCOUNT-UUID: {caller}'"  # curl asks for the password
+    # With -u and no password, curl asks for it: a token in the command would end up in the history of the shell.
+    proof = f"-u {caller}" if service.tokens else f"-H 'X-VDC-ACCOUNT-UUID: {caller}'"
     yield _command("Read the record", f"curl {proof} {base}/api/images/{id}")
 
 
@@ -3888,7 +3942,7 @@ def _rows(image: Record) -> Iterator[str]:
 
 
 def read_health(service: Service, request: Request, route: Route, arrived: float, pulse: Pulse) -> Answer:
-    """Answer GET and HEAD of /health: 200 if the store answers now, else 503."""
+    """Answer GET and HEAD of /health: 200 if the store answers now, otherwise 503."""
     shown = {"status": "ok", "version": __version__, "backend": type(service.storage).__name__,
              "revision": service.revision(arrived)}  # fmt: skip
     return content_answer(request, "application/json", encode(shown, "json"))
@@ -3905,25 +3959,29 @@ ERROR_PAGES[read_page] = error_page
 
 # ---- fetch ----
 
-Progress = Callable[[int, Union[int, None]], object]  # takes how many bytes are here, and of how many, if known
+Progress = Callable[[int, Union[int, None]], object]  # takes the bytes that have arrived, and the total if it is known
 
 
 def fetch_image(client: Client, id: str, path: str | None, progress: Progress) -> str:
-    """Fetch an image's file to path, or to standard output for -, and return path; None is the name it has there.
+    """Fetch the file of an image to path, and return the path.
 
-    The bytes come from the client's server if the image's source is a file:// URI, else from the http or https URI
-    that it is, to which neither account nor token is sent. They are kept in path.part until all of them are there and
-    have the catalog's md5sum; what has arrived is not asked for again, also by a later call. Raises FetchError,
-    Unreachable, the errors of show, and OSError for files here.
+    A path of "-" is standard output; None is the name of the file in the image's source. If that source is a file://
+    URI, the client's server sends the file. If it is an http or https URI, the file is fetched from there, and neither
+    account nor token is sent to that server. The bytes are kept in path.part until the file is complete and has the
+    md5sum of the catalog. A later call fetches only what is missing. Raises FetchError, Unreachable, the errors of
+    show, and OSError for files on this machine.
     """
+    # 1. Find out where the file is.
     image, source = client.show(id), client
-    shown = image.get("source", {"uri": "file:/"}) or {}  # 12.03 does not show it, and the server knows it
+    shown = image.get("source", {"uri": "file:/"}) or {}  # 12.03 does not show the source, so the server is asked
     url, uri = f"{client._url}/{id}/file", str(shown.get("uri", ""))
     if re.fullmatch("https?://[^/?#@]+([/?#].*)?", uri):
         url, source = urllib.parse.quote(uri.partition("#")[0], safe="!$%&'()*+,/:;=?@[]~"), client._stranger(uri)
     elif not uri.startswith("file:"):
         raise FetchError(f"{id} has no file to fetch: its source is {brief(shown)}")
     path, tries = path or safe_name(uri) or id, 0
+    # 2. Ask for what is missing until all of it is here. Only tries in a row that brought nothing are counted, so a
+    #    line that breaks now and then delays a large file but does not stop it.
     with _Arrival(path, url, image.get("md5sum")) as arrival:
         while not arrival.is_whole:
             before = arrival.size
@@ -3939,16 +3997,36 @@ def fetch_image(client: Client, id: str, path: str | None, progress: Progress) -
                         raise
                     raise FetchError(f"the source of {id} cannot be fetched: {error}") from error
                 time.sleep(min(_PAUSE_AT_MOST, max(error.retry_after, random.uniform(0.05, 0.1) * 2**tries)))
+        # 3. Check the file, and give it its name.
         arrival.finish()
     return path
 
 
 class _Arrival:
-    """The bytes of a file that have arrived, in path.part; path.part.json says of what they are a part.
+    """The bytes of a file that have arrived so far, in path.part, and a note in path.part.json of what they belong to.
 
-    A part is continued only if it is of the same URL, and of the same bytes: by their ETag or time, or because a
-    server without ranges sends the same bytes again.
+    A part is continued only with bytes of the same file: the same URL, and the same ETag or time of change. From a
+    server without ranges, all bytes come again and the first ones must be those of the part.
     """
+
+    # The life of a part file. One process at a time holds it, by a lock on path.part.
+    #
+    #     no part, or an empty one
+    #        |    ^
+    #        |    +---- the process ends before a byte has arrived: part and note are removed
+    #        | an answer begins: _begin() writes the note (URL, md5sum, validator)
+    #        v
+    #     begun -------- killed, or the connection lost: part and note stay --------> begun
+    #        |           continued: 206 with the same validator appends; 200 sends all of it again, and what is
+    #        |           here already is compared and skipped
+    #        |---------- other URL, md5sum, validator or bytes: FetchError; part and note stay, for the user to remove
+    #        v
+    #     whole --------- finish(): the MD5 is wrong: FetchError, as above
+    #        |
+    #        v            finish(): flush to the disk, remove the note, rename the part
+    #     path
+    #
+    # A kill between the last two steps leaves a whole part without a note. Its MD5 proves it, if the catalog has one.
 
     def __init__(self, path: str, url: str, md5sum: str | None) -> None:
         self._path, self._part, self._known_by = path, f"{path}.part", f"{path}.part.json"
@@ -3982,40 +4060,41 @@ class _Arrival:
         self._cleanup.close()
 
     def _continue(self) -> None:
-        """Take over what the part is known to be. Raises FetchError if it is a part of something else."""
+        """Read the note about the part. Raises FetchError if the part belongs to another file, or has no note."""
         try:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
             with open(os.open(self._known_by, flags), "rb") as file:
                 about = json.loads(file.read(FILE_PIECE))
             url, md5sum, self._about["validator"] = str(about["url"]), about["md5sum"], str(about["validator"])
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-            raise FetchError(f"{self._part} is there, and nothing says of what it is a part; remove it") from error
+            raise FetchError(f"{self._part} exists, but nothing says what it is a part of; remove it") from error
         if url != self._about["url"]:
             raise FetchError(f"{self._part} is a part of {url}; remove it, or give another name with -O")
         if md5sum != self._about["md5sum"]:
             raise self._changed()
 
     def _changed(self) -> FetchError:
-        remedy = f"{self._part} was begun; remove that to fetch all of it anew" if self._path else "it was begun"
-        return FetchError(f"the file has changed since {remedy}")
+        remedy = f"; remove {self._part} to fetch the whole file again" if self._path else ""
+        return FetchError(f"the file has changed since the fetch began{remedy}")
 
     def fields(self) -> dict[str, str]:
-        """Return the header fields that ask for what is missing (RFC 9110, 13.1.5)."""
+        """Return the header fields that ask for the missing bytes (RFC 9110, 13.1.5)."""
+        # Without a validator a range could be one of another file, so all of it is asked for, and compared.
         validator = self._about["validator"]
         return {"Range": f"bytes={self.size}-", "If-Range": validator} if self.size and validator else {}
 
     def receive(self, client: Client, progress: Progress, answer: Any) -> None:
-        """Take what an answer brings. Raises FetchError, and ConnectionError if more is missing."""
+        """Add the bytes of an answer to the part. Raises FetchError, and ConnectionError if the answer is cut."""
+        # 1. Is it the whole file, or the range that follows the bytes that are here? `whole` matches its total size.
         headers, asked = answer.headers, self.fields()
         length, place = headers.get("Content-Length", ""), headers.get("Content-Range", "")
         coding = headers.get("Content-Encoding", "identity")
         whole = re.fullmatch("([0-9]{1,18})", length)
-        # 1. Is it the file, or what of it belongs behind the bytes that are here?
         if answer.status == 416 and asked and place == f"bytes */{self.size}":
-            self.is_whole = True  # all had arrived before
+            self.is_whole = True  # the file has as many bytes as the part: nothing is missing
             return
         if answer.status >= 400:
-            client._read(answer)  # raises what the answer says
+            client._read(answer)  # raises the error that the answer describes
         if answer.status == 206 and asked:
             whole = re.fullmatch(rf"bytes {self.size}-[0-9]+/([0-9]{{1,18}})", place)
             known = asked["If-Range"]
@@ -4028,7 +4107,8 @@ class _Arrival:
             raise self._changed()
         if not self.size:
             self._begin(_strong_validator(headers))
-        # 2. Compare what a server without ranges sends again, and write the rest.
+        # 2. Of a whole file, compare the first bytes with those that are here, by digest; `here` counts how many are
+        #    still to come. Nothing is written before they have turned out to be the same.
         here, same = (0 if answer.status == 206 else self.size), hashlib.md5(usedforsecurity=False)
         for piece in _body_pieces(answer, sys.maxsize if total is None else total - self.size + here):
             if here:
@@ -4036,6 +4116,7 @@ class _Arrival:
                 piece, here = piece[here:], max(0, here - len(piece))
                 if not here and same.digest() != self._digest.digest():
                     raise self._changed()
+            # 3. Write the rest. The file has no buffer, so a write may take only some of the bytes.
             with _naming(self._part):
                 rest = memoryview(piece)
                 while rest:
@@ -4043,12 +4124,13 @@ class _Arrival:
             self._digest.update(piece)
             self.size += len(piece)
             progress(self.size, total)
+        # 4. Is anything missing?
         if here or total not in (None, self.size):
             raise ConnectionError("the answer is cut")
         self.is_whole = True
 
     def _begin(self, validator: str) -> None:
-        """Note of what the bytes are that come."""
+        """Write the note about the bytes that are about to arrive."""
         self._about["validator"] = validator
         if not self._path:
             return
@@ -4060,44 +4142,49 @@ class _Arrival:
                 json.dump(self._about, file)
 
     def finish(self) -> None:
-        """Put the file in its place if it is the one of the catalog. Raises FetchError."""
+        """Give the file its name, if its MD5 is that of the catalog. Raises FetchError."""
         found, md5sum = self._digest.hexdigest(), self._about["md5sum"]
         if md5sum and found != md5sum:
-            kept = f"; {self._part} is kept, remove it to fetch all of it anew" if self._path else ""
-            raise FetchError(f"the md5 of what arrived is {found}, the catalog says {md5sum}{kept}")
+            kept = f"; {self._part} is kept; remove it to fetch the whole file again" if self._path else ""
+            raise FetchError(f"the MD5 of the file that arrived is {found}, but the catalog says {md5sum}{kept}")
         with _naming(self._path or self._part):
             self._file.flush()
             if self._path:
                 os.fsync(self._file.fileno())
-                with contextlib.suppress(FileNotFoundError):  # while others cannot begin: their note has the same name
+                # The note goes first, while the lock on the part keeps other processes from writing a note of the same
+                # name: after the rename, this could remove the note of another fetch.
+                with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._known_by)
                 os.replace(self._part, self._path)
 
 
 def _strong_validator(headers: Any) -> str:
-    """Return the ETag or else the time that proves which bytes these are; "" if none does (RFC 9110, 8.8)."""
+    """Return a strong ETag, or else a strong Last-Modified, or else "" (RFC 9110, 8.8)."""
+    # A time is strong if it lies before Date: then the file cannot change again and keep the same time.
     tag, modified = headers.get("ETag", ""), headers.get("Last-Modified", "")
     if tag.startswith('"'):
         return str(tag)
     written, date = _http_date(modified), _http_date(headers.get("Date"))
-    return modified if written is not None and date is not None and written < date else ""  # else: it may change again
+    return modified if written is not None and date is not None and written < date else ""
 
 
 @contextlib.contextmanager
 def _open_alone(path: str) -> Iterator[BinaryIO]:
-    """Open a file to read and write, made if need be, that no other process has open so. Raises FetchError."""
+    """Open a file for reading and writing under an exclusive lock, and create it if need be. Raises FetchError."""
     import fcntl  # here: not every system has it
 
+    # Between open() and flock(), the process that held the lock may have finished the file and renamed it. Then the
+    # lock is on the finished file, so the path is opened again.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     while True:
         with open(os.open(path, flags, 0o666), "r+b", buffering=0) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise FetchError(f"{path} is no regular file")
+                raise FetchError(f"{path} is not a regular file")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise FetchError(f"{path} is being fetched by another process") from error
-            with contextlib.suppress(FileNotFoundError):  # what was opened may have been finished and renamed meanwhile
+            with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                     yield file
                     return
@@ -4107,18 +4194,20 @@ def _open_alone(path: str) -> Iterator[BinaryIO]:
 
 
 def _visible(value: Any) -> str:
-    """Return text that cannot move the cursor of a terminal nor begin a line."""
+    """Return a value as text that cannot move the cursor of a terminal or begin a new line."""
     return re.sub("[^ -~]", _escape, value if isinstance(value, str) else json.dumps(value))
 
 
 def _escape(char: re.Match[str]) -> str:
-    """Return a character, or as JSON spells it if it is none that is printed."""
+    """Return a printable character as it is, and any other as an escape of JSON."""
     units = char[0].encode("utf-16-be", "surrogatepass").hex()
     return char[0] if char[0].isprintable() else re.sub("(....)", r"\\u\1", units)
 
 
 def _write(text: str, out: TextIO | None = None) -> None:
-    """Write to standard output or another file; a terminal gets escapes for what could move its cursor."""
+    """Write text to standard output or another file."""
+    # Names and descriptions come from strangers. On a terminal, whatever could move the cursor is printed as an escape;
+    # a file or a pipe gets the text as it is.
     out = out or sys.stdout
     with _naming("standard output") if out is sys.stdout else contextlib.nullcontext():
         out.write(re.sub(r"[^\n -~]", _escape, text) if out.isatty() else text)
@@ -4126,7 +4215,7 @@ def _write(text: str, out: TextIO | None = None) -> None:
 
 @contextlib.contextmanager
 def _naming(file: str) -> Iterator[None]:
-    """Make errors of the system name a file: those of reading and writing do not."""
+    """Add the name of a file to an OSError: errors of read() and write() come without it."""
     try:
         yield
     except OSError as error:
@@ -4135,15 +4224,15 @@ def _naming(file: str) -> Iterator[None]:
 
 
 class _Progress:
-    """A line on a terminal that says how far long work has come: count, total, rate and time left."""
+    """A line on a terminal that shows the progress of long work: count, total, rate and time left."""
 
     def __init__(self, what: str, unit: int = 1, name: str = "") -> None:
         self._what, self._unit, self._name = what, unit, name
-        self._first: tuple[int, float] | None = None  # count and time when the work began
+        self._first: tuple[int, float] | None = None  # count and time at the first call
         self._shown = time.monotonic() if sys.stderr.isatty() else float("inf")
 
     def __call__(self, done: int, total: int | None = None) -> None:
-        """Show the line, five times a second at most."""
+        """Show the line, at most five times a second."""
         moment = time.monotonic()
         self._first = self._first or (done, moment)
         if moment - self._shown < 0.2:
@@ -4171,7 +4260,7 @@ class _Progress:
 
 
 def _progressing(what: str, items: Iterable[Any], total: int | None = None) -> Iterator[Any]:
-    """Yield items; a terminal is shown how far that is."""
+    """Yield the items, and show the progress on a terminal."""
     with _Progress(what) as progress:
         for count, item in enumerate(items, 1):
             progress(count, total)
@@ -4180,12 +4269,12 @@ def _progressing(what: str, items: Iterable[Any], total: int | None = None) -> I
 
 # ---- whole stores, and files beside them ----
 
-MAX_LINE = 1 << 20  # bytes that `load` takes as one line, and holds; those of `dump` are shorter, see MAX_TEXT
-_STORE_FILES = ("", ".new", ".lock", "-journal", "-wal", "-shm")  # endings of the files that json and sqlite keep
+MAX_LINE = 1 << 20  # bytes of a line that `load` accepts; `dump` writes shorter ones, see MAX_TEXT
+_STORE_FILES = ("", ".new", ".lock", "-journal", "-wal", "-shm")  # endings of the files of json and sqlite stores
 
 
 class _Lines:
-    """The images in lines of JSON; a bad line ends them, or is reported and left out."""
+    """The images in a file of JSON lines. A bad line raises an error or, with keep_going, is reported and skipped."""
 
     def __init__(self, file: BinaryIO, keep_going: bool) -> None:
         self._file, self._keep_going = file, keep_going
@@ -4200,13 +4289,15 @@ class _Lines:
                 self.refuse(error)
 
     def _read(self) -> bytes:
-        """Return the next line; of one that is too long, only the first MAX_LINE + 1 bytes."""
+        """Return the next line, or the first MAX_LINE + 1 bytes of a longer one."""
+        # A file without newlines must not fill the memory.
         try:
             line = piece = self._file.readline(MAX_LINE + 1)
             while len(piece) > MAX_LINE and piece[-1:] != b"\n":
                 piece = self._file.readline(MAX_LINE + 1)
             return line
-        except OSError as error:  # of the input; a store that was reading from here would take it for its own
+        except OSError as error:
+            # Made an Error, since this runs inside add_all(): a store would take an OSError for one of its own files.
             raise Error(f"cannot read line {self.number + 1}: {error.strerror}") from error
 
     def refuse(self, error: Error) -> None:
@@ -4233,6 +4324,7 @@ def _load(options: Any) -> None:
     _refuse_store_file("/dev/stdin" if path == "-" else path, options.store)
     with standard if path == "-" else open(path, "rb") as file, open_storage(options.store) as storage:
         lines, loaded = _Lines(file, options.keep_going), 0
+        # All or none is one batch. With --keep-going each image is a batch, so that a duplicate undoes no other image.
         batches = ([record] for record in lines) if options.keep_going else [_progressing("loaded", lines)]
         for batch in batches:
             try:
@@ -4246,10 +4338,8 @@ def _load(options: Any) -> None:
 
 
 def _refuse_store_file(path: str, url: str) -> None:
-    """Raise InvalidParameter if a path leads to a file of the store, however it is spelled.
-
-    A file that is there is known by its inode, through any link; one that is not yet there by its real path.
-    """
+    """Raise InvalidParameter if a path leads to a file of the store, however the path is spelled."""
+    # Files that exist are compared by inode, which sees through links; files that do not exist yet by their real path.
     location = url.partition(":")[2]
     for file in [os.path.realpath(location) + ending for ending in _STORE_FILES if location]:
         same = os.path.exists(path) and os.path.exists(file) and os.path.samefile(path, file)
@@ -4258,7 +4348,7 @@ def _refuse_store_file(path: str, url: str) -> None:
 
 
 def _open_existing(url: str) -> Storage:
-    """Open a store to read what it holds: a slip in its name must not make an empty one. Raises InvalidParameter."""
+    """Open a store that exists: a typing error in its name must not create a store. Raises InvalidParameter."""
     scheme, _, location = url.partition(":")
     if scheme in ("json", "sqlite") and location and not os.path.exists(location):
         raise InvalidParameter(f"there is no store {url}; `add`, `load` and `serve` make one")
@@ -4285,15 +4375,15 @@ def _count(storage: Storage) -> int:
 
 @contextlib.contextmanager
 def _replacing(path: str) -> Iterator[TextIO]:
-    """Open a file that takes the place of path when all of it is on the disk; if the body raises, nothing happens.
+    """Open a new file that replaces path at the end; if the body raises, path stays as it was.
 
-    Pipes and devices are written to as they are. Raises OSError that names path.
+    A path that is a pipe or a device is written to directly. Raises OSError that names path.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         with _naming(path), open(path, "w", encoding="utf-8") as out:
             yield out
         return
-    target = os.path.realpath(path)  # a symbolic link stays one
+    target = os.path.realpath(path)  # the file that a symbolic link leads to is replaced, not the link
     temporary = f"{target}.{os.urandom(8).hex()}"
     with _naming(path), contextlib.ExitStack() as cleanup:
         with open(temporary, "x", encoding="utf-8", newline="\n") as out:
@@ -4301,6 +4391,7 @@ def _replacing(path: str) -> Iterator[TextIO]:
             if os.path.exists(target):
                 os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
             yield out
+            # On the disk before the rename: otherwise a power failure could leave an empty file in place of the old.
             out.flush()
             os.fsync(out.fileno())
         os.replace(temporary, target)

@@ -421,7 +421,7 @@ def test_a_changed_file(after, known, out, refused):
     with source, catalog(image(source.uri, **({} if known else {"md5sum": None}))) as url:
         size = half(url, out / "x")
         source.content, source.lines = CONTENT[::-1], after
-        assert "has changed since x.part was begun; remove that" in refused(url, "x")
+        assert "has changed since the fetch began; remove x.part" in refused(url, "x")
     assert (out / "x.part").read_bytes() == CONTENT[:size] and not (out / "x").exists()
 
 
@@ -449,7 +449,7 @@ def test_a_changed_catalog(out, refused):
         with catalog(image(source.uri)) as url:
             half(url, out / "x")
         with catalog(image(source.uri, CONTENT[::-1])) as url:
-            assert "has changed since x.part was begun" in refused(url, "x")
+            assert "has changed since the fetch began; remove x.part" in refused(url, "x")
     assert "x.part" in left(out)
 
 
@@ -469,7 +469,7 @@ def test_a_part_of_which_nothing_is_known(note, own, out, refused):
     (out / "x.part").write_bytes(b"mine")
     if note is not None:
         (out / "x.part.json").write_bytes(note)
-    assert "x.part is there, and nothing says of what it is a part; remove it" in refused(own, "x")
+    assert "x.part exists, but nothing says what it is a part of; remove it" in refused(own, "x")
     assert (out / "x.part").read_bytes() == b"mine"
 
 
@@ -480,8 +480,8 @@ def test_a_wrong_md5(path, out, capfdbinary):
         for _ in range(2):
             assert fetch(url, path) == 1
             err = capfdbinary.readouterr().err.decode()
-            assert f"the md5 of what arrived is {md5(CONTENT)}, the catalog says {md5(b'other')}" in err
-            assert ("x.part is kept, remove it" in err) == (path == "x") and err.count("\n") == 1
+            assert f"the MD5 of the file that arrived is {md5(CONTENT)}, but the catalog says {md5(b'other')}" in err
+            assert ("x.part is kept; remove it" in err) == (path == "x") and err.count("\n") == 1
     assert not (out / "x").exists()
 
 
@@ -653,7 +653,7 @@ def test_a_refusal_leaves_nothing_locked(own, out):
     (out / "x.part").write_bytes(b"mine")
     client, errors = wmi.Client(own, ACCOUNT), []
     for _ in range(2):
-        with pytest.raises(wmi.FetchError, match="nothing says of what") as error:
+        with pytest.raises(wmi.FetchError, match="nothing says what") as error:
             client.fetch("wmi-one", "x")
         errors.append(error)
 
@@ -675,7 +675,7 @@ def test_a_planted_fifo(ending, own, out, capfd):
     """Nobody is waited for."""
     os.mkfifo(out / f"x{ending}")
     assert fetch(own, "x") == (1 if ending == ".part" else 0)
-    assert ending != ".part" or "x.part is no regular file" in capfd.readouterr().err
+    assert ending != ".part" or "x.part is not a regular file" in capfd.readouterr().err
     if ending == ".part.json":
         os.mkfifo(out / "y.part.json")
         (out / "y.part").write_bytes(b"a")
