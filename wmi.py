@@ -4428,16 +4428,16 @@ def _wrong_records(storage: Storage) -> Iterator[str]:
 ####################################################################################################
 # Command line
 ####################################################################################################
-# One function a subcommand, each a few calls of what stands above. A command works on a store (--store)
-# or, where the API can do it, on a server (--url). It prints what was asked for on stdout and nothing
-# else; one line on stderr and exit code 1 say what went wrong, in words for people.
+# Each subcommand is one function, which makes a few calls to the parts above. A command works on a store (--store) or,
+# if the API allows it, on a server (--url). Standard output has the result and nothing else, so that it can be piped.
+# An error is one line on standard error, in words for people, and exit code 1.
 
 _SAMPLE = """
 wmi-lucid0   x86    ubuntu-10.04_local_kvm_i386.raw    Ubuntu 10.04 LTS, 32 bit
 wmi-lucid1   x86_64 ubuntu-10.04_local_kvm_x86_64.raw  Ubuntu 10.04 LTS, 64 bit
 wmi-centos1d x86_64 centos-6.4_x86_64_kvm_md.raw       CentOS 6.4 with a metadata drive
 wmi-lbnode1d x86_64 lbnode-stud_x86_64_kvm_md.raw      load balancer node (haproxy, stud)
-"""  # names as in Wakame-vdc's own demo data
+"""  # the names of Wakame-vdc's own demo data
 
 
 # ---- what a command does ----
@@ -4456,21 +4456,24 @@ def _serve(options: Any) -> int:
                       max_connections=options.max_connections, tls=context, log=log, log_format=options.log_format,
                       files=options.files, tokens=_read_tokens(options))  # fmt: skip
 
-    def renew(server: Server | None) -> None:  # None: the parent, for the workers to come
+    def renew(server: Server | None) -> None:  # None: called in the parent, for workers that are forked later
         nonlocal context
         context = make_context()
         if server:
             server.tls = context
 
+    # The order matters. Whatever can be wrong (certificate, log, store, tokens, address) is found out before a worker
+    # is forked, so that the user gets one line and exit code 1. But no worker may inherit an open store: with several
+    # workers, the store is closed again and each worker opens its own.
     with contextlib.ExitStack() as cleanup:
-        block_stops(True)  # until they are handled: a socket must not stay behind
+        block_stops(True)  # a SIGTERM before the server handles it would leave the Unix socket behind
         cleanup.callback(block_stops, False)
-        storage = cleanup.enter_context(open_storage(options.store))  # before any fork: a bad one is refused here
+        storage = cleanup.enter_context(open_storage(options.store))
         if options.sample:
             _add_sample(storage)
         if options.workers > 1:
             storage.close()
-        if _read_tokens(options):  # and so is a bad file of tokens
+        if _read_tokens(options):
             _warn_if_exposed(options, options.tokens)
         listener = listen(options.host, options.port, options.unix_socket)
         address = address_of(listener, "https" if context else "http")
@@ -4487,13 +4490,13 @@ def _unlink(path: str) -> None:
 
 def _check_processes(options: Any) -> None:
     if options.workers < 1 or options.max_connections < 1:
-        raise InvalidParameter("--workers and --max-connections: at least 1")
+        raise InvalidParameter("--workers and --max-connections must be at least 1")
     if options.files and not os.path.isdir(options.files):
         raise InvalidParameter(f"--files: {options.files} is not a directory")
     if options.workers > 1 and not hasattr(os, "fork"):
         raise InvalidParameter("--workers: this system cannot fork; use 1")
     if options.workers > 1 and options.store.startswith("memory:"):
-        raise InvalidParameter("--workers: a store in memory belongs to one process; use 1, or a sqlite: store")
+        raise InvalidParameter("--workers: a store in memory belongs to one process; use 1, or another store")
 
 
 def _add_sample(storage: Storage) -> None:
@@ -4510,7 +4513,7 @@ def _add_sample(storage: Storage) -> None:
 
 
 def _log_writer(options: Any) -> Callable[[str], object]:
-    """Return what writes the log: each text is one write, so that those of processes never mix."""
+    """Return a function that appends text to the log in one write, so that lines of several processes never mix."""
     if options.log == "-":
         return lambda text: None
     file = 2
@@ -4522,7 +4525,7 @@ def _log_writer(options: Any) -> Callable[[str], object]:
 
 def _announce(options: Any, address: str) -> None:
     if not options.tokens and not address.startswith("unix:") and not re.match(_LOOPBACK, address):
-        _tell(options, f"warning: {address} is open to others, and a caller may claim any account")
+        _tell(options, f"warning: {address} is open to others, and callers may claim to be any account")
     page = "" if address.startswith("unix:") else f" (page: {address}/)"
     _tell(options, f"serving {options.store} on {address}/api/images{page}")
 
@@ -4531,7 +4534,7 @@ def _add(options: Any, boot_dev_type: int, location: str) -> None:
     fields = {**_given_fields(options), "boot_dev_type": boot_dev_type}
     if "WMI_ACCOUNT" in os.environ:
         fields.setdefault("account_id", os.environ["WMI_ACCOUNT"])
-    if location.startswith("bo-"):  # what vdc-manage of 12.03 registered
+    if location.startswith("bo-"):  # vdc-manage of 12.03 took the id of a backup object here
         fields["backup_object_id"] = location
     elif boot_dev_type == BOOT_DEV_SAN:
         fields["source"] = {"snapshot_id": location}
@@ -4545,13 +4548,13 @@ def _add(options: Any, boot_dev_type: int, location: str) -> None:
 
 
 def _describe_file(path: str, fields: dict[str, Any]) -> None:
-    """Set the source and the checksum of an image whose file is here. Raises InvalidParameter."""
+    """Set the source and the checksum of an image whose file is on this machine. Raises InvalidParameter."""
     if not os.path.isfile(path):
-        raise InvalidParameter(f"{path}: no such file; give one that is here, or a URI such as file:///…")
+        raise InvalidParameter(f"{path}: no such file; give the path of a file, or a URI such as file:///…")
     fields["source"] = {"uri": "file://" + urllib.parse.quote(os.path.abspath(path))}
-    image_record(fields)  # before the long work, so that a wrong field is told at once
+    image_record(fields)  # raises for a wrong field now, and not after the MD5 of a large file
     if "md5sum" not in fields:
-        digest = hashlib.md5(usedforsecurity=False)  # the API's checksum; no secret hangs on it
+        digest = hashlib.md5(usedforsecurity=False)  # the API's checksum; no secret depends on it
         with open(path, "rb") as file, _Progress(f"md5 of {path}:", 1 << 20, " MiB") as progress:
             while piece := file.read(1 << 20):
                 digest.update(piece)
@@ -4568,7 +4571,7 @@ def _given_fields(options: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _catalog(options: Any, version: str = DOCUMENT) -> Iterator[Any]:
-    """Yield a Client for --url, else a Catalog on --store: the same verbs."""
+    """Yield a Client for --url, otherwise a Catalog on --store. Both have the same verbs."""
     if not options.url:
         with _open_existing(options.store) as storage:
             yield Catalog(storage, options.account, version)
@@ -4579,9 +4582,9 @@ def _catalog(options: Any, version: str = DOCUMENT) -> Iterator[Any]:
 def _client(options: Any, version: str = DOCUMENT) -> Client:
     token = _read_token(options)
     if not options.url:
-        raise InvalidParameter("a file is fetched from a server: give --url http://HOST:PORT or set WMI_URL")
+        raise InvalidParameter("files are fetched from a server: give --url http://HOST:PORT or set WMI_URL")
     if not options.account and not token:
-        raise InvalidParameter("a server asks who calls: give --account A or set WMI_ACCOUNT")
+        raise InvalidParameter("a server needs to know your account: give --account A or set WMI_ACCOUNT")
     return Client(options.url, options.account, version=version, cafile=options.cacert, token=token,
                   plain_token=options.plain_token)  # fmt: skip
 
@@ -4595,7 +4598,7 @@ def _fetch(options: Any) -> None:
 
 def _token(options: Any) -> None:
     if not options.tokens:
-        raise InvalidParameter("name the file that `serve --tokens` reads: --tokens FILE")
+        raise InvalidParameter("give the file that `serve --tokens` reads: --tokens FILE")
     _write(add_token(options.account, options.tokens) + "\n")
 
 
@@ -4621,6 +4624,7 @@ def _modify(options: Any) -> None:
     if not fields:
         raise InvalidParameter("nothing to change: give a field, such as --description TEXT")
     with _catalog(options, "12.03") as catalog:
+        # An account, or a server, may set only what PUT of 12.03 sets. The operator of a store may change every field.
         change = catalog.update if options.url or options.account else catalog.modify
         _write(_FORMS[options.output](change(options.id, **fields)))
 
@@ -4644,7 +4648,9 @@ _COLUMNS = ("ID", "ACCOUNT", "ARCH", "BOOT", "PUBLIC", "STATE", "NAME")
 
 
 def _table_lines(images: Iterator[Record]) -> Iterator[str]:
-    """Yield the lines of a table; the first images say how wide its columns are, a terminal where the last ends."""
+    """Yield the lines of a table."""
+    # The list may be long, so only the first 100 images decide how wide the columns are; a longer cell further down
+    # pushes its row to the right. On a terminal, the name is cut at the edge.
     first = [_COLUMNS, *map(_cells, itertools.islice(images, 100))]
     widths = [max(map(_width, column)) for column in zip(*first)][:-1]
     columns = os.get_terminal_size(1).columns if sys.stdout.isatty() else 0
@@ -4662,16 +4668,16 @@ def _cells(image: Record) -> tuple[str, ...]:
 
 
 def _width(text: str) -> int:
-    """Return how many columns of a terminal a text takes: two for what is wide, none for what is put over another."""
+    """Return how many columns a text takes on a terminal: a wide character takes two, a combining one takes none."""
     if text.isascii():
         return len(text)
-    import unicodedata  # here: most texts do not need it
+    import unicodedata  # here: most text is ASCII and does not need it
 
     return sum(0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
 
 
 def _clipped(text: str, room: int) -> str:
-    """Return as much of a text as fits into so many columns, with … for what does not."""
+    """Return a text, cut to `room` columns if it is longer; a cut text ends with …."""
     if len(text) <= room and _width(text) <= room:
         return text
     ends = itertools.accumulate(map(_width, text))
@@ -4689,7 +4695,7 @@ def _id_line(image: Record) -> str:
     return _visible(image["id"]) + "\n"
 
 
-_FORMS: dict[str, Callable[[Record], str]] = {  # of one image
+_FORMS: dict[str, Callable[[Record], str]] = {  # how one image is printed, by the value of --output
     "table": _table,
     "json": lambda image: json.dumps(image, ensure_ascii=False, indent=2) + "\n",
     "yaml": to_yaml,
@@ -4705,62 +4711,62 @@ _LISTS: dict[str, Callable[[Iterator[Record]], Iterator[str]]] = {
 
 # ---- options and commands ----
 
-# Options by name: short form (vdc-manage's), help, and what else argparse is told.
+# The options by name: the short form, which is vdc-manage's; the help text; and further arguments for argparse.
 _Option = tuple[str, str, dict[str, Any]]
 _TOGGLE = {"action": "toggle"}  # --NAME and --no-NAME
 _FIELD_OPTIONS: dict[str, _Option] = {
-    "uuid": ("-u", "id of the image (default: made up)", {}),
-    "account_id": ("-a", "owner (add: default WMI_ACCOUNT)", {}),
+    "uuid": ("-u", "id of the image (default: a random one)", {}),
+    "account_id": ("-a", "owner (default for add: WMI_ACCOUNT)", {}),
     "arch": ("-r", "x86 or x86_64", {}),
-    "md5sum": ("-m", "MD5 of the image file (add: computed if the file is here)", {}),
+    "md5sum": ("-m", "MD5 of the file (default for add PATH: computed)", {}),
     "description": ("-d", "any text", {}),
     "state": ("-s", "one of " + ", ".join(STATES[:-1]), {}),
-    "is_public": ("-p", "everybody may see and use it", _TOGGLE),
+    "is_public": ("-p", "every account may see the image", _TOGGLE),
     "file_format": ("", "such as raw", {}),
     "feature": ("", "virtio or acpi; may be repeated", {"action": "append", "metavar": "NAME"}),
     "root_device": ("", "such as label:root", {}),
-    "is_cacheable": ("", "hosts may keep a copy", _TOGGLE),
+    "is_cacheable": ("", "hosts may keep a copy of the file", _TOGGLE),
     "instance_model_name": ("", "such as kvm", {}),
     "service_type": ("", "std or lb", {}),
-    "parent_image_id": ("", "the image that this one was made from", {}),
+    "parent_image_id": ("", "id of the image that this one was made from", {}),
     "display_name": ("", "a short name", {}),
-    "backup_object_id": ("", "bo-…", {}),
+    "backup_object_id": ("", "id of a backup object, bo-…", {}),
     "os_type": ("", "linux or windows", {}),
 }
-_PLACE_OPTIONS: dict[str, _Option] = {  # where the images are; WMI_STORE and so on are the defaults
+_PLACE_OPTIONS: dict[str, _Option] = {  # where the images are; the environment has defaults: WMI_STORE, WMI_URL, …
     "store": ("", "SCHEME:LOCATION (default: %(default)s)", {"metavar": "URL", "default": "sqlite:images.db"}),
-    "url": ("", "a server, http://HOST:PORT, instead of a store", {"metavar": "URL"}),
-    "cacert": ("", "certificates to trust for https", {"metavar": "FILE"}),
-    "account": ("", "who asks (on a store: anybody)", {"metavar": "A"}),
-    "token": ("", "proves it, but others can see it here: rather set WMI_TOKEN", {"metavar": "T"}),
-    "token_file": ("", "holds the token", {"metavar": "FILE"}),
-    "plain_token": ("", "send it over http, where others could read it", {"action": "store_true"}),
+    "url": ("", "use the server at http://HOST:PORT, not a store", {"metavar": "URL"}),
+    "cacert": ("", "certificates to trust for https (PEM)", {"metavar": "FILE"}),
+    "account": ("", "your account (default on a store: the operator)", {"metavar": "A"}),
+    "token": ("", "your token; others can see it here, WMI_TOKEN is safer", {"metavar": "T"}),
+    "token_file": ("", "read the token from FILE", {"metavar": "FILE"}),
+    "plain_token": ("", "allow the token over http, where others may read it", {"action": "store_true"}),
 }
 _LISTEN_OPTIONS: dict[str, _Option] = {
-    "host": ("", "address to bind (default: %(default)s)", {"default": "127.0.0.1"}),
-    "port": ("", "0: any that is free (default: %(default)s)", {"type": int, "default": 9001}),
-    "unix_socket": ("", "listen there instead", {"metavar": "PATH"}),
-    "host_name": ("", "a Host to serve on loopback beside its own; may be repeated",
+    "host": ("", "address to listen on (default: %(default)s)", {"default": "127.0.0.1"}),
+    "port": ("", "port; 0 takes a free one (default: %(default)s)", {"type": int, "default": 9001}),
+    "unix_socket": ("", "listen on a Unix socket instead", {"metavar": "PATH"}),
+    "host_name": ("", "on loopback, accept this Host too; may be repeated",
                   {"action": "append", "metavar": "NAME", "default": []}),
     "tls_cert": ("", "serve HTTPS with this certificate chain (PEM)", {"metavar": "FILE"}),
-    "tls_key": ("", "its key (default: in the same file)", {"metavar": "FILE"}),
-    "workers": ("", "processes (default: %(default)s)", {"type": int, "default": 1, "metavar": "N"}),
-    "max_connections": ("", "connections a process serves at once (default: %(default)s)",
+    "tls_key": ("", "key of the certificate (default: in the same file)", {"metavar": "FILE"}),
+    "workers": ("", "number of processes (default: %(default)s)", {"type": int, "default": 1, "metavar": "N"}),
+    "max_connections": ("", "connections per process (default: %(default)s)",
                         {"type": int, "default": MAX_CONNECTIONS, "metavar": "N"}),
 }  # fmt: skip
 _OTHER_OPTIONS: dict[str, _Option] = {
     "output": ("-o", "table (the default), json, yaml or id", {"choices": _FORMS, "default": "table"}),
-    "output_file": ("-O", "write there; - is standard output (default: its name in the source)", {"metavar": "FILE"}),
-    "start": ("", "offset of the first (default: 0)", {"default": "0"}),
-    "limit": ("", "at most so many", {}),
+    "output_file": ("-O", "write to FILE, - for stdout (default: named by its source)", {"metavar": "FILE"}),
+    "start": ("", "number of images to skip (default: 0)", {"default": "0"}),
+    "limit": ("", "number of images to list at most", {}),
     "keep_going": ("", "report bad lines and load the others", {"action": "store_true"}),
     "repair": ("", "rebuild what can be derived from the images", {"action": "store_true"}),
-    "virtio": ("", "", _TOGGLE),
-    "acpi": ("", "", _TOGGLE),
+    "virtio": ("", "set or clear this feature", _TOGGLE),
+    "acpi": ("", "set or clear this feature", _TOGGLE),
     "sample": ("", "fill an empty store with a few images", {"action": "store_true"}),
     "files": ("", "serve the image files below this directory", {"metavar": "DIR"}),
-    "tokens": ("", "accounts and digests of their tokens: callers must prove who they are", {"metavar": "FILE"}),
-    "unversioned": ("", "what /api/images speaks: " + ", ".join(VERSIONS), {"choices": VERSIONS, "default": DOCUMENT}),
+    "tokens": ("", "file of tokens; with it, serve answers their holders only", {"metavar": "FILE"}),
+    "unversioned": ("", "version of /api/images: " + ", ".join(VERSIONS), {"choices": VERSIONS, "default": DOCUMENT}),
     "log": ("", "append the log to FILE, not to stderr; - for no log", {"metavar": "FILE"}),
     "log_format": ("", "text (the default) or json", {"choices": LOG_FORMATS, "default": "text"}),
 }
@@ -4772,11 +4778,11 @@ _GROUPS = {
 }
 
 _FIELDS, _PLACES, _LISTENING = map(" ".join, (_FIELD_OPTIONS, _PLACE_OPTIONS, _LISTEN_OPTIONS))
-# A row per subcommand: name, function, arguments (positional ones in capitals, as in a usage), help, example.
+# The subcommands: name, function, arguments (positional ones in capitals, as in a usage line), help text, example.
 _COMMANDS: list[tuple[str, Callable[[Any], object], str, str, str]] = [
     ("serve", _serve,
      f"store sample files tokens unversioned log log_format {_LISTENING}",
-     "serve a store over HTTP", "--sample --port 9001"),
+     "serve the images of a store over HTTP", "--sample --port 9001"),
     ("add local", lambda options: _add(options, BOOT_DEV_LOCAL, options.path_or_uri), f"PATH_OR_URI store {_FIELDS}",
      "register an image file", "lucid.raw -a a-shpoolxx -d 'Ubuntu 10.04' --is-public"),
     ("add volume", lambda options: _add(options, BOOT_DEV_SAN, options.snapshot_id), f"SNAPSHOT_ID store {_FIELDS}",
@@ -4784,27 +4790,27 @@ _COMMANDS: list[tuple[str, Callable[[Any], object], str, str, str]] = [
     ("list", _list, f"{_PLACES} output start limit", "list images, newest first", "--limit 20 -o json"),
     ("show", _show, f"ID {_PLACES} output", "show one image", "wmi-lucid0 -o yaml"),
     ("delete", _delete, f"ID... {_PLACES} output", "delete images and print their ids", "wmi-lucid0 wmi-lucid1"),
-    ("del", _delete, f"ID... {_PLACES} output", "the same as delete, in vdc-manage's word", "wmi-lucid0"),
+    ("del", _delete, f"ID... {_PLACES} output", "vdc-manage's name for delete", "wmi-lucid0"),
     ("modify", _modify, f"ID {_PLACES} output {_FIELDS.replace('uuid ', '')}",
-     "change fields (on a server display name and description)", "wmi-lucid0 --arch x86 --no-is-public"),
+     "change fields of an image (on a server: display name, description)", "wmi-lucid0 --arch x86 --no-is-public"),
     ("features", _set_features, "ID store virtio acpi",
-     "set or clear features and leave the others", "wmi-lucid0 --virtio --no-acpi"),
+     "set or clear features and leave the others as they are", "wmi-lucid0 --virtio --no-acpi"),
     ("fetch", _fetch, f"ID {_PLACES.replace('store ', '')} output_file",
-     "fetch the file of an image from a server, checked and resumed", "wmi-lucid0 --url http://127.0.0.1:9001"),
+     "download the file of an image, resume if interrupted, check its MD5", "wmi-lucid0 --url http://127.0.0.1:9001"),
     ("token", _token, "ACCOUNT tokens",
-     "make a token for an account and print it, this once", "a-shpoolxx --tokens tokens"),
+     "make a token for an account and print it; it is not shown again", "a-shpoolxx --tokens tokens"),
     ("load", _load, "[FILE] store keep_going", "load images from JSON lines, all or none", "images.jsonl"),
-    ("dump", _dump, "[FILE] store", "write images as JSON lines; FILE is replaced at the end", "images.jsonl"),
+    ("dump", _dump, "[FILE] store", "write all images as JSON lines", "images.jsonl"),
     ("copy", _copy, "SOURCE TARGET", "copy a store into an empty one that is not in use", "json:a sqlite:b"),
-    ("check", _check, "[URL] store repair", "read a whole store and say what is wrong", "sqlite:images.db --repair"),
+    ("check", _check, "[URL] store repair", "read a whole store and print its faults", "sqlite:images.db --repair"),
 ]  # fmt: skip
 
 
-# ---- from the words of a command to its end ----
+# ---- running a command ----
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
+    """Run a command and return its exit code: 0 done, 1 error, 2 wrong usage, 130 interrupted."""
     _prepare_streams()
     options: Any = None
     try:
@@ -4815,11 +4821,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             with _naming("standard output"):
                 sys.stdout.flush()
     except (Error, OSError) as error:
-        if not isinstance(error, BrokenPipeError):  # else the reader, such as head, has seen enough
+        if not isinstance(error, BrokenPipeError):  # no message if the reader, such as head, has seen enough
             print(f"wmi: {_visible(_explain(error, options))}", file=sys.stderr)
         try:
             sys.stdout.flush()
-        except OSError:  # what cannot be written is dropped, or the interpreter's end complains again
+        except OSError:  # drop the rest, or the interpreter tries to write it once more when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except KeyboardInterrupt:
@@ -4827,10 +4833,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare_streams() -> None:
-    """Open closed standard descriptors, or a store's file would get their numbers; speak UTF-8 in any locale.
-
-    Input is opened for writing and output for reading, so that using one fails as it would have before.
-    """
+    """Open standard descriptors that are closed, and write UTF-8 in any locale."""
+    # Otherwise the next file that is opened would get such a number, and a message on standard error could end up in a
+    # store. Input is opened for writing and output for reading, so that using them still fails.
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_RDONLY if name == "stdout" else os.O_WRONLY)
@@ -4841,7 +4846,7 @@ def _prepare_streams() -> None:
 
 
 def _parse_arguments(argv: Sequence[str]) -> Any:
-    import argparse  # here: whoever embeds the library does not pay for it
+    import argparse  # here: a program that only imports this module does not need it
 
     style: Any = {"formatter_class": functools.partial(argparse.HelpFormatter, width=100, max_help_position=43)}
     parser = argparse.ArgumentParser("wmi", description=(__doc__ or "").partition("\n")[0], **style)
@@ -4857,15 +4862,16 @@ def _parse_arguments(argv: Sequence[str]) -> Any:
         )  # fmt: skip
         command.register("action", "toggle", argparse.BooleanOptionalAction)
         command.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
-        command.set_defaults(run=run, file="-")  # unless there is a FILE: standard input or output
+        command.set_defaults(run=run, file="-")  # without FILE: standard input or output
         _add_arguments(command, arguments.split())
-    end = [*argv, "--"].index("--")  # vdc-manage's option parser took --account_id as well as --account-id
+    # As in vdc-manage, --account_id is the same as --account-id; what follows "--" is left as it is.
+    end = [*argv, "--"].index("--")
     dashed = [re.sub("^--[^=]*", lambda match: match[0].replace("_", "-"), word) for word in argv[:end]]
     return parser.parse_args([*dashed, *argv[end:]])
 
 
 def _add_arguments(command: Any, names: Iterable[str]) -> None:
-    """Add options by their names in _GROUPS, and positional arguments, whose names are in capitals."""
+    """Add the options with these names in _GROUPS, and a positional argument for each name in capitals."""
     names = list(names)
     for name in filter(str.isupper, names):
         nargs = "?" if name[0] == "[" else "+" if name[-1] == "." else None
@@ -4883,7 +4889,8 @@ def _add_arguments(command: Any, names: Iterable[str]) -> None:
 
 
 def _explain(error: Exception, options: Any) -> str:
-    """Return what tells a person which thing is wrong and what to do; over HTTP the API's terser words are sent."""
+    """Return a message that tells a person what is wrong and what to do about it."""
+    # Errors carry the API's words, which old clients expect over HTTP and which say little to a person.
     text = str(error) or type(error).__name__
     if isinstance(error, OSError):
         text = error.strerror or text
@@ -4891,15 +4898,15 @@ def _explain(error: Exception, options: Any) -> str:
     if text in ("start", "limit") and hasattr(options, text):
         return f"--{text}: {getattr(options, text)!r} is not a whole number of at most 18 digits"
     if getattr(error, "status", 0) == 401:
-        return f"{options.url} wants a valid token: set WMI_TOKEN, or name the file that holds it, --token-file FILE"
+        return f"{options.url} needs a valid token: set WMI_TOKEN, or give --token-file FILE"
     if text == _CONTRADICTION:
         return f"not permitted: {text}; leave --account out"
     if text.startswith("Invalid UUID Syntax: "):
         return f"{text[21:]!r} is not an id: an id is wmi- and letters a-z or digits"
-    cause: Any = getattr(error.__cause__, "reason", error.__cause__)  # urllib wraps what the system says
+    cause: Any = getattr(error.__cause__, "reason", error.__cause__)  # urllib wraps the system's error
     said = getattr(cause, "strerror", "") or cause
     if getattr(cause, "reason", "") == "WRONG_VERSION_NUMBER":
-        said = "it does not speak HTTPS there, try http://"
+        said = "that port does not speak HTTPS, try http://"
     where = getattr(options, "url", None) or getattr(options, "store", "")
     return _EXPLAINED.get(type(error), "{text}").format(text=text, where=where, cause=f": {said}" if said else "")
 
@@ -4908,7 +4915,7 @@ _EXPLAINED: dict[type[Exception], str] = {
     UnknownUUIDResource: "no such image: {text} in {where}",
     OperationNotPermitted: "not permitted: the image belongs to another account",
     DatabaseError: "{text}{cause}",
-    NotFound: "no images there: {where}; give the base of an image server, such as http://HOST:PORT",
+    NotFound: "there are no images at {where}; give the URL of an image server, such as http://HOST:PORT",
     BadAnswer: "{where}: {text}; is this an image server?",
     Unreachable: "cannot reach {where}{cause}; is the server running?",
 }

@@ -329,7 +329,7 @@ def test_errors_of_the_command_name_no_token(server, command, monkeypatch, argv)
     argv = [*argv, "--url", server.url]
     monkeypatch.setenv("WMI_TOKEN", "wrong-secret")
     wrong = command(*argv)
-    assert wrong[0] == 1 and "wants a valid token" in wrong[2] and "WMI_TOKEN" in wrong[2]
+    assert wrong[0] == 1 and "needs a valid token" in wrong[2] and "WMI_TOKEN" in wrong[2]
     monkeypatch.setenv("WMI_TOKEN", ONE)
     other = command(*argv, "--account", "a-two")
     assert other == (1, "", "wmi: not permitted: the token is another account's; leave --account out\n")
