@@ -2351,7 +2351,8 @@ class Connection:
     def _abort(self, error: Exception) -> int:
         """Log a failure, make close() send a reset if an answer is unfinished, and return CLOSE."""
         # Without the reset an unfinished answer in HTTP/1.0 would look whole.
-        if not isinstance(error, (OSError, RequestTimeout)):  # these are the doing of the client
+        is_ours = not isinstance(error, (OSError, RequestTimeout)) or getattr(error, "errno", 0) == errno.EIO
+        if is_ours:  # the others are the doing of the client; EIO comes from the disk of an image file
             self.server.report(f"connection: {error!r}: {error.__cause__!r}")
         if self.status:
             with contextlib.suppress(OSError):
@@ -2844,12 +2845,13 @@ def address_of(listener: socket.socket, scheme: str = "http") -> str:
 Renew = Callable[["Server | None"], None]  # renews the certificate of a server, or with None that of workers to come
 Place = tuple[int, memoryview, int]  # what a worker is told: its parent, the counts of all workers, its own number
 _STOPS = (signal.SIGTERM, signal.SIGINT)
+_HANDLED = {*_STOPS, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
 
 
-def block_stops(block: bool) -> None:
-    """Block the signals that stop a server, or let them come, with those that came meanwhile."""
+def block_signals(block: bool) -> None:
+    """Block the signals that stop a server or renew it, or let them come, with those that came meanwhile."""
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK if block else signal.SIG_UNBLOCK, _STOPS)
+        signal.pthread_sigmask(signal.SIG_BLOCK if block else signal.SIG_UNBLOCK, _HANDLED)
 
 
 def memory_trimmer() -> Callable[[], object]:
@@ -2907,16 +2909,16 @@ def run_server(
         signal.signal(signum, stop)
     if renew:
         signal.signal(signal.SIGHUP, hang_up)
-    block_stops(False)
+    block_signals(False)
     announce()
     while children or not signals:
         # 1. Fork the workers that are missing. The child unblocks the signals itself, once it handles them.
         while len(children) < workers and not signals:
-            block_stops(True)
+            block_signals(True)
             number = min({*range(workers)} - {*children.values()})
             if not signals:  # one may have come before they were blocked
                 children[os.fork() or _exit_as_worker(make_server, renew, (parent, counts, number))] = number
-            block_stops(False)
+            block_signals(False)
         # 2. Wait until one of them ends. If that comes soon, it may be unable to start: then do not fork in a spin.
         waited = time.monotonic()
         children.pop(os.wait()[0], None)
@@ -2962,7 +2964,7 @@ def _run_here(
     signal.signal(signal.SIGINT, signal.SIG_IGN if place else stop)
     if renew:
         signal.signal(signal.SIGHUP, hang_up)
-    block_stops(False)
+    block_signals(False)
     announce()
     server.serve_forever()
     server.stop(1 if place and os.getppid() != place[0] else GRACE_SECONDS)  # 1 s: nobody supervises it any more
@@ -4466,8 +4468,8 @@ def _serve(options: Any) -> int:
     # is forked, so that the user gets one line and exit code 1. But no worker may inherit an open store: with several
     # workers, the store is closed again and each worker opens its own.
     with contextlib.ExitStack() as cleanup:
-        block_stops(True)  # a SIGTERM before the server handles it would leave the Unix socket behind
-        cleanup.callback(block_stops, False)
+        block_signals(True)  # a SIGTERM before the server handles it would leave the Unix socket behind
+        cleanup.callback(block_signals, False)
         storage = cleanup.enter_context(open_storage(options.store))
         if options.sample:
             _add_sample(storage)
@@ -4524,8 +4526,11 @@ def _log_writer(options: Any) -> Callable[[str], object]:
 
 
 def _announce(options: Any, address: str) -> None:
-    if not options.tokens and not address.startswith("unix:") and not re.match(_LOOPBACK, address):
-        _tell(options, f"warning: {address} is open to others, and callers may claim to be any account")
+    if not address.startswith("unix:") and not re.match(_LOOPBACK, address):
+        if not options.tokens:
+            _tell(options, f"warning: {address} is open to others, and callers may claim to be any account")
+        elif not options.tls_cert:
+            _tell(options, f"warning: {address} is open to others, who may read tokens on their way; use --tls-cert")
     page = "" if address.startswith("unix:") else f" (page: {address}/)"
     _tell(options, f"serving {options.store} on {address}/api/images{page}")
 

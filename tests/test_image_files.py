@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import errno
 import hashlib
 import itertools
 import os
@@ -612,6 +613,22 @@ def test_junk_on_other_connections_cuts_nothing(big, tls):
             text += rest(peer)
     body = bytes(text).partition(b"\r\n\r\n")[2]
     assert len(body) == BIG and hash(body) == hash(big.read_bytes())
+
+
+def test_a_disk_that_fails_is_in_the_log(big, monkeypatch):
+    """A read error cuts the answer; nothing is wrong with the client, so the log says what is."""
+    log = []
+
+    def fail(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    for name in ("sendfile", "pread"):
+        monkeypatch.setattr(os, name, fail, raising=False)
+    with serving(store(big.as_uri()), log=log.append, files=str(big.parent)) as served:
+        with socket.create_connection((served.host, served.port), SECONDS) as peer:
+            peer.sendall(GET + CLOSE)
+            assert rest(peer).endswith(b"\r\n\r\n")
+        until(lambda: any("error: " in line and "Input/output" in line for line in log))
 
 
 CHANGES = {

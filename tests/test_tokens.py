@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 from serving import SECONDS, parse_answer, read_answer, serving
@@ -690,6 +691,18 @@ def serve(*options):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are forked")
+@pytest.mark.parametrize(
+    "host, certificate, expected",
+    [("0.0.0.0", None, ["read tokens on their way"]), ("0.0.0.0", "cert.pem", []), ("127.0.0.1", None, [])],
+)
+def test_tokens_that_others_could_read_are_warned_of(capsys, host, certificate, expected):
+    """On an address for others, without TLS, the start says so; on loopback and with TLS it does not."""
+    options = types.SimpleNamespace(tokens="tokens", tls_cert=certificate, store="memory:", log_format="text")
+    wmi._announce(options, f"http://{host}:9001")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == len(expected) and all(text in line for text, line in zip(expected, warnings))
+
+
 def test_workers_with_tokens(path):
     """Workers keep accounts apart, too, and each of them sees a change of the file; the log has no token."""
     path.chmod(0o644)
