@@ -1,39 +1,46 @@
-"""Keep images in an etcd cluster, for servers on several machines: `etcd:http://HOST:PORT[,…]/PREFIX`.
+"""A store of images in an etcd cluster, for servers on several machines: `etcd:http://HOST:PORT[,…]/PREFIX`.
+
+What etcd offers: a cluster has one counter, the revision, and each change raises it. A key has a value, and the
+revision that put it last, its mod_revision. A transaction compares some keys and, if all comparisons hold, puts and
+deletes others, all at one revision. A key with a lease is deleted when the lease runs out. A watch reports each event
+from a revision on.
 
 Theory of operation:
 
-1. Keys. Each of them is below PREFIX.
+1. Keys. All of them are below PREFIX.
 
-       change      a random text, put by every change; its mod_revision is the store's revision
+       change      a random text, put again by every change; its mod_revision is the revision of the store
        image/ID    {"order": [revision, n]?, "n": k?, "load": L?, "before": {…}?, "record": {…}}
-       load/L      there if the load L is done; never changed, never deleted
-       session/S   there as long as a client, or a load, may change something; with a lease
+       load/L      exists when the load L is done; never changed, never deleted
+       session/S   exists as long as a client, or a load, may change something; it has a lease
 
-2. An image was registered at the pair `order`, which `replace` writes out; else where its key
-   was put, or its load was done, and there as the n-th. So nobody has to draw a number, and
-   nobody contends for one.
-3. A change is one transaction that compares what was read, so it is done once or not at all.
-   When its answer is lost, it may have been done, or may still be under way in a member that is
-   slow. Therefore it also compares its session, a key that nobody else puts, and leaves its own
-   name there. So it can be found out: either the name is there, or the session is deleted, and
-   what comes late finds none. If that cannot be asked either: EINPROGRESS. (A refusal
-   because of the quota is no answer: etcd also gives it when the change is made and exceeds it.)
-4. Many records do not fit into one transaction. They are put as intents, which carry the name
-   of their load, and are seen when load/L is put. Until then the key means what it has as
-   `before`, or nothing. Whoever changes an image under an intent deletes the session of that
-   load, which then fails. What a dead load leaves means nothing; `check` can remove it.
-5. Reads. etcd has neither offsets nor an order but that of its keys. So a process that needs
-   pages keeps a replica, a private SQLite file that one watch feeds. A read asks for the
-   revision, waits until the replica has it, and is answered here: no answer is older than
-   what anybody was told is done. A process that only gets and changes single images needs no
-   replica and asks etcd.
-6. A cluster that was wiped or restored has another history: at a revision that the replica has
-   seen, `change` has another value, or another revision. Then the replica is made anew.
-7. Whatever is asked has an end: TRY_S a try, CALL_S in all, at any of the members. After a
-   call that no member answered, others fail at once for a second; then one tries again.
+2. Order. Images are sorted by the revision at which they became visible, and those of one revision by `n`, their place
+   in what was added together. A new image need not store the revision: it is that of the put of its key or, for an
+   image that was loaded, of its load/L. A later change gives the key another revision, so `replace` writes the pair
+   into `order`. Thus no client needs a serial number, and clients that add images do not contend for a counter.
+3. Changes. A change is one transaction that compares what was read, so it is made once or not at all. The hard case is
+   an answer that is lost: the change may have been made, or it may still be under way in a slow member. So each change
+   also compares a session, a key that only this change uses at the moment, and puts a random name there. If the answer
+   is lost, the session is read. If it has the name, the change was made. Otherwise the session is deleted, and if the
+   change arrives after that, its comparison fails. If the session can be neither read nor deleted, nobody can tell what
+   happened, and the error is EINPROGRESS. (A refusal because of the quota counts as a lost answer: etcd sends it also
+   for the change that was made and thereby exceeded the quota.)
+4. Loads. Many records do not fit into one transaction. They are put as intents, values with the name of their load.
+   Putting load/L makes all of them visible at once. Until then the key means what it meant `before`, or nothing. If
+   somebody else changes an image on which a load has put an intent, the same transaction deletes the session of the
+   load, and the load fails. The intents of a load that died mean nothing, and `check` can remove them.
+5. Reads. etcd has no offsets, and finds keys only by their names. So a process that needs pages keeps a replica: a
+   private SQLite file that follows the cluster by a watch. A read asks the cluster for the revision, waits until the
+   replica has reached it, and is answered from the replica. Every change that was reported as done before the read
+   began is in the answer. A process that only gets and changes single images asks etcd, and has no replica.
+6. Other histories. If the cluster was wiped, or restored from a snapshot, the replica shows what never happened. This
+   is noticed by the key `change`: at a revision that the replica has reached, it has another value or another
+   mod_revision than it had. Then the replica is made again from all keys.
+7. Time limits. A try at one member takes at most TRY_S, and a call with all of its tries CALL_S. After a call that no
+   member has answered, other calls fail at once for DOWN_S; then one of them tries again.
 
-Left out: search in fields, client certificates, and leases kept alive for clients (a session
-that has become old is followed by a new one).
+Left out: search in fields, client certificates, and leases that are kept alive for clients (an old session is replaced
+by a new one).
 """
 
 from __future__ import annotations
@@ -60,18 +67,20 @@ from urllib.parse import urlsplit
 
 from .sqlite_store import ADD, CACHE_KIB, DELETE, LIVE, LOAD_CACHE_KIB, SqliteStorage, _row
 
-# Seconds: for one member to answer, for a call in all (a server gives up at 10), then to ask whether it was done.
+# Seconds: for one member to answer; for a whole call (a server gives up after 10 s); and then, if its answer was lost,
+# to find out whether the change was made.
 TRY_S, CALL_S, FENCE_S = 1.5, 5.0, 2.5
-# Before members that were all tried are tried again; for which calls fail after one that nobody answered; for which
-# a read waits for the watch before that is begun anew.
+# Seconds: between two rounds through all members; for which calls fail at once after one that no member answered; for
+# which a read waits for the watch before the watch is started again.
 PAUSE_S, DOWN_S, SILENT_S = 0.1, 1.0, 1.0
-# Leases of a session, which is followed by another one, and of a load, which keeps it alive with each transaction.
+# Seconds of the lease of a client's session, and of a load's, which is renewed before each transaction.
 SESSION_S, LOAD_S = 3600, 120
-# Of one transaction, in which etcd takes 128 operations and 1.5 MiB; and of those with transactions inside.
+# Images and bytes in one transaction, for which etcd allows 128 operations and 1.5 MiB; images, if each needs a
+# transaction of its own inside.
 AT_ONCE, BYTES_AT_ONCE, NESTED_AT_ONCE = 100, 500_000, 32
-PAGE_S, PAGE, PAGE_BYTES = 4.0, 5000, 4_000_000  # seconds for, and size of, the images that are read at once
-FOLDER, LEFT_S = "wmi-etcd-", 60  # one of that age that nobody locks was left by a killed process
-EXHAUSTED, COMPACTED, UNDECIDED = 8, 11, (1, 2, 4, 13, 14, 15)  # gRPC's codes; after those it may be done
+PAGE_S, PAGE, PAGE_BYTES = 4.0, 5000, 4_000_000  # seconds, images and bytes of one request that reads many images
+FOLDER, LEFT_S = "wmi-etcd-", 60  # a folder of this age in seconds that nobody locks was left by a killed process
+EXHAUSTED, COMPACTED, UNDECIDED = 8, 11, (1, 2, 4, 13, 14, 15)  # gRPC's codes; after UNDECIDED it may have been done
 CLOSED = "closed: the store in etcd"
 OTHERS = "etcd: others change the same images meanwhile; nothing was changed: try again"
 FORM_PATTERN = r"(https?://[^/,@?#]+(?:,https?://[^/,@?#]+)*)/+([^?#]*[^?#/])/*(?:\?cafile=(.+))?"
@@ -85,14 +94,14 @@ CHANGE = "UPDATE image SET account_id = ?, is_public = ?, deleted = ?, record = 
 
 Record = dict[str, Any]
 Ops = Sequence[Record]  # comparisons or operations, as etcd takes them
-Change = tuple[int, bytes]  # its revision and name
-Row = tuple[int, str, bool, str]  # place in what is added at once, id, whether it is a tombstone, record as JSON
+Change = tuple[int, bytes]  # the mod_revision of the key `change`, and its value
+Row = tuple[int, str, bool, str]  # place among the images that are added together, id, whether a tombstone, JSON
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-_inherited: list[Any] = []  # what a parent had open: closing it in a child could harm it
+_inherited: list[Any] = []  # clients of the parent process; if a child closed them, it could harm the parent's
 
 
 def open_storage(location: str) -> EtcdStorage:
-    """Open the store below a prefix of a cluster. Nothing is asked before it is needed."""
+    """Return the store below a prefix of a cluster. Nothing is sent to the cluster yet."""
     return EtcdStorage(location)
 
 
@@ -100,11 +109,11 @@ def open_storage(location: str) -> EtcdStorage:
 
 
 class _Unanswered(OSError):
-    """Raised when the answer to a change did not come; it may have been made, or may yet be."""
+    """Raised when the answer to a change was lost: the change may have been made, or may still be made."""
 
 
 class _Refused(OSError):
-    """Raised when etcd says no: nothing was done."""
+    """Raised when etcd refuses a request: nothing was done."""
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(f"etcd: {text}")
@@ -112,19 +121,19 @@ class _Refused(OSError):
 
 
 class _Pair(NamedTuple):
-    """A key and its value, and the revisions that created it and put it last."""
+    """A key, its value, and the revisions that created it and put it last."""
 
     key: bytes
     value: bytes
-    created: int  # 0: this is the event of a deletion
+    created: int  # 0: the event of a deletion
     put: int
 
 
-Found = list[list[_Pair]]  # by each operation
+Found = list[list[_Pair]]  # the pairs that each operation of a transaction found
 
 
 class _Channel:
-    """A connection to a member. HTTP by hand costs a quarter of what http.client does."""
+    """A connection to a member. It writes HTTP itself, at a quarter of the cost of http.client."""
 
     def __init__(self, url: str, context: ssl.SSLContext | None, seconds: float) -> None:
         parts = urlsplit(url)
@@ -136,7 +145,7 @@ class _Channel:
         self._file = self._socket.makefile("rb")
 
     def ask(self, path: str, body: Record, fields: str, seconds: float) -> tuple[int, bytes]:
-        """Send a request; return the status of its answer, and the body."""
+        """Send a request, and return the status and the body of the answer."""
         self.kept = False
         status, head = self._send(path, body, fields, seconds)
         text = self._file.read(int(head["content-length"]) if "content-length" in head else -1)
@@ -144,14 +153,14 @@ class _Channel:
         return status, text
 
     def watch(self, path: str, body: Record, fields: str) -> Iterator[bytes]:
-        """Send a request; yield the lines of an answer that goes on. The first one comes in time."""
+        """Send a request, and yield the lines of an answer that does not end. The first one must come within TRY_S."""
         self._send(path, body, fields, TRY_S)
         for line in self._file:
             yield line
             self._socket.settimeout(None)
 
     def _send(self, path: str, body: Record, fields: str, seconds: float) -> tuple[int, dict[str, str]]:
-        # In HTTP/1.0 nothing is chunked: a long answer, or a watch, ends with its connection. One that is cut
+        # Answers to HTTP/1.0 are not chunked: a long one, or a watch, ends with the connection. If it was cut, its JSON
         # does not parse.
         text = json.dumps(body).encode()
         head = f"POST {path} HTTP/1.0\r\nHost: {self._host}\r\nConnection: keep-alive\r\n{fields}"
@@ -168,34 +177,35 @@ class _Channel:
         return line.decode("latin-1").strip()
 
     def cut(self) -> None:
-        """End what another thread reads."""
-        with suppress(OSError):  # not TLS's own shutdown, which would take the object away
+        """Make the reads of another thread end."""
+        # Not the shutdown() of a TLS socket, which removes the TLS object that the other thread is using.
+        with suppress(OSError):
             socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close it."""
+        """Close the connection."""
         self._file.close()
         self._socket.close()
 
 
 class _Cluster:
-    """The members of a cluster, of which any one will do. Threads may share it."""
+    """The members of a cluster; each of them can answer every request. Threads may share a cluster."""
 
     def __init__(self, location: str) -> None:
         match = re.fullmatch(FORM_PATTERN, location)
-        if not match:  # which is not shown, as it may hold a password
+        if not match:  # the message does not show the location, which may hold a password
             raise ValueError("not etcd:http[s]://HOST:PORT[,...]/PREFIX[?cafile=FILE], without a password")
         self._urls, self._prefix = match[1].split(","), f"/{match[2]}/".encode()
         self._context = ssl.create_default_context(cafile=match[3]) if "https:" in location else None
-        self._field, self.at = "", 0  # that proves who we are; which member is asked first
+        self._field, self.at = "", 0  # the Authorization field, if etcd wants it; the index of the member to ask
         self._idle: list[_Channel] = []
         self._watching: _Channel | None = None
         self._failure: Exception | None = None  # of the last call, if no member answered it
-        self._again = 0.0  # when a call may try again after that
-        self._bound = threading.local()  # when what a thread is doing has to end
+        self._again = 0.0  # time.monotonic() from which a call may try again after a failure
+        self._bound = threading.local()  # `until`: time.monotonic() at which the work of this thread has to end
 
     def allow(self, seconds: float) -> None:
-        """Let what this thread does take so long from now on."""
+        """Give this thread so many seconds from now on for what it does next."""
         self._bound.until = time.monotonic() + seconds
 
     def left(self) -> float:
@@ -203,25 +213,27 @@ class _Cluster:
         return float(self._bound.until - time.monotonic())
 
     def key(self, kind: str, name: str = "") -> bytes:
-        """Return the key of an image, a load or a session, or what all of a kind begin with."""
+        """Return the key of a kind ("image/", …) and a name; without a name, what all keys of the kind begin with."""
         return self._prefix + f"{kind}{name}".encode()
 
     def split(self, pair: _Pair) -> tuple[str, str]:
-        """Return "change", "image", "load" or "session", and the name of such a one."""
+        """Return the kind of a key ("change", "image", "load" or "session") and the name in it."""
         kind, _, name = pair.key[len(self._prefix):].partition(b"/")
         return kind.decode(), name.decode()
 
     def check_up(self) -> None:
-        """Raise OSError at once if a call has just failed, or another one is trying again."""
+        """Raise OSError at once if a call has just failed, or if another one is trying again."""
+        # Otherwise every request of a server would wait CALL_S while the cluster is down.
         if self._failure and time.monotonic() < self._again:
             raise _no_quorum(self._failure)
-        self._again = time.monotonic() + CALL_S  # if it has failed, others do until this one has tried
+        self._again = time.monotonic() + CALL_S  # matters after a failure: this call tries, the others fail meanwhile
 
     def call(self, path: str, body: Record, repeat: bool = True, seconds: float = TRY_S) -> Record:
         """Return the answer of any member. Raises OSError.
 
-        What must not be repeated is sent once; _Unanswered if it is not answered then.
+        With repeat=False the request is sent at most once. Raises _Unanswered if it was sent and not answered.
         """
+        # A member that fails before the request is sent is always passed over: nothing can have happened there.
         logged_in, failure = False, Exception("no time is left")
         while (left := self.left()) > 0:
             at, sent = self.at, False
@@ -233,28 +245,28 @@ class _Cluster:
                 return answer
             except _Refused as refused:
                 self._failure = None
-                if refused.code == EXHAUSTED and not repeat:  # so it says also when the quota is exceeded by this
+                if refused.code == EXHAUSTED and not repeat:  # the quota: sent also for a change that is made
                     raise _Unanswered(str(refused)) from refused
                 if logged_in or not re.search("user name is empty|auth token|auth store is old", str(refused)):
                     raise
                 self._log_in(refused)
                 logged_in = True
-            except (OSError, ValueError, IndexError, AttributeError) as error:  # the latter of what is not etcd
+            except (OSError, ValueError, IndexError, AttributeError) as error:  # the last three if this is not etcd
                 failure = error
                 self.pass_over(at)
                 if sent and not repeat:
                     raise _Unanswered(str(error)) from error
-                time.sleep(0 if self.at else min(PAUSE_S, left))  # a while when all of them were tried
+                time.sleep(0 if self.at else min(PAUSE_S, left))  # pause after the last member of the list
         self._failure, self._again = failure, time.monotonic() + DOWN_S
         raise _no_quorum(failure) from failure
 
     def pass_over(self, at: int) -> None:
-        """Ask the next member from now on, unless another thread has seen to that."""
+        """Ask the next member from now on, unless another thread has already switched."""
         if self.at == at:
             self.at = (at + 1) % len(self._urls)
 
     def _connect(self, seconds: float) -> _Channel:
-        """Return a connection to the member that is asked now, one that is kept if there is one."""
+        """Return a connection to the current member: an idle one, or else a new one."""
         url = self._urls[self.at]
         with suppress(IndexError):
             while (channel := self._idle.pop()).url != url:
@@ -263,7 +275,7 @@ class _Cluster:
         return _Channel(url, self._context if url.startswith("https:") else None, seconds)
 
     def _ask(self, channel: _Channel, path: str, body: Record, seconds: float) -> Record:
-        """Ask one member. Raises _Refused, and OSError or ValueError for what is no answer."""
+        """Return the answer of one member. Raises _Refused, and OSError or ValueError if there is no proper answer."""
         try:
             status, text = channel.ask(path, body, self._field, seconds)
         finally:
@@ -283,30 +295,31 @@ class _Cluster:
         self._field = f"Authorization: {self.call('/v3/auth/authenticate', who)['token']}\r\n"
 
     def range(self, key: bytes, seconds: float = TRY_S, **options: Any) -> tuple[int, list[_Pair]]:
-        """Return the store's revision, and the pair of a key, or those up to a range_end."""
+        """Return the revision of the cluster, and the pair of a key, or the pairs up to range_end."""
         answer = self.call("/v3/kv/range", {"key": _text(key), **options}, seconds=seconds)
         return int(answer["header"]["revision"]), _pairs(answer)
 
     def pages(self, kind: str, revision: int) -> Iterator[_Pair]:
-        """Yield all pairs of a kind as they were at a revision. Raises _Refused if that is compacted."""
-        start, limit, end = self.key(kind), PAGE // 10, _text(self.key(kind)[:-1] + b"0")  # the slash's successor
+        """Yield all pairs of a kind as they were at a revision. Raises _Refused if that revision was compacted."""
+        start, limit, end = self.key(kind), PAGE // 10, _text(self.key(kind)[:-1] + b"0")  # "0" comes after "/"
         while start:
             self.allow(CALL_S)
             _, pairs = self.range(start, PAGE_S, range_end=end, limit=limit, revision=revision)
             yield from pairs
             start = pairs[-1].key + b"\0" if len(pairs) == limit else b""
+            # As many as would have made PAGE_BYTES: records may have 100 bytes or 100,000.
             limit = max(16, min(PAGE, limit * PAGE_BYTES // (1 + sum(len(pair.value) for pair in pairs))))
 
     def transact(self, compare: Ops, success: Ops, failure: Ops = (), repeat: bool = True) -> tuple[bool, Found, int]:
-        """Return whether all comparisons held, what each operation found, and the revision."""
+        """Return whether all comparisons held, what each operation found, and the revision. See call()."""
         answer = self.call("/v3/kv/txn", {"compare": compare, "success": success, "failure": failure}, repeat)
         found = [_pairs(each.get("response_range", {})) for each in answer.get("responses", ())]
         return answer.get("succeeded", False), found, int(answer["header"]["revision"])
 
     def watch(self, start: int) -> Iterator[Record]:
-        """Yield what a watch of all that can be seen brings, from a revision on."""
+        """Yield the answers of a watch from a revision on, with the events of `change`, images and loads."""
         create = {"key": _text(self.key("change")), "range_end": _text(self.key("m")), "start_revision": start}
-        # Without this field a member that has lost the others would be silent.
+        # With this field, a member that has lost the others ends the watch. Without it, the member would be silent.
         fields = self._field + "Grpc-Metadata-hasleader: true\r\n"
         channel = self._watching = self._connect(TRY_S)
         try:
@@ -320,12 +333,12 @@ class _Cluster:
             channel.close()
 
     def cut_watch(self) -> None:
-        """Have the watch end, in whatever thread it is."""
+        """Make the watch end, in whatever thread it runs."""
         if channel := self._watching:
             channel.cut()
 
     def close(self) -> None:
-        """Close what is kept."""
+        """Close the idle connections."""
         while self._idle:
             self._idle.pop().close()
 
@@ -335,7 +348,7 @@ def _no_quorum(failure: Exception) -> OSError:
 
 
 def _error(answer: Record) -> OSError:
-    """Return the error that etcd answers, in a body or in the midst of a watch."""
+    """Return the error in an answer of etcd, to a request or in a watch."""
     code: int = {"code": answer.get("grpc_code", 2), **answer}["code"]
     text = str(answer.get("message") or answer.get("error") or answer)
     return OSError(text) if code in UNDECIDED else _Refused(code, text)
@@ -355,7 +368,7 @@ def _text(data: bytes) -> str:
 
 
 def _is_at(key: bytes, put: int) -> Record:
-    """Return the comparison that a key was put last at that revision; 0: that there is none."""
+    """Return the comparison that a key was put last at this revision or, for 0, that the key does not exist."""
     return {"key": _text(key), "target": "MOD", "result": "EQUAL", "mod_revision": put}
 
 
@@ -375,21 +388,21 @@ def _delete(key: bytes) -> Record:
 
 
 class _Image(NamedTuple):
-    """What stands under an image's key, and what it means now."""
+    """The meaning of an image's key at this moment."""
 
-    put: int = 0  # revision of the key; 0: there is none
-    order: Sequence[int] = ()  # the revision and the place at which it was registered
+    put: int = 0  # mod_revision of the key; 0: there is no such key
+    order: Sequence[int] = ()  # the pair by which images are sorted: see "Order"
     record: Record | None = None  # None: there is no such image
-    load: str = ""  # one that is not done, and holds the key
-    intent: tuple[int, Record] = (0, {})  # of that load: the place in it, and the record
+    load: str = ""  # a load that is not done and has an intent here
+    intent: tuple[int, Record] = (0, {})  # of that load: the place of the image in it, and the record
 
     def kept(self) -> Record | None:
-        """Return the value that keeps the image, and its place in the order."""
+        """Return the image in the form of `before`, or None if there is none."""
         return {"order": self.order, "record": self.record} if self.record else None
 
 
 def _read(pair: _Pair, done: Callable[[str], int]) -> _Image:
-    """Return what a pair means; `done` gives the revision of a load, 0 if it is not done."""
+    """Return what a pair means; `done` returns the revision of a load, or 0 if the load is not done."""
     try:
         value = json.loads(pair.value)
         load, n, record = value.get("load", ""), value.get("n", 0), value["record"]
@@ -406,22 +419,22 @@ def _value(record: str, **fields: Any) -> bytes:
 
 
 class _Session:
-    """A key that only one change at a time compares and puts, so that its outcome can be told."""
+    """A key that only one change at a time compares and puts: see "Changes"."""
 
     def __init__(self, key: bytes, lease: str, put: int) -> None:
         self.key, self.lease, self.put, self.born = key, lease, put, time.monotonic()
 
     def is_ours(self) -> Record:
-        """Return the comparison that holds as long as the session goes on."""
+        """Return the comparison that holds as long as the session exists and nobody else has put it."""
         return _is_at(self.key, self.put)
 
 
 class _Changes:
-    """Changes, each made once or not at all. Threads may share it."""
+    """The part of a client that changes images, each time once or not at all. Threads may share it."""
 
     def __init__(self, cluster: _Cluster) -> None:
         self._cluster, self._key = cluster, cluster.key
-        self._sessions: list[_Session] = []  # that no change is using
+        self._sessions: list[_Session] = []  # those that no change is using
 
     def find(self, id: str) -> _Image:
         """Return the image as it is now."""
@@ -435,15 +448,21 @@ class _Changes:
         return pairs[0].created if pairs else 0
 
     def commit(self, compare: Ops, success: Ops, failure: Ops = ()) -> Found | None:
-        """Make a change. Return None, or what `failure` found because a comparison failed."""
+        """Make a change, and return None. If a comparison fails, return what the operations in `failure` found.
+
+        Raises OSError, with EINPROGRESS if the change may have been made.
+        """
         end = time.monotonic() + self._cluster.left() + FENCE_S
         while self._cluster.left() > 0:
+            # 1. Send the change once, with a session that no other change is using.
             session = self._take_session()
             name = os.urandom(8).hex().encode()
             puts = [_put(session.key, name, session.lease), _put(self._key("change"), name)]
             try:
                 held, found, revision = self._cluster.transact(
                     [session.is_ours(), *compare], [*success, *puts], [_range(session.key), *failure], repeat=False)
+            # 2. If the answer is lost, find out whether the change was made. If not, its session is gone: try again
+            #    with another one.
             except _Unanswered as error:
                 self._cluster.allow(end - time.monotonic())
                 if self._was_made(session, name, error):
@@ -452,19 +471,19 @@ class _Changes:
             except OSError:  # nothing was done
                 self._sessions.append(session)
                 raise
+            # 3. Which comparison failed? `found` begins with the session: if it is not as we left it, its lease has run
+            #    out, and nothing is wrong with the change itself.
             if held:
                 session.put = revision
             elif not found[0] or found[0][0].put != session.put:
-                continue  # the session has ended
+                continue
             self._sessions.append(session)
             return None if held else found[1:]
         raise OSError(OTHERS)
 
     def _was_made(self, session: _Session, name: bytes, error: _Unanswered) -> bool:
-        """Return whether a change was made. If not, it never will be, however late it comes: its session is deleted.
-
-        Both are asked plainly, as a transaction may be refused because of the quota.
-        """
+        """Return whether a change was made. If not, make sure that it never will be, by deleting its session."""
+        # By a range and a delete, not by one transaction, which etcd may refuse when the quota is exceeded.
         try:
             _, pairs = self._cluster.range(session.key)
             if not pairs or pairs[0].value != name:
@@ -472,12 +491,13 @@ class _Changes:
                 pairs = [_pair(each) for each in self._cluster.call(path, body, repeat=False).get("prev_kvs", ())]
         except OSError as failed:
             raise _unknown(error) from failed
-        if not pairs and time.monotonic() - session.born > SESSION_S - 2 * CALL_S:  # its lease may be over
+        # No session was found. If the reason may be that its lease has run out, the change may have been made before.
+        if not pairs and time.monotonic() - session.born > SESSION_S - 2 * CALL_S:
             raise _unknown(error)
         return bool(pairs) and pairs[0].value == name
 
     def _take_session(self) -> _Session:
-        """Return a session that nobody uses."""
+        """Return a session that no other change is using."""
         try:
             return self._sessions.pop()
         except IndexError:
@@ -486,17 +506,20 @@ class _Changes:
     def _begin_session(self, name: str, seconds: int) -> _Session:
         key = self._key("session/", name)
         lease = self._cluster.call("/v3/lease/grant", {"TTL": seconds})["ID"]
-        # If this is put twice, one revision is wrong: what compares it fails, and nothing is done.
+        # May be sent twice: then the revision may be that of the first put, the comparison fails, and nothing is done.
         return _Session(key, lease, self._cluster.transact([], [_put(key, b"", lease)])[2])
 
     def _defeat(self, images: Iterable[_Image]) -> tuple[list[Record], list[Record]]:
-        """Return what has to hold, and to be done, so that the loads that hold images never end."""
+        """Return comparisons and operations that make the loads fail which have intents on these images."""
+        # The load must not be done yet (no load/L), and without its session it never will be.
         loads = sorted({image.load for image in images} - {""})
         return ([_is_at(self._key("load/", load), 0) for load in loads],
                 [_delete(self._key("session/", load)) for load in loads])
 
     def add(self, rows: Sequence[Row], load: str = "", session: _Session | None = None) -> None:
-        """Register all or none; for a load put its intents. Raises FileExistsError, OSError if the load has lost."""
+        """Add all rows or none; for a load, put them as intents. Raises FileExistsError; OSError if the load failed."""
+        # The first try assumes that none of the keys exists. If it fails, it has found what the keys hold, and the next
+        # one compares that: a tombstone is replaced, a live image is an error.
         keys, images = [self._key("image/", id) for _, id, *_ in rows], [_Image()] * len(rows)
         ours = [session.is_ours()] if session else []
         while True:
@@ -517,7 +540,7 @@ class _Changes:
                     raise FileExistsError(id)
 
     def change(self, id: str, make: Callable[[Record], str]) -> str:
-        """Put the record, as JSON, that `make` makes in its place, or delete it if that is "". Raises KeyError."""
+        """Replace a record by the JSON that `make` returns, or delete it if that is "". Raises KeyError."""
         key, image = self._key("image/", id), self.find(id)
         while True:
             if image.record is None:
@@ -533,27 +556,30 @@ class _Changes:
     # Many records.
 
     def load(self, batches: Iterable[Sequence[Row]]) -> None:
-        """Register all that the batches hold, or none. Raises FileExistsError, OSError."""
+        """Add the images of all batches, or none. Raises FileExistsError and OSError."""
+        # 1. The session, with a short lease: if this process is killed, the load is over two minutes later.
         name = os.urandom(8).hex()
         session = self._begin_session(name, LOAD_S)
         try:
+            # 2. The intents. Nobody sees them yet.
             for rows in batches:
                 self._cluster.allow(CALL_S)
                 self._cluster.call("/v3/lease/keepalive", {"ID": session.lease})
                 self.add(rows, name, session)
+            # 3. One transaction makes all of them visible, unless somebody has deleted the session meanwhile.
             self._cluster.allow(CALL_S)
             puts = [_put(self._key("load/", name), b"{}"), _delete(session.key)]
             if self.commit([session.is_ours()], puts) is not None:
                 raise OSError(OTHERS)
         except BaseException:
-            with suppress(OSError):  # then the lease ends it, and `check` takes back what is left
+            with suppress(OSError):  # if this fails too, the lease ends the load, and a later check removes the intents
                 self._cluster.allow(CALL_S)
                 self._cluster.transact([], [_delete(session.key)])
                 list(self.check(repair=True))
             raise
 
     def check(self, repair: bool) -> Iterator[str]:
-        """Yield each image that is none, or that was left by a load that has ended; take the latter back."""
+        """Yield each key that does not hold an image, or that a dead load has left; with repair, undo the latter."""
         split, pages, left = self._cluster.split, self._cluster.pages, []
         revision, _ = self._cluster.range(self._key("change"))
         done, alive = ({split(pair)[1]: pair.created for pair in pages(kind, revision)}
@@ -575,7 +601,8 @@ class _Changes:
             self._cluster.transact([], [self._undone(pair) for pair in chain(*found)])
 
     def _undone(self, pair: _Pair) -> Record:
-        """Return what takes an intent back, unless its load goes on after all: it may be another one by now."""
+        """Return the operation that undoes an intent, if its load has ended and the key is still as it was read."""
+        # The key may have changed since check() read it: then it may hold the intent of another load, a live one.
         image = _read(pair, lambda load: 0)
         ended = (_is_at(self._key(kind, image.load), 0) for kind in ("load/", "session/"))
         done = [_put(pair.key, _encode(image.kept()).encode()) if image.record else _delete(pair.key)]
@@ -591,7 +618,7 @@ def _unknown(error: OSError) -> OSError:
 
 
 class _Rewritten(Exception):
-    """Raised when the cluster's history is not the one that the replica has, or has gaps."""
+    """Raised when the replica cannot be continued: the cluster has another history, or events are missing."""
 
 
 class _Replica(SqliteStorage):
@@ -600,15 +627,15 @@ class _Replica(SqliteStorage):
     def __init__(self) -> None:
         folder, lock = _make_folder()
         super().__init__(os.path.join(folder, "images.db"))
-        self._writes = self._reads  # one connection, or what is applied would wait for a reader's lock
-        # One that is followed by another is closed when the last walk has let go of it.
+        self._writes = self._reads  # one connection: with two, applying events would wait for the locks of readers
+        # A replica that is replaced by another may still be read by a walk. It is closed when nothing refers to it.
         self._removing = weakref.finalize(self, _remove_folder, folder, lock, os.getpid(), self._reads)
         with self._reads as db:
             for statement in PREPARE.split(";"):
                 db.execute(statement).fetchall()
 
     def stage(self, images: Iterable[_Image]) -> None:
-        """Take images in any order."""
+        """Add images in any order; settle() must follow."""
         with self._reads as db:
             db.begin()
             for image in images:
@@ -618,7 +645,7 @@ class _Replica(SqliteStorage):
                     self._intend(db, image)
 
     def settle(self) -> None:
-        """Put the images that were staged into their order."""
+        """Bring the images that were staged into their order."""
         with self._reads as db:
             db.begin()
             db.execute(SETTLE)
@@ -630,7 +657,8 @@ class _Replica(SqliteStorage):
         db.execute("REPLACE INTO intent VALUES (?, ?, ?, ?)", (record["id"], image.load, n, _row(record)[-1]))
 
     def apply(self, pairs: Sequence[tuple[str, str, _Pair]]) -> None:
-        """Apply the events of whole revisions, in their order."""
+        """Apply the events of whole revisions, in their order. Raises _Rewritten."""
+        # In one transaction, so that no reader sees half a revision.
         with self._reads as db:
             db.begin()
             for kind, name, pair in pairs:
@@ -644,7 +672,7 @@ class _Replica(SqliteStorage):
                         self._intend(db, image)
                     elif not row:
                         db.execute(DELETE, (name,))
-                    elif image.order[0] == pair.put:
+                    elif image.order[0] == pair.put:  # it was registered by this very put
                         db.execute(ADD.format("image"), row)
                     elif not db.execute(CHANGE, (*row[1:], name)).rowcount:
                         raise _Rewritten
@@ -655,18 +683,19 @@ class _Replica(SqliteStorage):
         db.execute("DELETE FROM intent WHERE load = ?", (load,))
 
     def has_live(self, id: str) -> bool:
-        """Return whether there is such an image that is no tombstone."""
+        """Return whether there is an image with this id that is not a tombstone."""
         with self._reads as db:
             return bool(db.execute(LIVE, (id,)).fetchall())
 
     def close(self) -> None:
-        """Close it, and remove its file."""
+        """Close the replica and remove its file."""
         super().close()
         self._removing()
 
 
 def _make_folder() -> tuple[str, int]:
-    """Return a new folder for a replica, and a descriptor that locks it; remove what was left."""
+    """Return a new folder for a replica, and a descriptor that holds its lock; remove folders of killed processes."""
+    # LEFT_S is for a folder that another process has just made and not locked yet.
     for left in glob(os.path.join(escape(tempfile.gettempdir()), FOLDER + "*")):
         with suppress(OSError), open(os.path.join(left, "lock"), "r+b") as file:
             if time.time() - os.fstat(file.fileno()).st_mtime > LEFT_S:
@@ -686,7 +715,7 @@ def _remove_folder(folder: str, lock: int, pid: int, connection: Any) -> None:
 
 
 class _State(NamedTuple):
-    """A replica, the revision up to which it has everything, and the last change among that."""
+    """A replica, the revision up to which it is complete, and the last change up to there."""
 
     replica: _Replica | None = None
     applied: int = -1
@@ -694,17 +723,17 @@ class _State(NamedTuple):
 
 
 class _Follower:
-    """A replica and the thread that feeds it. Threads may share it."""
+    """The replica, and the thread that makes it and follows the cluster. Threads may share it."""
 
     def __init__(self, cluster: _Cluster) -> None:
         self._cluster, self._closed, self._stale = cluster, False, False
-        self._changed = threading.Condition()  # of all that follows
+        self._changed = threading.Condition()  # guards the attributes below, and tells readers of a new state
         self._thread: threading.Thread | None = None
-        self._why: Exception | None = None  # the replica is not up to date
-        self.state, self._progress = _State(), 0.0  # when something came, or the watch was cut
+        self._why: Exception | None = None  # why the replica is not up to date
+        self.state, self._progress = _State(), 0.0  # the latter: when events arrived, or the watch was cut
 
     def start(self) -> bool:
-        """Start the thread, unless it runs. Return whether there is a replica."""
+        """Start the thread, unless it is running. Return whether there is a replica."""
         with self._changed:
             if not self._thread and not self._closed:
                 self._thread = threading.Thread(target=self._run, name="wmi-etcd", daemon=True)
@@ -712,9 +741,9 @@ class _Follower:
         return bool(self.state.replica)
 
     def at(self, revision: int, patient: bool) -> _Replica:
-        """Return the replica when it has a revision. Raises OSError.
+        """Return the replica as soon as it has reached a revision. Raises OSError.
 
-        Who is patient waits for as long as that goes on, though it may take minutes to make one; else for CALL_S.
+        A patient caller waits as long as the making of a replica goes on, others at most for CALL_S.
         """
         began = time.monotonic()
         self.start()
@@ -727,19 +756,23 @@ class _Follower:
             now, since = time.monotonic(), max(began, self._progress)
             if (self._why and now > since + CALL_S) if patient else (self._cluster.left() < 0):
                 raise OSError(f"etcd: the copy here is {'late' if state.replica else 'being made'}: {self._why or ''}")
+            # The cluster has this revision, but the watch does not bring it: its member may be cut off from the others.
             if state.replica and now > since + SILENT_S:
-                self._progress = now  # of a kind
+                self._progress = now
                 self._cluster.cut_watch()
         return state.replica
 
     def compare(self, seen: _State, last: Change) -> None:
-        """Have the replica made anew if its history, as it was before, is not that of the last change."""
+        """Let the replica be made again if it shows another history than the cluster, by the last change of both.
+
+        `seen` is the state before `last` was read from the cluster.
+        """
         if last[0] <= seen.applied and last != seen.last and seen.replica is self.state.replica:
             self._stale = True
             self._cluster.cut_watch()
 
     def close(self) -> None:
-        """End the thread, and remove the replica."""
+        """End the thread and remove the replica."""
         self._closed = True
         thread, until = self._thread, time.monotonic() + DOWN_S
         while thread and thread.is_alive() and time.monotonic() < until:
@@ -748,7 +781,7 @@ class _Follower:
         if self.state.replica:
             self.state.replica.close()
 
-    # In the thread.
+    # The methods below run in the thread of the follower.
 
     def _run(self) -> None:
         while not self._closed:
@@ -760,13 +793,14 @@ class _Follower:
                     self._follow()
             except _Rewritten:
                 self._stale = True
-            except Exception as error:  # whatever it is: who waits is told
+            except Exception as error:  # of any kind: the thread must go on, and readers that give up are told why
                 self._why = error
                 with self._changed:
                     self._changed.wait(PAUSE_S)
 
     def _make(self) -> None:
         """Make a replica of what etcd holds now."""
+        # All at the revision of the first answer, however long it takes; the watch brings what comes after.
         self.state, self._stale = _State(), False
         replica, pages = _Replica(), self._cluster.pages
         revision, change = self._cluster.range(self._cluster.key("change"))
@@ -785,7 +819,8 @@ class _Follower:
         return state
 
     def _follow(self) -> None:
-        """Apply what the watch brings. Whole revisions come in one answer, as `fragment` is not set."""
+        """Apply the events of the watch until it ends. Raises _Rewritten."""
+        # An answer holds whole revisions, since the request does not set `fragment`.
         state = self._resume(self.state)
         for answer in self._cluster.watch(state.applied + 1):
             pairs = [_pair(event["kv"]) for event in answer.get("events", ())]
@@ -796,18 +831,20 @@ class _Follower:
                 except OSError as error:
                     raise _Rewritten from error
                 last = _last([pair for kind, _, pair in named if kind == "change"], state.last)
-                # The header may be ahead of the events: it says nothing about what was applied.
+                # Not the revision in the header of the answer, which may be ahead of the events.
                 state = self._advance(_State(state.replica, pairs[-1].put, last))
 
     def _resume(self, state: _State) -> _State:
-        """Return the state from which a watch goes on. Raises _Rewritten if there is none."""
+        """Return the state from which a watch can go on. Raises _Rewritten if there is none."""
+        # The replica goes on only if `change` was, at its revision, what the replica says. If that revision has been
+        # compacted, `change` may still be the same now.
         change, revision = self._cluster.key("change"), state.applied
         try:
             _, pairs = self._cluster.range(change, revision=revision)
         except _Refused as refused:
             if refused.code != COMPACTED:
                 raise
-            revision, pairs = self._cluster.range(change)  # perhaps nothing was put meanwhile
+            revision, pairs = self._cluster.range(change)
         if revision < state.applied or _last(pairs) != state.last:
             raise _Rewritten
         return self._advance(state._replace(applied=revision))
@@ -821,7 +858,7 @@ def _last(change: list[_Pair], before: Change = (0, b"")) -> Change:
 
 
 class _Client:
-    """What a process has open; a store and its views share it."""
+    """The connections and the replica of a process; a store and its views share them."""
 
     def __init__(self, location: str) -> None:
         self.pid, self.closed = os.getpid(), False
@@ -830,14 +867,14 @@ class _Client:
 
 
 class EtcdStorage(AbstractContextManager["EtcdStorage"]):
-    """A store in etcd. Threads may share it; a forked process opens its own."""
+    """A store in etcd. Threads may share it; a forked process makes a client of its own."""
 
     def __init__(self, location: str, client: _Client | None = None, floor: str = "") -> None:
-        """Open it; with a floor, for reads that need not be newer. Raises ValueError."""
+        """Open the store. A floor is a revision: reads need not be newer than it. Raises ValueError."""
         self._location, self._floor, self._client = location, floor, client or _Client(location)
 
     def _opened(self, asking: bool = False) -> _Client:
-        """Return what this process has open. What is called has CALL_S from now on."""
+        """Return the client of this process, and give the thread CALL_S. Raises ValueError if the store is closed."""
         if self._client.closed:
             raise ValueError(CLOSED)
         if self._client.pid != os.getpid():
@@ -849,7 +886,7 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
         return self._client
 
     def _replica(self) -> _Replica:
-        """Return the replica when it is new enough."""
+        """Return the replica as soon as it has reached the floor or, without a floor, the cluster's revision."""
         follower, floor = self._opened().follower, self._floor or self.revision()
         return follower.at(int(floor.partition(".")[0]), patient=not self._floor)
 
@@ -863,12 +900,14 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
         return record
 
     def add(self, record: Record) -> None:
-        """Add a record as the newest, also over a tombstone. Raises FileExistsError."""
+        """Register a record as the newest, also over a tombstone. Raises FileExistsError."""
         id, *_, text = _row(record)
         self._opened(asking=True).changes.add([(0, id, False, text)])
 
     def add_all(self, records: Iterable[Record]) -> int:
-        """Add all records or none, the last one as the newest. Return how many."""
+        """Register all in this order, or none if one fails or the iterable raises; return how many."""
+        # What fits into one transaction needs no load. A duplicate that the replica shows ends the work early; the
+        # transactions find the others.
         replica, count = self._replica(), 0
 
         def batches() -> Iterator[list[Row]]:
@@ -896,7 +935,7 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
         return count
 
     def replace(self, id: str, change: Callable[[Record], Record]) -> Record:
-        """Put what `change` makes of the record in its place. Return a copy of it."""
+        """Put change(record) in the place of the record, atomically, and return it. Raises KeyError."""
         def make(record: Record) -> str:
             found, *_, text = _row(change(record))
             if found != id:
@@ -911,34 +950,34 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
 
     def page(self, account: str | None, start: int, limit: int, *, public: bool = True,
              deleted: bool | None = False) -> tuple[int, list[Record]]:
-        """Return how many records belong to the scope, and `limit` of them from `start` on."""
+        """Return how many records are in the scope, and those from offset start, newest first, at most limit."""
         return self._replica().page(account, start, limit, public=public, deleted=deleted)
 
     def walk(self, account: str | None = None, *, public: bool = True, deleted: bool | None = None, start: int = 0,
              oldest_first: bool = False, frozen: bool = False) -> Iterator[Record]:
-        """Yield the scope's records. Those of a frozen walk are all of one revision."""
+        """Yield the records of the scope from offset start; those of a frozen walk are all of one revision."""
         scope: Any = {"public": public, "deleted": deleted, "start": start}
         return self._replica().walk(account, **scope, oldest_first=oldest_first, frozen=frozen)
 
     def revision(self) -> str:
-        """Return a text that differs after every change. It costs a call."""
+        """Return a text that changes with every change. It costs one request to the cluster."""
         client = self._opened(asking=True)
-        seen = client.follower.state  # as it is before the call: later it may be ahead
+        seen = client.follower.state  # taken before the request: afterwards it may be ahead of the answer
         last = _last(client.cluster.range(client.cluster.key("change"))[1])
         client.follower.compare(seen, last)
         return f"{last[0]}.{last[1].decode('latin-1')}"
 
     def at_least(self, revision: str) -> EtcdStorage:
-        """Return this store for reads that are answered here, without a call."""
+        """Return this store for reads from the replica, without a request to the cluster."""
         return EtcdStorage(self._location, self._client, revision)
 
     def check(self, repair: bool = False) -> Iterator[str]:
-        """Yield each fault of what etcd holds, and of the replica; take back what dead loads have left."""
+        """Yield each fault in the cluster and in the replica; with repair, undo what dead loads have left."""
         yield from self._opened().changes.check(repair)
         yield from self._replica().check(repair)
 
     def close(self) -> None:
-        """Close everything. Every later call but this one raises ValueError."""
+        """Close every connection; a second call is harmless. Every other call raises ValueError from now on."""
         client = self._client
         if not client.closed and client.pid == os.getpid():
             client.closed = True

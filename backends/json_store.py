@@ -1,4 +1,4 @@
-"""Keep images in one JSON file that people and diff can read: `json:FILE`.
+"""A store of images in one JSON file that people and diff can read: `json:FILE`.
 
 How it works:
 

@@ -1,4 +1,4 @@
-"""Keep images in one SQLite file that a million of them do not slow down: `sqlite:FILE`.
+"""A store of images in one SQLite file that a million of them do not slow down: `sqlite:FILE`.
 
 How it works:
 
