@@ -25,14 +25,17 @@ def pytest_configure(config):
     """Know the marks."""
     config.addinivalue_line("markers", "long: runs with --long only")
     config.addinivalue_line("markers", "browser: needs a Chromium, and is the same on each Python")
+    config.addinivalue_line("markers", "etcd: needs members of etcd, and takes long")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config, items):
-    """Mark what uses a browser; leave out what only --long runs, without a line for each."""
+    """Mark what uses a browser or etcd; leave out what only --long runs, without a line for each."""
     for item in items:
         if "browser" in item.fixturenames:
             item.add_marker("browser")
+        if item.path.name in ("test_etcd.py", "test_history.py"):
+            item.add_marker("etcd")
     left = [] if config.getoption("--long") else [item for item in items if item.get_closest_marker("long")]
     config.hook.pytest_deselected(items=left)
     items[:] = [item for item in items if item not in left]

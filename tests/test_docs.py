@@ -295,11 +295,7 @@ def test_docstring_session_is_true():
 @pytest.fixture(scope="module")
 def help_texts():
     """What every subcommand prints for --help."""
-    commands = ("", "serve", "add local", "add volume", "list", "show", "delete", "modify", "features", "load", "dump")
-    return {
-        command: printed(*command.split(), "--help")
-        for command in (*commands, "copy", "check")
-    }
+    return {command: printed(*command.split(), "--help") for command in ("", *(row[0] for row in wmi._COMMANDS))}
 
 
 def printed(*argv):
