@@ -4353,7 +4353,7 @@ def _open_existing(url: str) -> Storage:
     """Open a store that exists: a typing error in its name must not create a store. Raises InvalidParameter."""
     scheme, _, location = url.partition(":")
     if scheme in ("json", "sqlite") and location and not os.path.exists(location):
-        raise InvalidParameter(f"there is no store {url}; `add`, `load` and `serve` make one")
+        raise InvalidParameter(f"there is no store {url}; `add` or `load` makes one")
     return open_storage(url)
 
 

@@ -320,7 +320,7 @@ def test_process_list_has_no_token(server, tmp_path):
 def test_help_says_who_sees_a_token(command):
     """--token is documented as visible to others."""
     _, out, _ = command("list", "--help")
-    assert re.search(r"--token T\s+proves it, but others can see it here: rather set WMI_TOKEN", out)
+    assert re.search(r"--token T\s+your token; others can see it here, WMI_TOKEN is safer", out)
     assert ONE not in out
 
 

@@ -428,8 +428,9 @@ def test_installed_command(work):
     """The script wmi runs, opens a backend of the wheel, and exits with what main returns."""
     script = shutil.which("wmi", path=sysconfig.get_path("scripts"))
     assert script
-    wmi.open_storage(f"json:{work / 'images'}").close()
-    wmi.open_storage(f"sqlite:{work / 'images.db'}").close()
+    for url in (f"json:{work / 'images'}", f"sqlite:{work / 'images.db'}"):
+        with wmi.open_storage(url) as storage:
+            storage.add(wmi.image_record({"account_id": "a-guest1"}))
     listing = subprocess.run([script, "list", "--store", "json:images"], cwd=work, capture_output=True, text=True)
     assert (listing.returncode, listing.stdout[:2], listing.stderr) == (0, "ID", "")
     failing = subprocess.run([script, "show", "wmi-none"], cwd=work, capture_output=True, text=True)
