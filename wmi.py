@@ -16,7 +16,7 @@ Traceback (most recent call last):
     ...
 wmi.OperationNotPermitted
 
-The same verbs call a server elsewhere: ``Client("http://127.0.0.1:9001", "a-visitor1")``.
+The same verbs work on a server elsewhere: ``Client("http://127.0.0.1:9001", "a-visitor1")``.
 The server is ``python3 wmi.py serve --sample``, or ``Server(storage).serve_forever()``.
 
 Glossary:
@@ -26,7 +26,7 @@ Glossary:
     11.12, 12.03  the two releases of DCMGR that were deployed; each has its own path and small differences
     the originals the servers of these two releases, in Ruby; where the document is silent, they decide
     tombstone     the record of a deleted image, which has a `deleted_at`; 12.03 still shows it
-    revision      a text that names one state of a store; with every change the store gets another one
+    revision      a text that names one state of a store; every change gives the store a new one
 
 The parts (``grep -A1 '^####' wmi.py``). Each uses only what stands above it, except for a few calls into Optional:
 
@@ -40,7 +40,7 @@ The parts (``grep -A1 '^####' wmi.py``). Each uses only what stands above it, ex
     Connections   the server's engine: sockets, deadlines, one loop
     Processes     a parent that forks workers, and their signals
     Client        the verbs and errors of the catalog, over HTTP
-    Optional      what the rest works without: HTTPS, image files, tokens, the page, fetch, whole stores
+    Optional      parts that the rest works without: HTTPS, image files, tokens, the page, fetch, whole stores
     Command line  a function for each subcommand, and main()
 
 Left out on purpose: everything of DCMGR that is not an image; the rest of YAML; async; scanning for plug-ins. A
@@ -85,7 +85,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, TextIO, Union, cast
 
 try:
     import ssl
-except ImportError:  # a Python that was built without it has all but TLS
+except ImportError:  # in a Python that was built without it, everything but TLS works
     ssl = None  # type: ignore[assignment]
 
 __version__ = "1.1.0"
@@ -105,9 +105,9 @@ Record = dict[str, Any]
 ####################################################################################################
 # Errors
 ####################################################################################################
-# One tree. An error is raised once, by the code that knows what is wrong. It carries its HTTP status and DCMGR's code
-# as class attributes, so the server needs no table of errors, and the client raises the same class again from an
-# answer. One place turns errors into HTTP, another one into a line on stderr.
+# All errors form one tree. An error is raised once, by the code that knows what is wrong. Its class has the HTTP status
+# and DCMGR's code as attributes, so the server needs no table of errors, and the client raises the same class again
+# from an answer. One place turns errors into HTTP, another one into a line on stderr.
 
 
 class Error(Exception):
@@ -128,13 +128,13 @@ class UnknownUUIDResource(Error):
 
 
 class InvalidRequestCredentials(Error):
-    """Raised when the account is missing or malformed."""
+    """Raised when the account is missing or malformed, or its token is missing or wrong."""
 
     status, code = 400, "103"
 
 
 class OperationNotPermitted(Error):
-    """Raised when the image belongs to another account."""
+    """Raised when the account may not do this, usually because the image belongs to another account."""
 
     status, code = 403, "105"
 
@@ -182,7 +182,7 @@ class RequestTimeout(Error):
 
 
 class PreconditionFailed(Error):
-    """Raised where If-Match or If-Unmodified-Since does not hold (RFC 9110, 13.1)."""
+    """Raised when If-Match or If-Unmodified-Since does not hold (RFC 9110, 13.1)."""
 
     status, code = 412, "412"
 
@@ -224,7 +224,7 @@ class MisdirectedRequest(Error):
 
 
 class RequestHeaderFieldsTooLarge(Error):
-    """Raised when the head is over one of the limits."""
+    """Raised when the head, or a field of it, is over its limit."""
 
     status, code = 431, "431"
 
@@ -236,7 +236,7 @@ class UnknownTransferCoding(Error):
 
 
 class FetchError(Error):
-    """Raised when a fetched file is not the one wanted: another checksum, changed meanwhile, a part of another."""
+    """Raised when a file cannot be fetched, or is not the right one: its MD5 differs, or it has changed meanwhile."""
 
     status, code = 409, "409"
 
@@ -267,7 +267,7 @@ class HTTPVersionNotSupported(Error):
 # Ruby and Python read the same data back. It reads one flat mapping, which is what `source` and `features` are. Tags
 # and anchors are not read: no text can make this module instantiate anything.
 
-# Text stays unquoted only if every reader of YAML 1.1 takes it for that text: not for a number, a date or a boolean.
+# Text stays unquoted only if every reader of YAML 1.1 takes it for text, and not for a number, a date or a boolean.
 _YAML_PLAIN = r"[A-Za-z/][A-Za-z0-9_./@+=~-]*(?:[: ][A-Za-z0-9_./][A-Za-z0-9_./@+=~-]*)*"
 _YAML_WORDS = frozenset("y n yes no on off true false null".split())
 _YAML_ESCAPES = dict(zip('0abtnvfre"\\/ N_LP', '\0\a\b\t\n\v\f\r\x1b"\\/ \x85\xa0\u2028\u2029'))
@@ -290,7 +290,8 @@ def to_yaml(value: Any) -> str:
 def yaml_lines(value: Any, indent: str) -> list[str]:
     """Return a dict or list that is not empty as lines of YAML, in the layout of Ruby's psych.
 
-    That layout indents a dict within its key, but not a list: clients such as mussel search for its lines.
+    That layout indents a dict under its key, but not a list. It is kept exactly, because clients such as mussel search
+    the answer for whole lines.
     """
     lines, listed = [], isinstance(value, list)
     for item in value:
@@ -309,7 +310,7 @@ def _yaml_scalar(value: Any) -> str:
     if not isinstance(value, str):
         if isinstance(value, int):
             return str(value).lower()  # true, 12
-        return "" if value is None else json.dumps(value)  # {} and [] look the same in YAML
+        return "" if value is None else json.dumps(value)  # {} and [] are the same in YAML and in JSON
     if isinstance(value, Timestamp):
         return f"{value[:10]} {value[11:19]}.000000000 Z"
     if re.fullmatch(_YAML_PLAIN, value) and value.lower() not in _YAML_WORDS:
@@ -331,10 +332,10 @@ def parse_yaml_mapping(text: str) -> dict[str, Any]:
     This reads what this module and the originals (syck in Ruby 1.8, later psych) write for `source` and `features`.
     Raises ValueError, which says what was found, for anything else that YAML allows.
     """
-    # 1. YAML 1.1 takes these characters for line breaks, other parsers do not: only their escapes are clear.
+    # 1. YAML 1.1 takes these characters for line breaks, but not every parser does. So only their escapes are accepted.
     if re.search("[\x85\u2028\u2029]", text):
         raise ValueError(f"expected escapes for the line breaks of YAML in {text!r:.60}")
-    # 2. The first line: "---", or none, or all of it where the mapping is empty.
+    # 2. The first line may be "---", or "--- {}" for an empty mapping, or already the first entry.
     start, _, rest = text.partition("\n")
     start = start.strip()
     if start == "--- {}" and not rest.strip():
@@ -343,7 +344,7 @@ def parse_yaml_mapping(text: str) -> dict[str, Any]:
         rest = text
     elif start != "---":
         raise ValueError(f"expected '---' and a mapping, not {start!r:.60}")
-    # 3. An indented line continues the scalar before it: syck and psych break long ones. Then each line is an entry.
+    # 3. Join indented lines to the scalar before them: syck and psych break long ones. Then each line is an entry.
     folded = re.sub(r"\\\n +|\n +", lambda m: "" if m[0][0] == "\\" else " ", rest)
     return dict(_parse_yaml_entry(line.rstrip(" \t\r")) for line in folded.split("\n") if line.strip(" \t\r"))
 
@@ -506,7 +507,7 @@ _check_backup = _matching("bo-[a-z0-9]+", "bo- and letters a-z or digits")
 _check_md5sum = _matching("[0-9A-Fa-f]{32}", "32 hex digits")
 
 # Every field of a record, in the order in which records are kept: its check and its default. An image that omits the
-# field gets the default, which is not checked: None there says nothing about whether null may be given.
+# field gets the default, which is not checked. So a default of None does not mean that null may be given.
 FIELDS: dict[str, tuple[Check, Any]] = {
     "id": (check_id, None),
     "account_id": (check_account, None),
@@ -538,9 +539,9 @@ _ALWAYS_EMPTY = ("volumes", "vifs", "labels")  # 12.03 shows them as []: so [] i
 def image_record(fields: Mapping[str, Any]) -> Record:
     """Return a complete, checked record made from some fields of an image.
 
-    The names are those of FIELDS, and `uuid` is another name of `id`. Only account_id is required; an id that is
-    absent is made up, and absent times are the present. Raises InvalidParameter, which names the field, the value
-    and what is allowed.
+    The names are those of FIELDS, and `uuid` is another name of `id`. Only account_id is required. The default
+    of id is a random one, that of created_at the present, and that of updated_at created_at. Raises InvalidParameter,
+    which names the field, the value and what is allowed.
     """
     # 1. Resolve `uuid`, so that what any version showed can be registered again: all of them show both names.
     given = {name: value for name, value in fields.items() if name not in _ALWAYS_EMPTY or value != []}
@@ -572,7 +573,7 @@ def image_record(fields: Mapping[str, Any]) -> Record:
 def check_agreement(record: Record) -> Record:
     """Return the record if its fields agree with one another and are not too long.
 
-    The check of a single field cannot tell, so this is called again whenever fields are changed. Raises
+    These rules concern several fields at once, so this is called again whenever some of them are changed. Raises
     InvalidParameter.
     """
     texts = (*record.values(), *record["source"].values())
@@ -587,7 +588,7 @@ def check_agreement(record: Record) -> Record:
 
 
 def _fields(names: str, **shown: Callable[[Record], Any]) -> Mapping[str, Callable[[Record], Any]]:
-    """Return what each of the named fields shows of a record; those that `shown` lacks show it as it is kept."""
+    """Return for each named field a function that returns what the field shows; by default, the value as kept."""
     shown["uuid"] = operator.itemgetter("id")
     shown["created_at"] = lambda record: Timestamp(record["created_at"])
     shown["updated_at"] = lambda record: Timestamp(record["updated_at"])
@@ -610,13 +611,13 @@ class Version:
         features=lambda record: to_yaml(record["features"]),
     )
     index_public: bool = True  # the index lists the public images of every account
-    index_deleted: bool | None = False  # tombstones in the index: False, none; True, nothing else; None, them too
+    index_deleted: bool | None = False  # tombstones in the index. False: none, True: nothing else, None: both
     shows_deleted: bool = False  # a tombstone can be shown, and deleted again
     not_yours: type[Error] = OperationNotPermitted  # raised for the private image of another account
     privileged: bool = True  # SYSTEM_ACCOUNT may show and delete any image
     updatable: Sequence[str] = ()  # fields that PUT sets
     filters: Sequence[str] = ()  # parameters of the index besides start and limit
-    # The message when no account is given. The originals had none, so their clients see the class of the error there.
+    # The message when no account is given. The originals had no message, so old clients see the error's class instead.
     no_account: str = "say who calls: send a header X-VDC-ACCOUNT-UUID, such as a-shpoolxx"
 
 
@@ -630,8 +631,8 @@ class _V1112(Version):
 
 
 class _V1203(Version):
-    # 12.03 lists an account's own images, tombstones included, and public ones of others only when asked for them. To
-    # a caller who may not see an image it denies that the image exists: 404, where the others answer 403.
+    # 12.03 lists an account's own images, tombstones included, and with is_public=true also the public ones of others.
+    # To a caller without permission it answers 404, as if there were no such image; the other versions answer 403.
     name = "12.03"
     path = "/api/12.03/images"
     prefix = "Dcmgr::Endpoints::Errors::"
@@ -695,8 +696,8 @@ class Storage(Protocol):
     after close(), OSError if the medium fails, and nothing else.
 
     The *scope* of `page` and `walk` is all that `account` owns and, if `public` is true, the public records of
-    others; with the account None it is all records. `deleted` narrows it: False leaves tombstones out, True leaves
-    only them, None takes both.
+    others; with the account None it is all records. `deleted` narrows the scope: False leaves tombstones out, True
+    takes only tombstones, None takes both.
     """
 
     def get(self, id: str) -> Record:
@@ -711,7 +712,7 @@ class Storage(Protocol):
     def replace(self, id: str, change: Callable[[Record], Record]) -> Record:
         """Put change(record) in the place of the record, atomically, and return it. Raises KeyError.
 
-        A store may call `change` again, if another process was faster; what `change` raises leaves all as it was.
+        A store may call `change` again, if another process was faster. If `change` raises, the record stays as it was.
         """
 
     def delete(self, id: str) -> None:
@@ -739,11 +740,14 @@ class Storage(Protocol):
     def revision(self) -> str:
         """Return a text that changes whenever anything changes, by another process too.
 
-        A server asks for it in every round of requests: of a file it costs next to nothing, of a cluster one question.
+        A server asks for it in every round of requests. A file answers at almost no cost, a cluster with one request.
         """
 
     def at_least(self, revision: str) -> Storage:
-        """Return this store for reads that need not be newer than a revision that it had; a cluster is not asked."""
+        """Return this store for reads that need not be newer than a revision that it had.
+
+        A store in a cluster answers such reads without asking the cluster.
+        """
 
     def check(self, repair: bool = False) -> Iterator[str]:
         """Read everything and yield a line for each fault; repair what can be derived from the records."""
@@ -766,8 +770,8 @@ class _Row(types.SimpleNamespace):  # a NamedTuple would cost each import more t
 class MemoryStorage:
     """A store in the memory of this process, for tests and trials; Storage describes the methods."""
 
-    # A change makes another dict of rows and puts it in place of the old one, which nobody alters any more. So a walk
-    # needs no lock and is always frozen. Copying costs as much as there are records: fine for trials.
+    # A change copies the dict of rows, alters the copy, and puts it in place of the old dict, which stays as it is. So
+    # a walk needs no lock and is always frozen. The cost of a change grows with the store, which is fine for trials.
 
     def __init__(self) -> None:
         self._rows: dict[str, _Row] = {}  # by id, in order of registration
@@ -902,8 +906,8 @@ def open_storage(url: str) -> Storage:
     the entry points of the group wmi.backends. Raises InvalidParameter if it is nowhere, and DatabaseError if the
     store cannot be opened.
     """
-    # Nothing is imported, and no package is searched, before its scheme is asked for. The scheme becomes the name of
-    # a module, so it may hold nothing but letters and digits.
+    # A backend is imported, and installed packages are searched, only when a URL asks for them. The scheme becomes
+    # part of the name of a module, so it may hold nothing but letters and digits.
     scheme, colon, location = url.partition(":")
     named = colon and re.fullmatch("[a-z][a-z0-9]*", scheme)
     opener = (_openers.get(scheme) or _backend_file(scheme) or _entry_points().get(scheme)) if named else None
@@ -981,7 +985,7 @@ _STORE_SAYS = {  # what the caller is told about an OSError of a store, by its e
 #     neither of them       a page of the store; if it is long, its first    only the images     PAGE_AT_ONCE images
 #                           images for the total, then a walk from `start`   asked for
 #
-# What the scope of a store can express is no filter in this sense: is_public=true, and a state of alive or deleted.
+# What the scope of a store can express does not count as a filter here: is_public=true, a state of alive or deleted.
 
 PAGE_AT_ONCE = 50  # images read in one piece, each up to 150 KB; a longer list is walked, in bounded memory
 IMAGES_A_CALL = 1000  # the limit with which images() calls an index
@@ -991,7 +995,7 @@ PULSE = 1000  # records between two calls of a catalog's pulse, in a walk with f
 
 
 class Page(NamedTuple):
-    """One answer of an index: how many images there are, and those asked for, newest first."""
+    """One answer of an index: how many images there are, and those asked for, in order."""
 
     total: int
     start: int
@@ -1004,7 +1008,7 @@ class Catalog:
 
     The account None is the operator at the machine itself, who may see and change everything; a server always names
     an account. Every method raises errors of this module only, DatabaseError included. During a walk with filters,
-    `pulse` is called every PULSE records; what it raises ends the walk.
+    `pulse` is called every PULSE records. It may raise an Error to end the walk, for example if the client is gone.
     """
 
     def __init__(
@@ -1025,11 +1029,11 @@ class Catalog:
         return catalog
 
     def index(self, start: int | str = 0, limit: int | str | None = None, **filters: Any) -> Page:
-        """Return the page of images from offset start, at most limit of them, newest first.
+        """Return the page of images from offset start, at most limit of them, newest first unless sort_by is given.
 
         A limit of None or 0 is the default of the version. The filters are the parameters of 12.03, by their names;
-        `filter` may be a list of tests, all of which must hold. Raises InvalidParameter, whose message is the name
-        of the parameter.
+        `filter` may be a list of tests, all of which must hold. Raises InvalidParameter, whose message names the
+        parameter.
         """
         first = whole_number("start", start)
         size = whole_number("limit", 0 if limit is None else limit) or self.version.default_limit
@@ -1039,12 +1043,12 @@ class Catalog:
         with storage_errors():
             if filters.get("sort_by"):
                 return self._sorted(matching, filters["sort_by"], first, size)
-            # The total stands before the images in an answer, so what matches is counted first and read again after.
-            # To hold it instead would take memory without bounds.
+            # The total stands before the images in an answer, so matching images are first counted and then read again.
+            # To hold them instead would take unbounded memory.
             if conditions:
                 total = sum(1 for _ in matching())
                 return Page(total, first, size, _guarded(itertools.islice(matching(), first, size and first + size)))
-            # Nearly every call ends here: one page of the store is the answer, or the rest of the scope fits in it.
+            # Nearly every call ends here: one page of the store holds all that was asked for, or all that there is.
             at_once = PAGE_AT_ONCE if size is None else min(size, PAGE_AT_ONCE)
             total, images = self.storage.page(self.account, first, at_once, public=public, deleted=deleted)
             if at_once == size or first + at_once >= total:
@@ -1065,8 +1069,8 @@ class Catalog:
 
     def _sorted(self, matching: Callable[..., Iterator[Record]], sort_by: str, start: int, limit: int | None) -> Page:
         """Return a sorted page; images with equal keys stand in order of registration, for desc the newest first."""
-        # nsmallest and nlargest leave equal keys in the order in which they came, so the walk has the right direction.
-        # Entries are compared by their keys alone: by their ids, a tie would depend on how an id is spelled.
+        # nsmallest and nlargest leave equal keys in the order in which they came, so the walk goes in the order that
+        # equal keys should have. Entries are compared by their keys alone, since ids must not decide a tie.
         field, _, order = sort_by.partition(".")
         end = start + (limit or SORTED_AT_MOST)
         if end > SORTED_AT_MOST:
@@ -1096,12 +1100,12 @@ class Catalog:
         return id
 
     def update(self, id: str, **fields: Any) -> Record:
-        """Set fields that PUT of this version sets, and return the image. Raises as show does."""
+        """Set fields that a PUT may set in this version, and return the image. Raises as show does."""
         check_updatable(self.version, fields)
         return self._change(id, functools.partial(_amended, fields))
 
     def register(self, fields: Mapping[str, Any]) -> str:
-        """Register an image, given as for image_record, and return its id; for the operator.
+        """Register an image, given as for image_record, and return its id; for the operator only.
 
         A tombstone with this id gives way. Raises InvalidParameter and DuplicateUUID.
         """
@@ -1112,7 +1116,7 @@ class Catalog:
         return str(record["id"])
 
     def modify(self, id: str, **fields: Any) -> Record:
-        """Set any fields but the id and times, and return the image; for the operator. Raises as show does."""
+        """Set any fields but the id and times, and return the image; for the operator only. Raises as show does."""
         self._check_operator()
         for name in fields:
             if name not in FIELDS or name in ("id", "created_at", "updated_at", "deleted_at"):
@@ -1120,7 +1124,7 @@ class Catalog:
         return self._change(id, functools.partial(_amended, fields))
 
     def set_features(self, id: str, **given: bool) -> Record:
-        """Set or clear features, leave the others, and return the image; for the operator. Raises as show does."""
+        """Set or clear features, leave the others, and return the image; for the operator only. Raises as show does."""
         # Not by modify(), whose `features` replaces all of them: here the record is read and changed in one step, so
         # that two people who set two features at the same moment both succeed.
         self._check_operator()
@@ -1146,8 +1150,8 @@ class Catalog:
             return self.storage.replace(id, permitted)
 
     def _permit(self, record: Record, public: bool) -> None:
-        """Raise unless the account may have the record; whether it is `public` helps to see it, not to change it."""
-        # A tombstone comes first: where it is not shown, it is absent for its owner too.
+        """Raise unless the account may use the record; `public` permits a public record of another account as well."""
+        # Tombstones come first: a version that does not show them answers as if they did not exist, even to the owner.
         version, id = self.version, record["id"]
         if record["deleted_at"] is not None and not version.shows_deleted:
             raise UnknownUUIDResource(id)
@@ -1166,19 +1170,19 @@ def whole_number(name: str, value: int | str) -> int:
 
 
 def every_image(index: Callable[..., Page], filters: Mapping[str, Any]) -> Iterator[Record]:
-    """Yield every image of an index, which is that of a catalog or a client, page by page."""
+    """Yield every image of the index of a catalog or a client, page by page."""
     start, total = 0, 1
     while start < total:
         total, _, _, images = index(start, IMAGES_A_CALL, **filters)
         before = start
         for start, image in enumerate(images, start + 1):
             yield image
-        if start == before:  # images were deleted meanwhile, and a page without any would be asked for again and again
+        if start == before:  # images were deleted meanwhile: the same empty page would be asked for again and again
             return
 
 
 def check_updatable(version: Version, fields: Iterable[str]) -> None:
-    """Raise InvalidParameter if PUT of this version does not set one of the fields."""
+    """Raise InvalidParameter if a PUT may not set one of the fields in this version."""
     for name in fields:
         if name not in version.updatable:
             raise refuse("field", name, " or ".join(version.updatable) or f"none: {version.name} has no PUT")
@@ -1209,7 +1213,7 @@ def _amended(fields: Mapping[str, Any], record: Record) -> Record:
 
 
 def _guarded(images: Iterable[Record]) -> Iterator[Record]:
-    """Yield images that are read from a store only now, its failures turned into errors of this module."""
+    """Yield images, and turn what the store raises while they are read into errors of this module."""
     with storage_errors():
         yield from images
 
@@ -1218,7 +1222,7 @@ def _guarded(images: Iterable[Record]) -> Iterator[Record]:
 
 # A store answers some filters by itself, as part of a scope; filter_scope finds these. The others are conditions on
 # each record; filter_conditions makes these. An unknown value is an error that names the parameter, as it was in the
-# originals: to ignore it would return images that were not asked for.
+# originals: ignoring it would return images that were not asked for.
 
 Condition = Callable[[Record], bool]
 _CHOICES: dict[str, set[str]] = {
@@ -1245,7 +1249,7 @@ def filter_scope(version: Version, filters: Mapping[str, Any]) -> tuple[bool, bo
 
 
 def filter_conditions(filters: Mapping[str, Any]) -> list[Condition]:
-    """Return the part of the filters that is asked of each record. Raises InvalidParameter."""
+    """Return the other part of the filters, as conditions that each record has to meet. Raises InvalidParameter."""
     conditions: list[Condition] = []
     if _spelled(filters.get("is_public")) in ("false", "0"):
         conditions.append(lambda record: not record["is_public"])
@@ -1287,7 +1291,7 @@ def _spelled(value: Any) -> str:
 
 def _sort_key(version: Version, field: str, record: Record) -> tuple[bool, Any]:
     """Return what a record is sorted by: null comes first, and the case of a text does not matter."""
-    # To the originals `id` was the number of a row, not the uuid: with equal keys, the order of registration stays.
+    # In the originals `id` was the number of a row, not the uuid. Equal keys keep the order of registration.
     if field == "id":
         return False, ""
     value = version.fields[field](record)
@@ -1303,7 +1307,7 @@ def _sort_key(version: Version, field: str, record: Record) -> tuple[bool, Any]:
 # RFC 9112 gets an error, and nothing that follows it on the connection is served. The reader of the standard library
 # is not used: it accepts most of what the RFC forbids.
 #
-# parse_head() makes a request of a whole head; each function below it reads one thing that a head says. Reader finds
+# parse_head() makes a request from a whole head; each function below it reads one thing that a head says. Reader finds
 # the heads and bodies in the bytes of one connection. A request leaves it only when head and body are whole, so what
 # answers requests never waits for a client.
 
@@ -1331,7 +1335,7 @@ _ABSOLUTE = r"(?i:http)://([^/?]*)(.*)"
 
 
 class Request(NamedTuple):
-    """One request that follows every rule."""
+    """One request, which follows every rule of HTTP."""
 
     method: str
     target: str  # as sent: visible ASCII
@@ -1345,7 +1349,7 @@ class Request(NamedTuple):
     keep_alive: bool
     expects_continue: bool
     host: str  # without its port, in lower case
-    account: str  # for the log: like the target visible ASCII without blanks, so that neither can forge a line
+    account: str  # for the log; visible ASCII without blanks, like the target, so that neither can forge a line
     body: bytes = b""
 
 
@@ -1406,8 +1410,8 @@ def parse_fields(lines: Sequence[bytes]) -> dict[str, str]:
         if not match:
             raise BadRequest("a header field is not NAME: VALUE")
         name, value = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
-        # mussel spells its fields with underscores. For other names this would let requests be smuggled: a proxy
-        # takes Content_Length for a field of no meaning.
+        # mussel spells its fields with underscores. Only names with this prefix may be spelled so: a proxy takes
+        # Content_Length for a field without meaning, so accepting it would let requests be smuggled.
         if name.startswith("x_vdc_"):
             name = name.replace("_", "-")
         if name == "host" and name in fields:
@@ -1440,8 +1444,8 @@ def parse_target(method: str, target: str) -> tuple[str, str]:
 
 def parse_framing(fields: Mapping[str, str], minor: int) -> tuple[int, bool]:
     """Return the length of the body, and whether it comes in chunks instead (RFC 9112, 6)."""
-    # RFC 9112, 6.1 lets a server accept both fields. That is the best known way to smuggle a request, so both are an
-    # error here, as is Transfer-Encoding in HTTP/1.0, whose proxies do not know it.
+    # RFC 9112, 6.1 lets a server accept a request with both fields. That is the best known way to smuggle a request, so
+    # it is an error here, as is Transfer-Encoding in HTTP/1.0, whose proxies do not know it.
     length, coding = fields.get("content-length", "0"), fields.get("transfer-encoding")
     if coding is not None and ("content-length" in fields or minor == 0):
         raise BadRequest("Transfer-Encoding does not go with Content-Length or HTTP/1.0")
@@ -1473,8 +1477,8 @@ def parse_expect(fields: Mapping[str, str], minor: int) -> bool:
 def check_partial(head: bytes | bytearray, checked: int = 0) -> None:
     """Raise for a head that is already illegal, before the rest of it arrives.
 
-    The first `checked` bytes were checked before. Otherwise a client that sends one byte at a time could keep the
-    server busy with looking at the same bytes again.
+    The first `checked` bytes were checked by an earlier call and are skipped. Otherwise a client that sends one byte at
+    a time could keep the server busy with the same bytes.
     """
     end = head.find(b"\r\n", 0, MAX_REQUEST_LINE + 2)
     if end >= max(0, checked - 1) or (end < 0 and len(head) - head.endswith(b"\r") > MAX_REQUEST_LINE):
@@ -1494,9 +1498,9 @@ class Reader:
     """The requests in the bytes of one connection: feed() what arrives, then read() until it returns None.
 
     Reading is a generator, which yields a request, or None where it needs more bytes. So the code has the order of
-    the grammar, although the bytes come in any pieces. What is read is passed over by position, and the buffer is cut
-    only when more arrives. So the cost of a request grows with its bytes, however many chunks they come in; when each
-    chunk was cut off, 65,536 chunks of one byte took 0.6 s.
+    the grammar, although the bytes come in any pieces. A position marks what has been read, and the buffer is cut there
+    only when more arrives. So the cost of a request grows with its bytes, however many chunks they come in. When the
+    buffer was cut after each chunk, 65,536 chunks of one byte took 0.6 s.
     """
 
     def __init__(self) -> None:
@@ -1518,7 +1522,7 @@ class Reader:
 
         Raises a subclass of Error for the first rule that is broken; nothing can be read after that.
         """
-        if self.waits_for == IDLE and self._at == len(self._data):  # a short cut: so it is after nearly every request
+        if self.waits_for == IDLE and self._at == len(self._data):  # a shortcut: this holds after nearly every request
             return None
         request = next(self._requests)
         if request is None and self.ended and self.waits_for != IDLE:
@@ -1560,11 +1564,11 @@ class Reader:
                     check_partial(data, checked)
                 self.waits_for, checked = HEAD if data else IDLE, len(data)
                 yield None
-            # 2. Parse the head. It is passed over only if it is legal: is_head looks at one that is not.
+            # 2. Parse the head. It counts as read only if it is legal, because is_head has to see an illegal one.
             head = bytes(data[self._at : end])
             request = _parse_small_head(head) if len(head) <= SMALL_HEAD else parse_head(head)
             self._at = end
-            # 3. Read the body, which has chunks or a length. A client that sends it at once waits for no 100.
+            # 3. Read the body, which has chunks or a length. If some of it is here, the client does not wait for a 100.
             if request.chunked or request.length:
                 self.waits_for, self.owes_continue = BODY, request.expects_continue and self.is_empty
                 read = self._read_chunks() if request.chunked else self._read_length(request.length)
@@ -1602,8 +1606,8 @@ class Reader:
             if self._data[end : end + 2] != b"\r\n":
                 raise BadRequest("a chunk is longer than its size")
             self._at = end + 2
-        # 3. Trailers, which are checked and dropped. They are read from the end of the line before them, so that an
-        #    empty line ends them even if there are none, as it ends a head.
+        # 3. Trailers, which are checked and dropped. Reading begins at the CRLF before them, so that the search for an
+        #    empty line works even if there are none.
         self._at, checked = line.end() - 2, 0
         while (end := self._data.find(b"\r\n\r\n", self._at + max(0, checked - 3))) < 0:
             self._drop_read()
@@ -1777,7 +1781,7 @@ class TextBody:
 
     def close(self) -> None:
         """End the walk through the store."""
-        with contextlib.suppress(ValueError):  # "generator already executing": another thread waits for the store in it
+        with contextlib.suppress(ValueError):  # "generator already executing": a thread waits for the store in it
             self._texts.close()
         self._closed()
 
@@ -1828,8 +1832,8 @@ class Service:
             request = self.identify(request)
             if request.method not in ("GET", "HEAD"):
                 return self._change(request)
-            # The server has tried kept_answer() before. This is for a request whose round had no look at the store, or
-            # an earlier one than the request needs: for one more look, the answer may still be served from memory.
+            # The server has tried kept_answer() before. Perhaps it returned None only because the last look at the
+            # store began before this request arrived. Then one more look is enough to serve the answer from memory.
             if request.cache_key in self._kept:
                 self.revision(arrived)
                 if answer := self.kept_answer(request, arrived):
@@ -1903,7 +1907,7 @@ class Service:
 
         Raises InvalidRequestCredentials, OperationNotPermitted, DatabaseError.
         """
-        # With --tokens, only the token counts. Without, the header is believed, as the original DCMGR did.
+        # With --tokens, only the token counts. Without it, the header is believed, as it was by the original DCMGR.
         named = request.fields.get("x-vdc-account-uuid") or otherwise
         account = self.tokens.proven_account(request) if self.tokens else named
         try:
@@ -1919,7 +1923,7 @@ class Service:
 
         If the look fails, answer() looks again and answers with the error.
         """
-        # Also the place where a changed file of tokens is noticed: before any request of the round is identified.
+        # A changed file of tokens is noticed here too, before any request of the round is identified.
         if self.tokens and (fault := self.tokens.refresh()):
             self._report(f"tokens: {fault}; the last good ones stay in force")
         if self._kept and self._looking.acquire(blocking=False):
@@ -1938,7 +1942,7 @@ class Service:
         # only costs another look.
         moment, revision = self._known
         if moment <= arrived:
-            # A higher limit than for reads: to look is quick even if reads are slow, and lets kept answers be served.
+            # The limit is higher than for reads: a look is quick even if reads are slow, and kept answers depend on it.
             self.check_waiting(MAX_WAITING + MAX_LOOKS)
             moment = time.monotonic()  # taken before the look, since the revision may be that of its first instant
             with storage_errors():
@@ -1948,8 +1952,8 @@ class Service:
 
     def read_images(self, request: Request, route: Route, arrived: float, pulse: Pulse) -> Answer:
         """Answer GET and HEAD of one image or of an index."""
-        # 1. The revision comes first, see step 2 above. In a cluster it has been agreed on by the members once for this
-        #    round; at_least() then allows a read from this member's copy alone.
+        # 1. The revision comes first: see step 2 of the argument above. A cluster is asked for it once per round; with
+        #    at_least(), the images are then read from this server's own copy.
         version, id, format, _ = route
         catalog, revision = self.catalog(request, version), self.revision(arrived)
         body: bytes | Body
@@ -1996,8 +2000,8 @@ class Service:
 
     def _was_asked(self, key: CacheKey) -> bool:
         """Return whether a request with this key came before, and remember the key."""
-        # To keep an answer costs a tenth of making it, which is wasted if nobody asks for it again. Two keys with the
-        # same hash do no harm: an answer is kept too early.
+        # Keeping an answer costs a tenth of making it, which is wasted if nobody asks for it again. Two keys with the
+        # same hash do no harm: one answer is kept too early.
         if hash(key) in self._asked:
             return True
         if len(self._asked) >= ASKED_AT_MOST:
@@ -2028,7 +2032,7 @@ ERROR_PAGES: dict[Read, Callable[[Error, Request], Answer]] = {}  # how to answe
 
 def content_answer(request: Request, type: str, body: bytes | Body, lines: str = "") -> Answer:
     """Return 200 with this content, or 304 if the client has it already."""
-    # The ETag is a digest of the body and not the revision: another change to the store leaves it as it is, and a store
+    # The ETag is a digest of the body and not the revision: changes elsewhere in the store do not alter it, and a store
     # that was restored from a copy cannot give an old tag to new content. A streamed body is not known yet, so its tag
     # is random and never matches.
     tag = hashlib.blake2b(body, digest_size=12).hexdigest() if isinstance(body, bytes) else os.urandom(12).hex()
@@ -2047,7 +2051,7 @@ def matches_etag(field: str, etag: str, weakly: bool = True) -> bool:
 
 def parse_query(query: str, known: Sequence[str]) -> dict[str, Any]:
     """Return the known parameters; if one is repeated, the last one counts. Raises InvalidParameter."""
-    # As Rack does it. Only filter[] may be repeated: the list of its values is a list of tests.
+    # As in Rack, on which the originals ran. Only filter[] may be repeated: the list of its values is a list of tests.
     params: dict[str, Any] = {}
     for name, value in urllib.parse.parse_qsl(query, keep_blank_values=True, errors="surrogateescape"):
         name, bracket, key = name.partition("[")
@@ -2107,8 +2111,8 @@ def parse_update(request: Request, known: Sequence[str]) -> dict[str, Any]:
 # closed, an unfinished request is answered 408, and an unfinished answer is cut off with a reset.
 #
 # One thread, the leader, serves all connections in rounds (see _serve_round). It receives what every client has sent,
-# looks once at the revision of the store, and gives each connection its turn, which answers what is kept. Connections
-# that want WORK are queued for it. Only work may wait, and only for our side: for a locked file, say, or a network.
+# looks once at the revision of the store, and gives each connection a turn, in which kept answers are sent. Connections
+# that want WORK are queued for it. Only work may wait: never for a client, but for a locked file, say, or a cluster.
 # When work takes longer than TURN_SECONDS, serve_forever starts another leader. The thread that was held up finishes
 # this one piece of work, hands the result to the new leader, and ends.
 #
@@ -2138,7 +2142,7 @@ LINGER_SECONDS = 1  # for a client to read the last answer
 GRACE_SECONDS = 10  # for running requests to end when the server is told to stop
 TURN_SECONDS = 0.05  # for which work may hold up the leader, before another thread takes the lead
 CHECK_SECONDS = 0.05  # between two checks of deadlines and other limits
-YIELD_SECONDS = 0.0002  # of work, then other processes may run: the slowest of 100 answers takes a third of the time
+YIELD_SECONDS = 0.0002  # of work, then other processes may run: the slowest 1 % of answers take a third of the time
 SHARE_SECONDS = 0.002  # for which a new connection is left to workers that have fewer
 STALLED_SECONDS = 2  # after which an unfinished request gives way to a new connection, if every place is taken
 POLL_SECONDS = 0.005  # between two looks for the results of threads that are held up
@@ -2173,18 +2177,18 @@ class Connection:
         self.client = address[0] if isinstance(address, tuple) else "unix"
         self.watched = 0  # what the selector watches for: READ, WRITE, or 0 while another thread works for it
         self.queued = False  # it is in _turns or _queue: what the selector says of it can wait
-        # Input. A client is received from, unless an answer is made or sent.
+        # Input. Nothing is received while an answer is made or sent.
         self.reader = Reader()
         self.receiving = True
         self.lingering = False  # the last answer is sent, and the client may still be reading it
         # The answer, from the moment when its request is read to the moment when its last byte is sent.
-        self.request: Request | None = None  # None too if what came broke the rules, and is refused
+        self.request: Request | None = None  # also None if what came broke the rules and is refused
         self.status = self.sent = self.head_size = 0  # status 0: no answer is being sent; the others are in bytes
         self.keep_alive = self.chunked = False
         self.unsent: bytes | memoryview = b""
         self.body: Body | None = None  # the source of more bytes to send, as long as it has any
         # Times. The first bytes of the request came at `began`, from which the log counts. The server has been waiting
-        # for the client since `waiting_since`, and gives up at `deadline`; `phase` tells for what: IDLE, HEAD or BODY.
+        # for the client since `waiting_since`, and gives up at `deadline`; `phase` (IDLE, HEAD, BODY) says for what.
         self.began = self.waiting_since = server.moment
         self.phase = IDLE
         self.deadline = server.moment + IDLE_SECONDS
@@ -2195,7 +2199,7 @@ class Connection:
         return self.lingering or (self.receiving and self.reader.is_empty and self.reader.waits_for == IDLE)
 
     def receive(self) -> int:
-        """Take what has arrived, and return what has to come next; WORK is a turn. Raises OSError."""
+        """Take what has arrived, and return what has to come next; here, WORK stands for a turn. Raises OSError."""
         try:
             piece = self.socket.recv(PIECE)
         except BlockingIOError:
@@ -2223,7 +2227,7 @@ class Connection:
                 # 3. If there is more of a long body, let work() fetch it.
                 if self.body is not None:
                     return WORK
-                # 4. If an answer was sent, all of it is sent now.
+                # 4. If there was an answer, all of it is sent by now.
                 if self.status:
                     self._log_answer()
                     if not self.keep_alive:
@@ -2256,7 +2260,7 @@ class Connection:
 
     def work(self) -> Result:
         """Do what may have to wait for our side: answer the request, or get more of the body. Return the result."""
-        # A failure is returned, not raised: it is a result too, of which the leader tells the client.
+        # A failure is returned, not raised: the leader takes it like any result, and tells the client.
         try:
             if self.body is not None:
                 return self.body.more(self.socket)
@@ -2278,11 +2282,11 @@ class Connection:
         raise Unreachable("the client has hung up")
 
     def expired(self) -> Exception:
-        """Return the result with which advance() ends a connection at its deadline: closed if idle, or refused."""
+        """Return the result with which advance() closes an idle connection, or refuses a request, at its deadline."""
         return ConnectionAbortedError() if self.is_idle else RequestTimeout("the request, or its reader, took too long")
 
     def _take_piece(self, result: bytes | int | Exception) -> None:
-        """Take a piece of a body, or a failure. Raises a failure of which the client cannot be told any more."""
+        """Take a piece of a body, or a failure. Raises the failure if it is too late to tell the client."""
         if isinstance(result, Exception):
             if self.status or not isinstance(result, Error):
                 raise result
@@ -2352,7 +2356,7 @@ class Connection:
         """Log a failure, make close() send a reset if an answer is unfinished, and return CLOSE."""
         # Without the reset an unfinished answer in HTTP/1.0 would look whole.
         is_ours = not isinstance(error, (OSError, RequestTimeout)) or getattr(error, "errno", 0) == errno.EIO
-        if is_ours:  # the others are the doing of the client; EIO comes from the disk of an image file
+        if is_ours:  # the client causes all others; EIO comes from the disk of an image file
             self.server.report(f"connection: {error!r}: {error.__cause__!r}")
         if self.status:
             with contextlib.suppress(OSError):
@@ -2390,7 +2394,7 @@ class Server(http.server.HTTPServer):
 
     Use it like any HTTPServer: serve_forever() and, in another thread, shutdown(), then stop(). Or use it as a
     context manager, which serves in a thread of its own until the block ends. `log` is called with one or more whole
-    lines, as sys.stderr.write could be; without it nothing is logged. `tls` is the context of an HTTPS server. On a
+    lines, such as sys.stderr.write; without it nothing is logged. `tls` is the context of an HTTPS server. On a
     loopback address, requests are served for a loopback Host and for `host_names` only; with None, for any Host.
     `files` is the directory of image files, `tokens` says who may call.
     """
@@ -2401,7 +2405,7 @@ class Server(http.server.HTTPServer):
         host_names: Sequence[str] | None = (), log: Callable[[str], object] = lambda text: None,
         files: str | None = None, tokens: Tokens | None = None, log_format: str = "text",
     ) -> None:  # fmt: skip
-        self._form = LOG_FORMATS[log_format]  # first: whatever fails is reported
+        self._form = LOG_FORMATS[log_format]  # first: report() needs it if anything below fails
         listener = listener or listen(host, port)
         self.service = Service(storage, unversioned, self.report, served_hosts(listener, host_names), files, tokens)
         self.tls = tls  # for new connections; another context may be put in its place
@@ -2421,14 +2425,14 @@ class Server(http.server.HTTPServer):
         self._selector = selectors.DefaultSelector()
         self._turns: collections.deque[tuple[Connection, Result | None]] = collections.deque()  # want a turn
         self._queue: collections.deque[Connection] = collections.deque()  # want work
-        self._offered = 0.0  # when the connection that waits was first left to other workers; 0: none was
+        self._offered = 0.0  # when the waiting connection was first left to other workers; 0: none waits
         self.trim: Callable[[], object] = lambda: None  # gives freed memory back: see Processes
         self._trimmed = time.monotonic()
         self._checked = self._yielded = 0.0  # when deadlines were checked, and when other processes could last run
         self._lock = threading.Lock()
         self._leader: threading.Thread | None = None
         self._working: tuple[Connection | None, float] | None = None  # for whom the leader works, and since when
-        self._held: dict[threading.Thread, tuple[Connection | None, float]] = {}  # the same of leaders held up
+        self._held: dict[threading.Thread, tuple[Connection | None, float]] = {}  # the same for leaders held up
         self._ended = threading.Event()  # the last connection is closed
         self._log, self._log_lock = log, threading.Lock()
         self._lines: collections.deque[str] = collections.deque()  # lines of the log that are not written yet
@@ -2557,7 +2561,7 @@ class Server(http.server.HTTPServer):
 
     def _receive(self) -> None:
         """Wait for clients, and take what each of them has sent."""
-        # Clients and other workers may share this processor. To yield it costs nothing if nobody else wants it.
+        # Clients and other workers may share this processor. Yielding it costs nothing if nobody else wants it.
         if time.monotonic() - self._yielded > YIELD_SECONDS:
             _yield_processor()
             self._yielded = time.monotonic()
@@ -2589,8 +2593,8 @@ class Server(http.server.HTTPServer):
 
     def _take_turn(self, connection: Connection, result: Result | None) -> None:
         """Let a connection do what it can; one that wants work is queued behind the others."""
-        # A result for a connection that is not watched comes from a thread that was held up. It may be a change, which
-        # what is answered from now on has to show.
+        # A result for a connection that is not watched comes from a thread that was held up. It may belong to a change,
+        # which all later answers have to show.
         if result is not None and connection.watched == 0:
             self.moment = time.monotonic()
         wants = connection.advance(result)
@@ -2640,7 +2644,7 @@ class Server(http.server.HTTPServer):
             stream, address = self.get_request()
         except OSError as error:
             if error.errno in _NO_ROOM and not self._evict():
-                self._watch(self, 0)  # until _check_limits(): the listener stays ready, so that this would spin
+                self._watch(self, 0)  # until _check_limits(): the listener stays ready, and the loop would spin
                 self.report(f"accept: {error}")
             return
         try:
@@ -2656,7 +2660,7 @@ class Server(http.server.HTTPServer):
         self._watch_or_close(connection, READ)
 
     def _evict(self) -> bool:
-        """Close the connection that has been idle longest, or else stalled longest; return whether there is one.
+        """Close the connection that has been idle longest, or else stalled longest; return whether there was one.
 
         A connection that was accepted or served just now is spared: its request may be on its way.
         """
@@ -2692,7 +2696,7 @@ class Server(http.server.HTTPServer):
             owner.watched = wants
 
     def _check_limits(self) -> None:
-        """End what is past its deadline, holds too many bytes or works too long, and at a stop all that idles."""
+        """End what is past its deadline, holds too many bytes or works too long; when stopping, also what is idle."""
         # 1. Connections whose deadline has passed get a turn, with the reason as its result.
         self._checked = self.moment
         resting = [each for each in self._connections if each.watched and not each.queued]
@@ -2700,7 +2704,7 @@ class Server(http.server.HTTPServer):
             if each.deadline <= self.moment or (self.stopping and each.is_idle):
                 each.queued = True
                 self._turns.append((each, each.expired()))
-        # 2. So do those that hold too many bytes together. Those that made progress last come first, and are spared.
+        # 2. So do those that together hold too many bytes. Those with the latest deadlines come first, and are spared.
         buffered = 0
         for each in sorted(resting, key=lambda each: -each.deadline):
             buffered += len(each.unsent) + each.reader.size
@@ -2778,7 +2782,7 @@ def listen(host: str = "127.0.0.1", port: int = 9001, unix_socket: str | None = 
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             return socket.create_server((host, port), family=family, backlog=128)
-        except OSError as error:  # to its words is added the address as Python spells it
+        except OSError as error:  # create_server() puts the address into the message: here it becomes the file name
             raise OSError(error.errno, str(error.strerror).partition(" (while")[0], f"{host}:{port}") from error
     with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
         try:
@@ -2799,8 +2803,8 @@ def listen(host: str = "127.0.0.1", port: int = 9001, unix_socket: str | None = 
 def served_hosts(listener: socket.socket, names: Sequence[str] | None) -> Container[str] | None:
     """Return the hosts that a server on this socket serves; None means any.
 
-    The author of a web page can make a name point to 127.0.0.1, and so let the page reach a server on loopback in its
-    visitor's browser (DNS rebinding). So a server on loopback answers only to names of its own.
+    The author of a web page can make a name point to 127.0.0.1, and so let the page reach a server on loopback from
+    the browser of a visitor (DNS rebinding). So a server on loopback answers only to names of its own.
     """
     address: Any = listener.getsockname()
     if names is None or not isinstance(address, tuple) or not (address[0].startswith("127.") or address[0] == "::1"):
@@ -2829,20 +2833,20 @@ def address_of(listener: socket.socket, scheme: str = "http") -> str:
 #     SIGINT             the same as SIGTERM                           a worker ignores it: Ctrl-C in a terminal goes to
 #                                                                      all processes, and the parent tells the workers
 #     a second of them   sends SIGKILL to each worker                  the only process exits at once; a worker goes on,
-#                                                                      as systemd may tell it besides the parent
+#                                                                      because systemd and the parent may both tell it
 #     SIGALRM            the same as a second one; the parent sets     -
 #                        it for the end of the grace, in case a
 #                        worker hangs
 #     SIGHUP             renews what it read at the start, such as     renews it for new connections
-#                        a certificate, for workers to come; then
+#                        a certificate, for later workers; then
 #                        sends SIGHUP to each worker
 #     the parent died    -                                             a worker sees it by getppid(), sends SIGTERM to
 #                                                                      itself, and gives running requests one second
 #
-# Signals that stop are blocked around each fork: otherwise one could come when the parent has a child that it does not
-# know yet, and this child would never be told.
+# SIGTERM, SIGINT and SIGHUP are blocked around each fork: otherwise one could come when the parent has a child that it
+# does not know yet, and this child would never be told.
 
-Renew = Callable[["Server | None"], None]  # renews the certificate of a server, or with None that of workers to come
+Renew = Callable[["Server | None"], None]  # renews the certificate of a server, or with None that of later workers
 Place = tuple[int, memoryview, int]  # what a worker is told: its parent, the counts of all workers, its own number
 _STOPS = (signal.SIGTERM, signal.SIGINT)
 _HANDLED = {*_STOPS, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
@@ -2857,8 +2861,8 @@ def block_signals(block: bool) -> None:
 def memory_trimmer() -> Callable[[], object]:
     """Return a function that makes the C library give freed memory back to the system, in about a millisecond.
 
-    Without it a process keeps the memory that an attack once took: 62 MB a minute later, instead of 46. That all
-    threads share one arena saves 3 to 4 MB more; only one of them runs at a time anyway.
+    Without it a process keeps the memory that an attack once took: 62 MB a minute later, instead of 46. To let all
+    threads share one arena saves 3 to 4 MB more; only one thread runs at a time anyway.
     """
     try:
         import ctypes  # here: a program that embeds a server decides about memory by itself, and needs no ctypes
@@ -2885,7 +2889,7 @@ def run_server(
 
     parent, counts = os.getpid(), memoryview(mmap.mmap(-1, 2 * workers)).cast("H")
     children: dict[int, int] = {}  # process id -> number of the worker, which is its place among the counts
-    signals: list[int] = []  # those that stop, as they came
+    signals: list[int] = []  # the signals to stop that have come, in order
 
     def stop(signum: int, frame: Any) -> None:
         signals.append(signum)
@@ -3005,7 +3009,7 @@ class Client:
     """A server of this API as one account sees it, with the verbs and errors of Catalog.
 
     `url` is the base of the server, such as http://127.0.0.1:9001. Each wait takes at most `timeout` seconds, and a
-    whole call with its retries at most `deadline` seconds (except that to look up a host name takes as long as the
+    whole call with its retries at most `deadline` seconds (but looking up a host name takes as long as the
     system allows). An answer over `max_answer` bytes is refused. The proxies of the environment are used only if
     `proxies` is true. Over https, `cafile` is a file of PEM certificates to trust instead of those of the system.
 
@@ -3105,7 +3109,7 @@ class Client:
         self, method: str, url: str, read: Callable[[Any], Any], until: float, form: bytes | None = None,
         fields: Mapping[str, str] = types.MappingProxyType({}),
     ) -> Any:  # fmt: skip
-        """Return what read() makes of the answer to one try. Raises errors of this module only."""
+        """Return what read() makes of the answer to one try. Raises Error, and OSError for a file that read() uses."""
 
         def wait() -> float:
             left = min(self._timeout, until - time.monotonic())
@@ -3127,7 +3131,7 @@ class Client:
                 url = target
             raise BadAnswer(f"the server redirects more than {_REDIRECTS_AT_MOST} times")
         except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
-            if getattr(error, "filename", None):  # of the file that read() writes
+            if getattr(error, "filename", None):  # an error of the file that read() writes
                 raise
             reason = getattr(error, "reason", error)
             message = f"{url}: {str(reason) or repr(reason)}"
@@ -3163,7 +3167,7 @@ class Client:
 
 
 def _make_opener(proxies: bool, cafile: str | None, url: str) -> urllib.request.OpenerDirector:
-    """Return what opens URLs of this one's scheme, and no others: build_opener would add file: and ftp:."""
+    """Return an opener of URLs with the scheme of `url`, and of no others: build_opener would add file: and ftp:."""
     opener = urllib.request.OpenerDirector()
     opener.add_handler(urllib.request.ProxyHandler(None if proxies else {}))
     opener.add_handler(_BoundedHTTP(_secure_connection(cafile) if url.startswith("https:") else _Connection))
@@ -3176,7 +3180,7 @@ def _body_pieces(answer: Any, most: int) -> Iterator[bytes]:
     answer.budget[0] = 2 * most + _HEAD_AT_MOST  # framing may take as much as what it frames
     for size in _body_sizes(answer):
         while size:
-            piece = answer.fp.read1(min(size, _READ_AT_ONCE))  # allocates what it is asked for
+            piece = answer.fp.read1(min(size, _READ_AT_ONCE))  # read1 allocates as many bytes as it is asked for
             if not piece and size != _UNTIL_CLOSE:
                 raise ConnectionError("the answer is cut")
             received += len(piece)
@@ -3224,7 +3228,7 @@ class _BoundedHTTP(urllib.request.HTTPHandler):
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection whose timeout is a function, which returns before each wait how long that may take.
+    """A connection whose timeout is a function, called before each wait, that returns how long the wait may take.
 
     The timeout of a socket bounds a single wait: a server that sends a byte now and then could keep a client forever.
     """
@@ -3283,8 +3287,9 @@ def _shown_record(shown: Any) -> Record:
 ####################################################################################################
 # Optional
 ####################################################################################################
-# Nobody needs this part in order to understand the others. The server and the client would work without it: each calls
-# it from one place, if an option asks for it. The command line uses it to print, and some subcommands are defined here.
+# Nobody needs this part in order to understand the others. The server and the client would work without it: they call
+# it from a few places, if an option asks for it. It adds its paths to ROUTES, and its format to LOG_FORMATS.
+# The command line uses it to print, and some subcommands are defined here.
 
 # ---- HTTPS ----
 
@@ -3359,7 +3364,7 @@ def tls_context(certificate: str, key: str | None = None) -> ssl.SSLContext:
         raise InvalidParameter("--tls-cert: this Python has no ssl module")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)  # each one would cost us work and the client nothing
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)  # each would cost us work, but the client nothing
     try:
         context.load_cert_chain(certificate, key)
     except (OSError, ValueError) as error:
@@ -3439,8 +3444,8 @@ def open_image_file(folder: str, record: Record) -> BinaryIO:
     Links may lead to other places below the folder, but not out of it. Raises NotFound, and DatabaseError if the file
     exists and cannot be read.
     """
-    # Whoever registers images must not be able to give out any file of this machine, not even by a link that is made at
-    # the right moment.
+    # A user who registers images must not be able to give out files from elsewhere on this machine, not even by a link
+    # that is made at the right moment.
     #
     # 1. Only a file:// URI of this machine names a file.
     uri = record["source"].get("uri", "")
@@ -4028,7 +4033,8 @@ class _Arrival:
     #        v            finish(): flush to the disk, remove the note, rename the part
     #     path
     #
-    # A kill between the last two steps leaves a whole part without a note. Its MD5 proves it, if the catalog has one.
+    # A kill between the last two steps leaves a whole part without a note. The MD5 of the catalog then proves that the
+    # part is whole; if the catalog has none, the user has to remove the part.
 
     def __init__(self, path: str, url: str, md5sum: str | None) -> None:
         self._path, self._part, self._known_by = path, f"{path}.part", f"{path}.part.json"
@@ -4081,7 +4087,7 @@ class _Arrival:
 
     def fields(self) -> dict[str, str]:
         """Return the header fields that ask for the missing bytes (RFC 9110, 13.1.5)."""
-        # Without a validator a range could be one of another file, so all of it is asked for, and compared.
+        # Without a validator, a range could be that of another file. So the whole file is asked for, and compared.
         validator = self._about["validator"]
         return {"Range": f"bytes={self.size}-", "If-Range": validator} if self.size and validator else {}
 
@@ -4153,8 +4159,8 @@ class _Arrival:
             self._file.flush()
             if self._path:
                 os.fsync(self._file.fileno())
-                # The note goes first, while the lock on the part keeps other processes from writing a note of the same
-                # name: after the rename, this could remove the note of another fetch.
+                # The note is removed first, while the lock on the part keeps other processes from writing a note of the
+                # same name. After the rename, the note could be that of another fetch.
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._known_by)
                 os.replace(self._part, self._path)
@@ -4299,7 +4305,7 @@ class _Lines:
                 piece = self._file.readline(MAX_LINE + 1)
             return line
         except OSError as error:
-            # Made an Error, since this runs inside add_all(): a store would take an OSError for one of its own files.
+            # An Error, because this runs inside add_all(): an OSError would look like a failure of the store.
             raise Error(f"cannot read line {self.number + 1}: {error.strerror}") from error
 
     def refuse(self, error: Error) -> None:
@@ -4839,8 +4845,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _prepare_streams() -> None:
     """Open standard descriptors that are closed, and write UTF-8 in any locale."""
-    # Otherwise the next file that is opened would get such a number, and a message on standard error could end up in a
-    # store. Input is opened for writing and output for reading, so that using them still fails.
+    # Otherwise the next file that is opened would get the number of a closed one, and a message on standard error could
+    # end up in a store. Input is opened for writing and output for reading, so that using them still fails.
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_RDONLY if name == "stdout" else os.O_WRONLY)
