@@ -6,13 +6,13 @@
 
     class MyStore(StorageContract, unittest.TestCase):
         opener = staticmethod(open_storage)
-        shared = True                   # False: what is opened twice is two stores
+        shared = True                   # False: each opening makes a store of its own
 
         def setUp(self):
             self.location = …           # a fresh one for each test
 
-They run with `python -m unittest` and with pytest, and need only the standard library. If a store is shared, they also
-open its location twice, and in other processes, which import the opener by its module and name.
+The tests run with `python -m unittest` and with pytest, and need only the standard library. If a store is shared, the
+tests also open it twice, and in other processes. These import the opener by its module and name.
 """
 
 from __future__ import annotations

@@ -1,32 +1,33 @@
 """A store of images in an etcd cluster, for servers on several machines: `etcd:http://HOST:PORT[,…]/PREFIX`.
 
-What etcd offers: a cluster has one counter, the revision, and each change raises it. A key has a value, and the
-revision that put it last, its mod_revision. A transaction compares some keys and, if all comparisons hold, puts and
-deletes others, all at one revision. A key with a lease is deleted when the lease runs out. A watch reports each event
-from a revision on.
+What etcd offers: a cluster has one counter, the revision, and each change raises it. A key has a value and a
+mod_revision, the revision at which it was last put. A transaction compares some keys and, if all comparisons hold, puts
+and deletes others, all at one revision. A key with a lease is deleted when the lease runs out. A watch reports each put
+and delete from a given revision on.
 
 Theory of operation:
 
-1. Keys. All of them are below PREFIX.
+1. Keys. All keys begin with PREFIX. A `?` marks what may be absent.
 
        change      a random text, put again by every change; its mod_revision is the revision of the store
        image/ID    {"order": [revision, n]?, "n": k?, "load": L?, "before": {…}?, "record": {…}}
        load/L      exists when the load L is done; never changed, never deleted
        session/S   exists as long as a client, or a load, may change something; it has a lease
 
-2. Order. Images are sorted by the revision at which they became visible, and those of one revision by `n`, their place
-   in what was added together. A new image need not store the revision: it is that of the put of its key or, for an
-   image that was loaded, of its load/L. A later change gives the key another revision, so `replace` writes the pair
-   into `order`. Thus no client needs a serial number, and clients that add images do not contend for a counter.
+2. Order. Images are sorted by the revision at which they became visible. Images that were added together have the same
+   revision, and are sorted by `n`, their place among them. A new image need not store the revision: it is the
+   mod_revision of its key or, for an image that was loaded, of its load/L. A later change gives the key another
+   mod_revision, so `replace` writes the pair of revision and `n` into `order`. Thus no client needs a serial number,
+   and clients that add images do not contend for a counter.
 3. Changes. A change is one transaction that compares what was read, so it is made once or not at all. The hard case is
    an answer that is lost: the change may have been made, or it may still be under way in a slow member. So each change
    also compares a session, a key that only this change uses at the moment, and puts a random name there. If the answer
    is lost, the session is read. If it has the name, the change was made. Otherwise the session is deleted, and if the
    change arrives after that, its comparison fails. If the session can be neither read nor deleted, nobody can tell what
-   happened, and the error is EINPROGRESS. (A refusal because of the quota counts as a lost answer: etcd sends it also
-   for the change that was made and thereby exceeded the quota.)
+   happened, and the error is EINPROGRESS. (A refusal because of the quota counts as a lost answer, because etcd also
+   refuses a change that it has made, if this change exceeded the quota.)
 4. Loads. Many records do not fit into one transaction. They are put as intents, values with the name of their load.
-   Putting load/L makes all of them visible at once. Until then the key means what it meant `before`, or nothing. If
+   Putting load/L makes all of them visible at once. Until then each key means what it meant `before`, or nothing. If
    somebody else changes an image on which a load has put an intent, the same transaction deletes the session of the
    load, and the load fails. The intents of a load that died mean nothing, and `check` can remove them.
 5. Reads. etcd has no offsets, and finds keys only by their names. So a process that needs pages keeps a replica: a
@@ -35,7 +36,7 @@ Theory of operation:
    began is in the answer. A process that only gets and changes single images asks etcd, and has no replica.
 6. Other histories. If the cluster was wiped, or restored from a snapshot, the replica shows what never happened. This
    is noticed by the key `change`: at a revision that the replica has reached, it has another value or another
-   mod_revision than it had. Then the replica is made again from all keys.
+   mod_revision than it had. Then a new replica is made from all keys.
 7. Time limits. A try at one member takes at most TRY_S, and a call with all of its tries CALL_S. After a call that no
    member has answered, other calls fail at once for DOWN_S; then one of them tries again.
 
@@ -430,7 +431,7 @@ class _Session:
 
 
 class _Changes:
-    """The part of a client that changes images, each time once or not at all. Threads may share it."""
+    """The part of a client that changes images, each change once or not at all. Threads may share it."""
 
     def __init__(self, cluster: _Cluster) -> None:
         self._cluster, self._key = cluster, cluster.key

@@ -3,16 +3,16 @@
 How it works:
 
 1. The file is one JSON object: a head line, then a line for each image, the oldest first.
-2. In memory an image is its encoded line, and the few values that decide who sees it. To hand out a record is to
-   decode its line, so every caller gets a copy.
+2. In memory an image is its encoded line, and the few values that decide who sees it. A record is made by decoding its
+   line, so every caller gets a copy.
 3. A state, which is one content of the file, never changes once it is made. Readers take the newest state and need
    no lock; a walk stays with the state that it began with.
 4. A change copies the table of lines, alters the copy, and writes all of it to a new file. That file is synced to the
    disk, renamed over the old one, and the directory is synced. Only then is the change done.
 5. Writers in all processes take a lock (flock) of the file itself. They try again and again, instead of waiting in the
-   system, because waiting there has no limit: whoever may read the file may hold this lock, for as long as they like.
+   system, because waiting there has no limit: whoever may read the file may hold this lock forever.
 6. Each call looks once at the times of the file (`stat`), and so notices what another process or an editor has written.
-   The file of the state in memory stays open, so that its inode number cannot return with other content. Two edits
+   The file of the state in memory stays open, so that no other file can get its inode number. Two edits
    within one tick of the file system's clock look the same to `stat`; so until the file is older than a tick, its
    content is compared as well.
 7. A file that cannot be parsed is refused, with line and column, and never overwritten.

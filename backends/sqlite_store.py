@@ -12,7 +12,7 @@ How it works:
 4. A trigger draws a new random revision for every change, even one that is made with the sqlite3 shell.
 5. Durability is left to SQLite, with a rollback journal and full synchronisation. A change begins with BEGIN IMMEDIATE,
    because a transaction that has begun by reading cannot wait for its turn to write. If another program keeps the file
-   in WAL mode, and this version of SQLite might damage it there, the file is only read.
+   in WAL mode, and this version of SQLite might damage it in that mode, the file is only read.
 6. A process has two connections, one to read and one to write, each under a lock. They are opened again after a fork,
    and when another file stands at the path. One deadline per call bounds the wait for that lock and for the locks of
    the file.
@@ -365,7 +365,7 @@ class _Database(sqlite3.Connection):
 
 
 class _Connection:
-    """A connection under a lock. It is opened when it is first needed, after a fork, and when the file is another one.
+    """A connection under a lock, opened when first needed, and again after a fork or when another file is at the path.
 
     `with` yields the connection, ends the transaction that the body began, and turns the errors of SQLite into OSError.
     """
@@ -426,9 +426,9 @@ class _Connection:
 class _LockFreeReader:
     """A connection that reads one state of the file without taking its locks.
 
-    SQLite neither locks an "immutable" file nor looks for changes of it, which is right as long as nobody writes. To
-    write a file that has settled is to change its times, before others can read what was written. So what was read is
-    good if the times are the same afterwards.
+    SQLite neither locks an "immutable" file nor looks for changes in it, which is right as long as nobody writes. If a
+    file has settled (see SETTLED_NS), a write changes its times before others can read what was written. So what was
+    read is good if the times are the same afterwards.
     """
 
     def __init__(self, path: str, state: tuple[int, ...]) -> None:
