@@ -1645,7 +1645,7 @@ MAX_STREAMS = 64  # long indexes that are being sent at the same time: each hold
 KEPT_AT_MOST = 1 << 16  # bytes of an answer that is built in one piece and may be kept; a longer one is streamed
 ASKED_AT_MOST = 2048  # different requests that are remembered; an answer is kept when it is asked for a second time
 FRESH_AT_MOST = 32  # new answers in one round that may be kept
-CACHE_BYTES = 4 << 20  # of kept answers in each process: about 400 pages of 20 images
+CACHE_BYTES = 2 << 20  # of kept answers in each process: about 200 pages of 20 images
 PIECE = 16384  # bytes sent or received at once: recv allocates this many each time, and a TLS record is not longer
 
 _IMAGES_PATH = r"/api(?:/(11\.12|12\.03))?/images(?:/([^/.]+))?(|\.json|\.yml|\.yaml)"
@@ -2146,7 +2146,7 @@ YIELD_SECONDS = 0.0002  # of work, then other processes may run: the slowest 1 %
 SHARE_SECONDS = 0.002  # for which a new connection is left to workers that have fewer
 STALLED_SECONDS = 2  # after which an unfinished request gives way to a new connection, if every place is taken
 POLL_SECONDS = 0.005  # between two looks for the results of threads that are held up
-MAX_BUFFERED = 4 << 20  # bytes in all of unfinished requests, and of answers that clients do not take
+MAX_BUFFERED = 2 << 20  # bytes in all of unfinished requests, and of answers that clients do not take
 LOGGED = 2048  # characters of a target or a failure in the log
 LOGGED_METHOD = 32  # characters of a method
 LOG_LINES = 4096  # lines that may wait to be written; further ones are counted and dropped

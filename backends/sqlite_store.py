@@ -52,7 +52,7 @@ from urllib.parse import quote
 
 BUSY_S = 8.0  # for which a call waits for locks, in all; a server gives up after 10 s
 CACHE_KIB, LOAD_CACHE_KIB = 1000, 64_000  # little in a server; to load, an index of a million images fits in it
-CHUNK, CHUNK_TEXT = 256, 64 * 1024  # rows of a walk that are read at once, and characters; no lock is held in between
+CHUNK, CHUNK_TEXT = 256, 32 * 1024  # rows of a walk that are read at once, and characters; no lock is held in between
 LARGE, SMALL = 14, 7  # a block of counts covers 2**14 or 2**7 serials; the SQL below spells them out
 LAST = 2**63 - 1  # the highest serial that SQLite can give
 EVERYBODY = b""  # in place of an account, in `tally`: a blob equals no text, not even an empty one
