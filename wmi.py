@@ -4408,7 +4408,7 @@ def _replacing(path: str) -> Iterator[TextIO]:
 
 def _copy(options: Any) -> None:
     with _open_existing(options.source) as source, open_storage(options.target) as target, storage_errors():
-        if target.page(None, 0, 0, deleted=None)[0]:
+        if _count(target):
             raise InvalidParameter(f"{options.target} is not empty; nothing was copied")
         copied = target.add_all(_progressing("copied", _oldest_first(source), _count(source)))
     print(f"wmi: copied {copied}", file=sys.stderr)
@@ -4511,7 +4511,7 @@ def _add_sample(storage: Storage) -> None:
     """Put the images of _SAMPLE into an empty store."""
     rows = [row.split(maxsplit=3) for row in _SAMPLE.strip().split("\n")]
     with storage_errors():
-        if not storage.page(None, 0, 0, deleted=None)[0]:
+        if not _count(storage):
             storage.add_all(image_record({
                 "id": id, "account_id": "a-shpoolxx", "arch": arch, "is_public": True, "description": description,
                 "source": {"uri": f"file:///var/lib/wakame-vdc/images/{file}"}, "features": {"virtio": True},
