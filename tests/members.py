@@ -18,16 +18,10 @@ import urllib.request
 import uuid
 
 import pytest
+from support import free_port
 
 ETCD = os.environ.get("WMI_ETCD") or shutil.which("etcd")  # WMI_ETCD: another one than the system's
 SECONDS = 20.0  # for a cluster to come up, or to elect
-
-
-def free_port():
-    """Return a port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if not ETCD:  # whatever needs one is skipped as a whole; where CI installs it, its absence is a failure
@@ -42,7 +36,7 @@ class Cluster:
 
     def __init__(self, size=1, *options):
         self.size, self.options, self.processes = size, options, {}
-        self.folder = tempfile.mkdtemp(prefix="wmi-members-", dir=os.environ.get("WMI_ETCD_FOLDER"))
+        self.folder = tempfile.mkdtemp(prefix="wmi-members-")
         self.clients = [f"http://127.0.0.1:{free_port()}" for _ in range(size)]
         self.peers = [f"http://127.0.0.1:{free_port()}" for _ in range(size)]
         self.start(*range(size))
@@ -233,11 +227,3 @@ class Relay:
 
     def __exit__(self, *error):
         self.close()
-
-
-def until(condition, seconds=SECONDS):
-    """Wait until a condition holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, condition
-        threading.Event().wait(0.01)

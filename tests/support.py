@@ -46,6 +46,23 @@ def until(condition, what="the condition"):
     raise AssertionError(f"{what} did not come about in {SECONDS} s")
 
 
+def free_port():
+    """Return a port that is free at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def ignore_surroundings(monkeypatch):
+    """Make random pauses short, and take from the environment what would change what a client does."""
+    monkeypatch.setattr(wmi.random, "uniform", lambda low, high: 0.01)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    for name in ("WMI_URL", "WMI_ACCOUNT", "WMI_TOKEN", "WMI_STORE"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def head(target="/api/images", method="GET", *fields):
     """Return a raw head."""
     lines = [f"{method} {target} HTTP/1.1", "Host: a", f"X-VDC-ACCOUNT-UUID: {ACCOUNT}", *fields, "", ""]

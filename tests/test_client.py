@@ -24,7 +24,7 @@ import time
 
 import pytest
 from serving import serving
-from support import ACCOUNT, SECONDS, image
+from support import ACCOUNT, SECONDS, ignore_surroundings, image
 
 import wmi
 
@@ -163,10 +163,7 @@ def client(server, **options):
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch):
     """No random pause takes long, and no proxy of this machine plays a part."""
-    monkeypatch.setattr(wmi.random, "uniform", lambda low, high: 0.01)
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
+    ignore_surroundings(monkeypatch)
 
 
 # ---- the same verbs and errors as a catalog ----

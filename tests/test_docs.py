@@ -18,6 +18,7 @@ import unittest
 import urllib.request
 
 import pytest
+from support import free_port
 
 import wmi
 
@@ -145,13 +146,6 @@ def test_python_blocks_run(place, server, tmp_path):
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def free_port():
-    """Return a port that is free at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_an_image_is_published_and_fetched(place):

@@ -19,8 +19,9 @@ import unittest
 
 import members
 import pytest
-from members import Cluster, Relay, encode, free_port, until
+from members import Cluster, Relay, encode
 from serving import parse_answer, raw, serving
+from support import free_port, until
 
 import wmi
 from wmi import etcd_store

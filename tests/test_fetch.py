@@ -22,13 +22,12 @@ import time
 
 import pytest
 from serving import serving
+from support import ACCOUNT, SECONDS, ignore_surroundings, until
 from test_client import Scripted
 from test_tls import make_certificate
 
 import wmi
 
-ACCOUNT = "a-shpoolxx"
-SECONDS = 20.0
 CONTENT = random.Random(1).randbytes(3_000_000)
 LM = "Tue, 14 Nov 2023 22:13:20 GMT"
 
@@ -72,23 +71,10 @@ def refused(capfd):
     return run
 
 
-def until(condition, wait=0.002):
-    """Wait until a condition holds."""
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        threading.Event().wait(wait)
-
-
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch):
     """No random pause takes long, and no setting of this machine plays a part."""
-    monkeypatch.setattr(wmi.random, "uniform", lambda low, high: 0.01)
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    for name in ("WMI_URL", "WMI_ACCOUNT", "WMI_TOKEN", "WMI_STORE"):
-        monkeypatch.delenv(name, raising=False)
+    ignore_surroundings(monkeypatch)
 
 
 class Source(Scripted):

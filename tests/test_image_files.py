@@ -18,12 +18,11 @@ import time
 
 import pytest
 from serving import parse_answer, read_requests, serving
+from support import ACCOUNT, SECONDS, until
 from test_tls import make_certificate
 
 import wmi
 
-ACCOUNT = "a-shpoolxx"
-SECONDS = 20.0
 TEXT = random.Random(1).randbytes(1000)
 MD5 = hashlib.md5(TEXT, usedforsecurity=False).hexdigest()
 TIME = 1_700_000_000  # when the files were written: long ago
@@ -38,14 +37,6 @@ descriptors_are_listed = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), 
 def descriptors():
     """Return how many descriptors are open."""
     return len(os.listdir("/proc/self/fd"))
-
-
-def until(condition):
-    """Wait until a condition holds."""
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        threading.Event().wait(0.01)
 
 
 def write(path, content, moment=TIME):

@@ -189,10 +189,11 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
 
 
+@contextlib.contextmanager
 def activated(listener, folder, *options):
-    """Start `wmi serve` as systemd does: the listening socket is descriptor 3."""
+    """Run `wmi serve` as systemd does, the listening socket being descriptor 3; in the end it exits with 0."""
     number = listener.fileno()
-    return subprocess.Popen(
+    child = subprocess.Popen(
         [
             sys.executable, "-c", ACTIVATE, str(number), MODULE, "serve", "--store", "sqlite:images.db", "--host-name",
             "a", *options,
@@ -202,6 +203,12 @@ def activated(listener, folder, *options):
         text=True,
         pass_fds=[number],
     )  # fmt: skip
+    try:
+        yield child
+    finally:
+        child.terminate()
+        child.communicate(timeout=SECONDS)
+    assert child.returncode == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX only")
@@ -212,15 +219,10 @@ def test_socket_activation(tmp_path, workers):
         port = listener.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port), SECONDS) as peer:  # before anybody serves
             peer.sendall(CLOSE)
-            child = activated(listener, tmp_path, "--workers", workers, "--port", "1")
-            try:
+            with activated(listener, tmp_path, "--workers", workers, "--port", "1") as child:
                 assert f":{port}/" in child.stderr.readline()
                 assert rest(peer).startswith(b"HTTP/1.1 200 ")
                 peer.close()
-            finally:
-                child.terminate()
-                child.communicate(timeout=SECONDS)
-        assert child.returncode == 0
         with socket.create_connection(("127.0.0.1", port), SECONDS):
             pass
 
@@ -232,17 +234,12 @@ def test_socket_activation_with_a_unix_socket(tmp_path):
     with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as peer:
         listener.bind(path)
         listener.listen(8)
-        child = activated(listener, tmp_path)
-        try:
+        with activated(listener, tmp_path):
             peer.settimeout(SECONDS)
             peer.connect(path)
             peer.sendall(CLOSE)
             assert rest(peer).startswith(b"HTTP/1.1 200 ")
             peer.close()
-        finally:
-            child.terminate()
-            child.communicate(timeout=SECONDS)
-    assert child.returncode == 0
     assert os.path.exists(path)
 
 
