@@ -308,9 +308,7 @@ def yaml_lines(value: Any, indent: str) -> list[str]:
 
 def _yaml_scalar(value: Any) -> str:
     if not isinstance(value, str):
-        if isinstance(value, int):
-            return str(value).lower()  # true, 12
-        return "" if value is None else json.dumps(value)  # {} and [] are the same in YAML and in JSON
+        return "" if value is None else str(value).lower()  # true, 12, 1.5, {}, []
     if isinstance(value, Timestamp):
         return f"{value[:10]} {value[11:19]}.000000000 Z"
     if re.fullmatch(_YAML_PLAIN, value) and value.lower() not in _YAML_WORDS:
@@ -1639,7 +1637,6 @@ class Reader:
 # page or a file, is not kept.
 
 MAX_WAITING = 8  # requests that wait for a slow store, each in its own thread; further ones are refused at once
-MAX_LOOKS = 4  # threads that may wait for the store's revision, in addition to MAX_WAITING
 MAX_WALKS = 4  # indexes with filters at the same time: each reads all images
 MAX_STREAMS = 64  # long indexes that are being sent at the same time: each holds some images in memory
 KEPT_AT_MOST = 1 << 16  # bytes of an answer that is built in one piece and may be kept; a longer one is streamed
@@ -1674,6 +1671,10 @@ class Answer(NamedTuple):
     status: int
     head: bytes
     body: bytes | Body
+
+
+class Postponed(Exception):
+    """Raised when a request needs a look at the store that is newer than the one under way; then it is tried again."""
 
 
 Pulse = Callable[[], None]  # called now and then during a walk through all images; raises an Error to end the walk
@@ -1811,8 +1812,8 @@ class Service:
         self._kept_bytes = 0
         self._asked: set[int] = set()  # hashes of the keys of earlier requests, since a key may be long
         self.fresh: list[tuple[CacheKey, Kept]] = []  # answers since the last keep(), which may keep them
-        # The first guards _kept and _kept_bytes against two calls of keep(); the second admits one thread to look().
-        self._lock, self._looking = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()  # held by keep(), which changes _kept and _kept_bytes
+        self.looking = False  # look() is under way: requests that need a newer look are postponed
         self._walks, self._streams = threading.Semaphore(MAX_WALKS), threading.Semaphore(MAX_STREAMS)
 
     def identify(self, request: Request) -> Request:
@@ -1820,7 +1821,7 @@ class Service:
         return self.tokens.identify(request) if self.tokens else request
 
     def answer(self, request: Request, arrived: float | None = None, pulse: Pulse = lambda: None) -> Answer:
-        """Return the answer to a request. It never raises: each failure becomes an error in the form of the API.
+        """Return the answer to a request; each failure becomes an error in the form of the API. Raises Postponed.
 
         `arrived` is a time.monotonic() at which the whole request had arrived, by default now. `pulse` is called now
         and then during a walk through all images, and may raise an Error to end the walk.
@@ -1844,6 +1845,8 @@ class Service:
             if error.status >= 500 and error.__cause__:
                 self._report(f"{request.method} {request.target}: {error}: {error.__cause__}")
             return self.refuse(error, request)
+        except Postponed:
+            raise
         except MemoryError:
             return self.refuse(DatabaseError("out of memory; try again"), request)
         except Exception as error:  # a bug in this program: the log says what it is, the client need not know
@@ -1919,17 +1922,29 @@ class Service:
         return catalog
 
     def look(self) -> None:
-        """Look at the store's revision before a round of requests, so that kept answers can be served; never raises.
+        """Look at the store's revision before a round of requests, for all of them; never raises.
 
-        If the look fails, answer() looks again and answers with the error.
+        If the look fails, answer() looks again and answers with the error. Only the thread that serves may call this.
         """
         # A changed file of tokens is noticed here too, before any request of the round is identified.
         if self.tokens and (fault := self.tokens.refresh()):
             self._report(f"tokens: {fault}; the last good ones stay in force")
-        if self._kept and self._looking.acquire(blocking=False):
-            with contextlib.suppress(Exception):  # if the store is slow, only one thread at a time waits here
-                self.revision(time.monotonic())
-            self._looking.release()
+        # If the store is slow, the thread that looks is held up, and another one serves. Its look began too early for
+        # the requests that come now. They wait for the next look, and need no threads for that.
+        if not self.looking:
+            self.looking = True
+            with contextlib.suppress(Exception):
+                self._look()
+            self.looking = False
+
+    def _look(self) -> str:
+        # Two threads may look at the same time and set _known in either order. Both values are true, and an older one
+        # only costs another look.
+        moment = time.monotonic()  # taken before the look, since the revision may be that of its first instant
+        with storage_errors():
+            revision = self.storage.revision()
+        self._known = moment, revision
+        return revision
 
     def check_waiting(self, limit: int) -> None:
         """Raise DatabaseError if at least `limit` requests wait for the store."""
@@ -1937,18 +1952,13 @@ class Service:
             raise DatabaseError("too many requests wait for the store; try again")
 
     def revision(self, arrived: float) -> str:
-        """Return a revision that the store had at some moment after `arrived`. Raises DatabaseError."""
-        # Two threads may look at the same time and set _known in either order. Both values are true, and an older one
-        # only costs another look.
+        """Return a revision that the store had at some moment after `arrived`. Raises DatabaseError, Postponed."""
         moment, revision = self._known
-        if moment <= arrived:
-            # The limit is higher than for reads: a look is quick even if reads are slow, and kept answers depend on it.
-            self.check_waiting(MAX_WAITING + MAX_LOOKS)
-            moment = time.monotonic()  # taken before the look, since the revision may be that of its first instant
-            with storage_errors():
-                revision = self.storage.revision()
-            self._known = moment, revision
-        return revision
+        if moment > arrived:
+            return revision
+        if self.looking:
+            raise Postponed
+        return self._look()
 
     def read_images(self, request: Request, route: Route, arrived: float, pulse: Pulse) -> Answer:
         """Answer GET and HEAD of one image or of an index."""
@@ -2114,12 +2124,13 @@ def parse_update(request: Request, known: Sequence[str]) -> dict[str, Any]:
 # looks once at the revision of the store, and gives each connection a turn, in which kept answers are sent. Connections
 # that want WORK are queued for it. Only work may wait: never for a client, but for a locked file, say, or a cluster.
 # When work takes longer than TURN_SECONDS, serve_forever starts another leader. The thread that was held up finishes
-# this one piece of work, hands the result to the new leader, and ends.
+# this one piece of work, hands the result to the new leader, and ends. The number of such threads is bounded, see
+# MAX_WAITING. If it is the look that takes long, requests that need one are postponed: the next look serves them all.
 #
 # Who may touch what:
 #
-#     the selector, `_queue`, all connections    the leader alone. work() reads its connection, and may send a piece of
-#                                                its body; the connection is `queued`, so it has no turn meanwhile
+#     the selector, `_queue`, `_postponed`,      the leader alone. work() reads its connection, and may send a piece of
+#     all connections                            its body; the connection is `queued`, so it has no turn meanwhile
 #     `_turns`                                   any thread appends a connection and a result; the leader takes them
 #     `_leader`, `_working`, `_held`             any thread that holds `_lock`; only the leader begins work, so it sets
 #                                                `_working` without the lock
@@ -2152,21 +2163,31 @@ LOGGED_METHOD = 32  # characters of a method
 LOG_LINES = 4096  # lines that may wait to be written; further ones are counted and dropped
 PIPE_BUF = 4096  # bytes: Linux writes up to this many to a pipe in one piece, so lines of two processes never mix
 
-class LogFormat(NamedTuple):
-    """How a line of the log is spelled."""
-
-    answer: Callable[..., str]  # takes time, client, account, method, target, status, bytes, milliseconds
-    failure: Callable[[str, str], str]  # takes time and text
-
-
-LOG_FORMATS = {"text": LogFormat("{} {} {} {} {} {} {} {:.1f}ms\n".format, "{} error: {}\n".format)}
-
 READ, WRITE, WORK, CLOSE = selectors.EVENT_READ, selectors.EVENT_WRITE, 4, 8  # what has to come next
 
 _REASONS = {code: reason for code, (reason, _) in http.server.BaseHTTPRequestHandler.responses.items()}
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _yield_processor: Callable[[], object] = getattr(os, "sched_yield", lambda: None)  # not every system has it
 Result = Union[Answer, bytes, int, Exception]  # of work: an answer, or what Body.more() returned, or a failure
+
+
+class TextLog:
+    """The lines of the log, as text."""
+
+    @staticmethod
+    def answer(
+        time: str, client: str, account: str, method: str, target: str, status: int, size: int, milliseconds: float
+    ) -> str:
+        """Return the line of an answer."""
+        return f"{time} {client} {account} {method} {target} {status} {size} {milliseconds:.1f}ms\n"
+
+    @staticmethod
+    def failure(time: str, text: str) -> str:
+        """Return the line of a failure on our side."""
+        return f"{time} error: {text}\n"
+
+
+LOG_FORMATS: dict[str, type[TextLog]] = {"text": TextLog}
 
 
 class Connection:
@@ -2176,7 +2197,7 @@ class Connection:
         self.socket, self.server = stream, server
         self.client = address[0] if isinstance(address, tuple) else "unix"
         self.watched = 0  # what the selector watches for: READ, WRITE, or 0 while another thread works for it
-        self.queued = False  # it is in _turns or _queue: what the selector says of it can wait
+        self.queued = 0.0  # since when it waits for a turn or for work; 0: it does not. The selector is ignored then
         # Input. Nothing is received while an answer is made or sent.
         self.reader = Reader()
         self.receiving = True
@@ -2214,6 +2235,7 @@ class Connection:
 
         `result` is what work() returned, or an Error with which to refuse the client.
         """
+        server, service = self.server, self.server.service
         try:
             # 1. Take the result of work: an answer, or the next piece of its body.
             if isinstance(result, Answer):
@@ -2234,17 +2256,17 @@ class Connection:
                         return self._linger()
                 # 5. Read the next request.
                 if self.phase == IDLE:
-                    self.began = self.server.moment
+                    self.began = server.moment
                 try:
-                    self.request = self.reader.read()
+                    request = self.request = self.reader.read()
                 except Error as error:
-                    self._start_answer(self.server.service.refuse(error))
+                    self._start_answer(service.refuse(error))
                     continue
                 # 6. Answer it, if the answer is kept. All of the request had arrived by `moment`.
-                if self.request is not None:
-                    self.request = self.server.service.identify(self.request)
+                if request is not None:
+                    request = self.request = service.identify(request)
                     self.phase, self.receiving = IDLE, False
-                    answer = self.server.service.kept_answer(self.request, self.server.moment)
+                    answer = service.kept_answer(request, server.moment)
                     if answer is None:
                         return WORK
                     self._start_answer(answer)
@@ -2366,10 +2388,11 @@ class Connection:
 
     def _log_answer(self) -> None:
         """Log the answer, which was sent or cut off, and make room for the next one."""
-        request, milliseconds = self.request, (time.monotonic() - self.began) * 1000
-        cells = (request.account, request.method[:LOGGED_METHOD], request.target[:LOGGED]) if request else "---"
-        size = max(0, self.sent - self.head_size)
-        self.server.log_answer(self.client, *cells, self.status, size, milliseconds)
+        request, server, milliseconds = self.request, self.server, (time.monotonic() - self.began) * 1000
+        account, method, target = (request.account, request.method, request.target) if request else "---"
+        method, target, size = method[:LOGGED_METHOD], target[:LOGGED], max(0, self.sent - self.head_size)
+        form, when = server.log_format, server.clock
+        server.add_line(form.answer(when, self.client, account, method, target, self.status, size, milliseconds))
         self.request, self.status = None, 0
 
     def _close_body(self) -> None:
@@ -2405,7 +2428,7 @@ class Server(http.server.HTTPServer):
         host_names: Sequence[str] | None = (), log: Callable[[str], object] = lambda text: None,
         files: str | None = None, tokens: Tokens | None = None, log_format: str = "text",
     ) -> None:  # fmt: skip
-        self._form = LOG_FORMATS[log_format]  # first: report() needs it if anything below fails
+        self.log_format, self.clock = LOG_FORMATS[log_format], now()  # first: report() needs them
         listener = listener or listen(host, port)
         self.service = Service(storage, unversioned, self.report, served_hosts(listener, host_names), files, tokens)
         self.tls = tls  # for new connections; another context may be put in its place
@@ -2425,6 +2448,7 @@ class Server(http.server.HTTPServer):
         self._selector = selectors.DefaultSelector()
         self._turns: collections.deque[tuple[Connection, Result | None]] = collections.deque()  # want a turn
         self._queue: collections.deque[Connection] = collections.deque()  # want work
+        self._postponed: list[Connection] = []  # want work after the look at the store that is under way
         self._offered = 0.0  # when the waiting connection was first left to other workers; 0: none waits
         self.trim: Callable[[], object] = lambda: None  # gives freed memory back: see Processes
         self._trimmed = time.monotonic()
@@ -2432,11 +2456,11 @@ class Server(http.server.HTTPServer):
         self._lock = threading.Lock()
         self._leader: threading.Thread | None = None
         self._working: tuple[Connection | None, float] | None = None  # for whom the leader works, and since when
-        self._held: dict[threading.Thread, tuple[Connection | None, float]] = {}  # the same for leaders held up
+        self._held: dict[threading.Thread, Connection | None] = {}  # for whom leaders that were held up still work
         self._ended = threading.Event()  # the last connection is closed
         self._log, self._log_lock = log, threading.Lock()
         self._lines: collections.deque[str] = collections.deque()  # lines of the log that are not written yet
-        self._clock, self._lost_lines = now(), 0
+        self._lost_lines = 0
         ascii("é")  # PyPy imports a codec for this, which fails later in report() if no descriptor is free
 
     @property
@@ -2503,7 +2527,7 @@ class Server(http.server.HTTPServer):
         self._leader = threading.Thread(None, self._lead, "wmi-leader", [working and working[0]], daemon=True)
         # This comes before the start: the new leader may begin to work at once, and must see that one more waits.
         if before and working:
-            self._held[before], self._working = working, None
+            self._held[before], self._working = working[0], None
             self.service.waiting = len(self._held)
         try:
             self._leader.start()
@@ -2539,7 +2563,10 @@ class Server(http.server.HTTPServer):
         # 1. Receive from all clients before any is answered, so that one look at the store serves all of them.
         if not self._turns:
             self._receive()
-        if self._turns and not self._work(me, None, self.service.look)[0]:
+        if self._postponed and not self.service.looking:
+            self._queue.extend(self._postponed)
+            self._postponed.clear()
+        if (self._turns or self._queue) and not self._work(me, None, self.service.look)[0]:
             return
         # 2. Give each connection its turn. What needs no work does not wait for what does.
         while self._turns:
@@ -2550,8 +2577,6 @@ class Server(http.server.HTTPServer):
             leads, result = self._work(me, connection, connection.work)
             if not leads:
                 return
-            if connection.request and connection.request.method not in ("GET", "HEAD"):
-                self.moment = time.monotonic()  # what is answered from now on shows this change
             self._take_turn(connection, result)
         # 4. Keep answers, write the log, and check deadlines now and then.
         if self._lines and not self._work(me, None, self._end_round)[0]:
@@ -2572,8 +2597,7 @@ class Server(http.server.HTTPServer):
                 accepting = True
             elif not connection.queued:
                 self._receive_from(connection)
-        self.moment = time.monotonic()
-        self._clock = now()
+        self.moment, self.clock = time.monotonic(), now()
         if accepting:  # last, as it may close an idle connection, whose input is taken by now
             self._accept()
 
@@ -2586,19 +2610,24 @@ class Server(http.server.HTTPServer):
         except (OSError, MemoryError):  # the client hung up, which is not a failure, or memory is short
             wants = CLOSE
         if wants == WORK:
-            connection.queued = True
-            self._turns.append((connection, result))
+            self._give_turn(connection, result)
         else:
             self._watch_or_close(connection, wants)
 
+    def _give_turn(self, connection: Connection, result: Result | None) -> None:
+        connection.queued = self.moment
+        self._turns.append((connection, result))
+
     def _take_turn(self, connection: Connection, result: Result | None) -> None:
         """Let a connection do what it can; one that wants work is queued behind the others."""
-        # A result for a connection that is not watched comes from a thread that was held up. It may belong to a change,
-        # which all later answers have to show.
-        if result is not None and connection.watched == 0:
-            self.moment = time.monotonic()
+        if isinstance(result, Postponed):  # not watched: input that is not taken would wake the selector all the time
+            self._watch(connection, 0)
+            self._postponed.append(connection)
+            return
+        if result is not None and connection.request and connection.request.method not in ("GET", "HEAD"):
+            self.moment = time.monotonic()  # what is answered from now on has to show this change
         wants = connection.advance(result)
-        connection.queued = wants == WORK
+        connection.queued = self.moment if wants == WORK else 0.0
         if wants == WORK:
             self._queue.append(connection)
         elif wants != connection.watched:
@@ -2613,7 +2642,7 @@ class Server(http.server.HTTPServer):
             if self._leader is me:
                 self._working = None
                 return True, result
-            owner, _ = self._held.pop(me)
+            owner = self._held.pop(me)
             self.service.waiting = len(self._held)
         if owner:
             self._turns.append((owner, result))
@@ -2702,21 +2731,22 @@ class Server(http.server.HTTPServer):
         resting = [each for each in self._connections if each.watched and not each.queued]
         for each in resting:
             if each.deadline <= self.moment or (self.stopping and each.is_idle):
-                each.queued = True
-                self._turns.append((each, each.expired()))
+                self._give_turn(each, each.expired())
         # 2. So do those that together hold too many bytes. Those with the latest deadlines come first, and are spared.
         buffered = 0
         for each in sorted(resting, key=lambda each: -each.deadline):
             buffered += len(each.unsent) + each.reader.size
             if buffered > MAX_BUFFERED and not each.is_idle and not each.queued:
-                each.queued = True
-                self._turns.append((each, RequestTimeout("too much waits to be read")))
-        # 3. Work that takes too long is answered 503. Its thread cannot be stopped, and its result will be dropped.
+                self._give_turn(each, RequestTimeout("too much waits to be read"))
+        # 3. What has waited too long for work, or for its end, is answered 503. The thread of such work cannot be
+        #    stopped, and its result will be dropped.
         with self._lock:
-            for thread, (connection, since) in self._held.items():
-                if connection and self.moment - since > STORE_SECONDS:
-                    self._held[thread] = None, since
-                    self._turns.append((connection, DatabaseError("the store takes too long; try again")))
+            waiting = filter(None, (*self._held.values(), *self._postponed))
+            late = {each for each in waiting if self.moment - each.queued > STORE_SECONDS}
+            self._held.update((thread, None) for thread, each in self._held.items() if each in late)
+        self._postponed = [each for each in self._postponed if each not in late]
+        for each in late:
+            self._give_turn(each, DatabaseError("the store takes too long; try again"))
         # 4. Accept connections again, if there was no room for them before; or no more, at a stop.
         self._watch(self, 0 if self.stopping else READ)
         if self.stopping:
@@ -2729,16 +2759,12 @@ class Server(http.server.HTTPServer):
 
     # The log.
 
-    def log_answer(self, *cells: Any) -> None:
-        """Log an answer: client, account, method, target, status, bytes, milliseconds."""
-        self._add_line(self._form.answer(self._clock, *cells))
-
     def report(self, text: str) -> None:
         """Log a failure, in one line of visible ASCII."""
         # By ascii() and not by encode(): a codec has to be imported first, which fails if no descriptor is free.
-        self._add_line(self._form.failure(self._clock, ascii(text)[1:-1][:LOGGED]))
+        self.add_line(self.log_format.failure(self.clock, ascii(text)[1:-1][:LOGGED]))
 
-    def _add_line(self, line: str) -> None:
+    def add_line(self, line: str) -> None:
         """Queue a line of the log. Lines are written together, at the end of a round."""
         if len(self._lines) < LOG_LINES:
             self._lines.append(line)
@@ -2752,7 +2778,7 @@ class Server(http.server.HTTPServer):
         with contextlib.suppress(Exception):  # a log that fails, perhaps on a full disk, must not stop the server
             lost, self._lost_lines = self._lost_lines, 0
             lines = [self._lines.popleft() for _ in range(len(self._lines))]
-            lines += [self._form.failure(now(), f"{lost} lines of the log are lost")] if lost else []
+            lines += [self.log_format.failure(now(), f"{lost} lines of the log are lost")] if lost else []
             text = "".join(lines)
             for part in lines if len(text) > PIPE_BUF else [text]:
                 self._log(part)
@@ -3567,18 +3593,22 @@ ROUTES.append((_FILE_PATH, read_file, "files"))
 
 # ---- the log in JSON ----
 
-_LOGGED_NAMES = ("time", "client", "account", "method", "path", "status", "bytes", "ms")
+class JSONLog(TextLog):
+    """The lines of the log, each a JSON object."""
+
+    @staticmethod
+    def answer(*cells: Any) -> str:
+        """Return the line of an answer."""
+        names = "time", "client", "account", "method", "path", "status", "bytes", "ms"
+        return json.dumps(dict(zip(names, (*cells[:-1], round(cells[-1], 1))))) + "\n"
+
+    @staticmethod
+    def failure(time: str, text: str) -> str:
+        """Return the line of a failure on our side."""
+        return json.dumps({"time": time, "error": text}) + "\n"
 
 
-def _json_answer(*cells: Any) -> str:
-    return json.dumps(dict(zip(_LOGGED_NAMES, (*cells[:-1], round(cells[-1], 1))))) + "\n"
-
-
-def _json_failure(time: str, text: str) -> str:
-    return json.dumps({"time": time, "error": text}) + "\n"
-
-
-LOG_FORMATS["json"] = LogFormat(_json_answer, _json_failure)
+LOG_FORMATS["json"] = JSONLog
 
 
 def _tell(options: Any, text: str) -> None:

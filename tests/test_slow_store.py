@@ -62,31 +62,66 @@ def test_threads_are_bounded(monkeypatch):
         assert read_answer(peers[5])[0] == 200
 
 
+class Far(wmi.MemoryStorage):
+    """A store with one image that is asked for its revision over a network, which can hang."""
+
+    def __init__(self):
+        super().__init__()
+        self.going = threading.Event()
+        self.going.set()
+        self.add(wmi.image_record({"id": "wmi-1", "account_id": ACCOUNT}))
+
+    def revision(self):
+        assert self.going.wait(SECONDS)
+        return super().revision()
+
+
+@contextlib.contextmanager
+def hanging(storage, served, peers):
+    """Let the store hang while these clients, more of them than may wait in threads, read kept and other answers."""
+    for _ in range(4):  # after which the answer is kept
+        peers[0].sendall(head("/api/images/wmi-1"))
+        assert read_answer(peers[0])[0] == 200
+    storage.going.clear()
+    for number, peer in enumerate(peers):
+        peer.sendall(head("/api/images" if number % 2 else "/api/images/wmi-1"))
+    until(lambda: len(served.server._postponed) >= len(peers) - 1)
+    try:
+        yield
+    finally:
+        storage.going.set()
+
+
 def test_a_look_that_hangs_holds_up_one_thread():
-    """A store that is asked for its revision over a network: the request waits and the look before it, nobody else."""
+    """However many read while the store is asked for its revision, one look serves them all, none is refused."""
+    count = 5 * wmi.MAX_WAITING
+    with Far() as storage, serving(storage) as served, contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(connect(served)) for _ in range(count)]
+        with hanging(storage, served, peers):
+            with connect(served) as peer:  # what needs no look is answered meanwhile
+                peer.sendall(head("/nowhere"))
+                assert read_answer(peer)[0] == 404
+                peer.sendall(head("/api/images/wmi-1", "DELETE"))
+                assert read_answer(peer)[0] == 200
+                peer.sendall(head("/api/images"))  # pipelined, and it gives up
+                peer.sendall(head("/api/images"))
+            assert leaders() == 2 and served.server.service.waiting == 1
+        assert {read_answer(peer)[0] for peer in peers} == {200, 404}  # it was deleted meanwhile
+        until(lambda: leaders() == 1 and len(served.server._connections) == count)
 
-    class Far(wmi.MemoryStorage):
-        going = threading.Event()
 
-        def revision(self):
-            assert self.going.wait(SECONDS)
-            return super().revision()
-
-    with Far() as storage, serving(storage) as served, connect(served) as peer:
-        storage.going.set()
-        storage.add(wmi.image_record({"id": "wmi-1", "account_id": ACCOUNT}))
-        for _ in range(4):  # after which the answer is kept
-            peer.sendall(head("/api/images/wmi-1"))
+def test_a_look_that_hangs_too_long(monkeypatch):
+    """Who waits for it is told so in time; later requests are served as soon as it is over."""
+    monkeypatch.setattr(wmi, "STORE_SECONDS", 0.3)
+    with Far() as storage, serving(storage) as served, contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(connect(served)) for _ in range(2 * wmi.MAX_WAITING)]
+        with hanging(storage, served, peers):
+            for peer in peers:
+                status, fields, _ = read_answer(peer)
+                assert (status, fields["retry-after"]) == (503, "1")
+        for peer in peers:
+            peer.sendall(head("/api/images"))
             assert read_answer(peer)[0] == 200
-        storage.going.clear()
-        peer.sendall(head("/api/images/wmi-1"))
-        until(lambda: leaders() == 3)
-        for _ in range(10):
-            assert leaders() <= 3
-            threading.Event().wait(0.05)
-        storage.going.set()
-        assert read_answer(peer)[0] == 200
-        until(lambda: leaders() == 1)
 
 
 def test_clients_that_hung_up_keep_no_thread(monkeypatch):
