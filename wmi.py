@@ -1527,6 +1527,12 @@ class Reader:
             raise BadRequest("the request is cut")
         return request
 
+    def close(self) -> None:
+        """Drop what was not read."""
+        # The generator refers to the reader, and the reader to the generator. Left to the garbage collector, which may
+        # not come for minutes, the bytes of closed connections took 10 MB under attack.
+        self._requests.close()
+
     @property
     def is_empty(self) -> bool:
         """Whether all that has arrived was read."""
@@ -1546,7 +1552,7 @@ class Reader:
         del self._data[: self._at]
         self._at = 0
 
-    def _read_requests(self) -> Iterator[Request | None]:
+    def _read_requests(self) -> Generator[Request | None, None, None]:
         data = self._data
         while True:
             # 1. Find the empty line that ends the head. A few empty lines may precede the head (RFC 9112, 2.2).
@@ -2401,8 +2407,9 @@ class Connection:
             self.body = None
 
     def close(self) -> None:
-        """Close the socket, and the body of an answer that was cut off."""
+        """Close the socket and the reader, and the body of an answer that was cut off."""
         self._close_body()
+        self.reader.close()
         self.socket.close()
 
 

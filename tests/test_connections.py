@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 from serving import parse_answer, read_answer, serving
@@ -45,6 +47,24 @@ pytestmark = pytest.mark.usefixtures("quiet")
 
 
 # ---- clients that go away ----
+
+
+@pytest.mark.skipif(PYPY, reason="PyPy frees everything by its garbage collector")
+@pytest.mark.parametrize(
+    "text, phase", [(GET, wmi.IDLE), (GET[:20], wmi.HEAD), (PUT + b"name", wmi.BODY), (CHUNKED + b"3\r\nab", wmi.BODY)]
+)
+def test_closed_connection_is_freed_at_once(served, text, phase):
+    """The bytes that a client has sent do not wait for the garbage collector, which may take minutes to come."""
+    gc.disable()
+    try:
+        with connect(served) as peer:
+            peer.sendall(text)
+            connection = until(lambda: next((weakref.ref(each) for each in served.server._connections), None))
+            until(lambda: connection().phase == phase and (connection().sent or phase))
+            reader = weakref.ref(connection().reader)
+        until(lambda: reader() is None)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("text", [GET, GET + CLOSE, PUT + b"display_name=x"], ids=["one", "two", "body"])
