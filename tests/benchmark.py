@@ -585,9 +585,9 @@ with wmi.open_storage(sys.argv[2]) as store:
 
 def measure_etcd(options: argparse.Namespace, folder: pathlib.Path) -> None:
     """Print tables about one and two servers on a cluster, and on sqlite in turns. Needs etcd and pytest."""
+    fill(folder, "many.db", options.images, peers=False)  # makes wmi importable, for the tests' Cluster too
     from members import Cluster
 
-    fill(folder, "many.db", options.images, peers=False)
     import wmi
 
     bench = Bench(options)
