@@ -3779,31 +3779,25 @@ PAGE_SIZE = 20  # images on a page
 MAX_SEARCH = 200  # characters of a search, as each of its words is looked for in every image
 _NOBODY = "a-" + os.urandom(16).hex()  # an account that owns no image, for visitors who name no account
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --line: #d5dbe1; --paper: #fff; --card: #f6f8fa;
-  --link: #0a58ad; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e7ebef; --soft: #a0abb6; --line: #3a434d; --paper: #14181c;
-  --card: #1d2329; --link: #7db8ff; } }
-body { margin: 0 auto; max-width: 56rem; padding: 0 1rem 3rem; background: var(--paper); color: var(--ink);
+:root { color-scheme: light dark; --link: #0a58ad; }
+@media (prefers-color-scheme: dark) { :root { --link: #7db8ff; } }
+body { margin: 0 auto; max-width: 56rem; padding: 0 1rem 3rem; background: Canvas; color: CanvasText;
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-* { box-sizing: border-box; } a { color: var(--link); text-decoration: none; } a:hover { text-decoration: underline; }
-:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; border-radius: .25rem; }
-header { margin-bottom: 1.25rem; padding: .9rem 0; border-bottom: 1px solid var(--line); font-weight: 600; }
-h1 { margin: 0; font-size: 1.5rem; line-height: 1.25; } h2 { margin: 0; font-size: 1.0625rem; } p { margin: .5rem 0; }
-small, dt, label, .soft { color: var(--soft); font-size: .875rem; }
+a { color: var(--link); text-decoration: none; } a:hover { text-decoration: underline; }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
+header { padding: .9rem 0; border-bottom: 1px solid #8886; font-weight: 600; }
+h1 { margin: 1.25rem 0 0; font-size: 1.5rem; } h2 { margin: 0; font-size: 1.0625rem; } p { margin: .25rem 0 .5rem; }
+small, dt, .soft { font-size: .875rem; opacity: .75; } small { display: inline-block; }
 form { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; margin: 1rem 0; } label { flex: 1 1 12rem; }
-input, button, .button { padding: .5rem 1rem; border: 1px solid var(--soft); border-radius: .375rem; font: inherit; }
-input { display: block; width: 100%; margin-top: .25rem; color: var(--ink); background: var(--paper); font-size: 1rem; }
-button, .button { display: inline-block; color: var(--paper); background: var(--link); border-color: var(--link); }
-ol { margin: 1rem 0; padding: 0; list-style: none; border-top: 1px solid var(--line); }
-li { padding: .8rem 0; border-bottom: 1px solid var(--line); } li p { margin: .125rem 0 0; }
-.tag { margin-right: .375rem; padding: 0 .5rem; border: 1px solid var(--line); border-radius: 1rem; color: var(--ink);
-  background: var(--card); font-size: .8125rem; } .tag, time { white-space: nowrap; } small { display: inline-block; }
+input, button, .button, pre { padding: .5rem 1rem; border: 1px solid #888; border-radius: .375rem; font: inherit; }
+input { box-sizing: border-box; width: 100%; }
+button, .button { display: inline-block; background: var(--link); color: Canvas; }
+ol { margin: 1rem 0; padding: 0; list-style: none; } li { padding: .75rem 0; border-top: 1px solid #8886; }
+.tag { margin-right: .375rem; padding: 0 .5rem; border: 1px solid #888; border-radius: 1rem; font-size: .8125rem; }
 nav { display: flex; justify-content: space-between; }
-.empty { margin: 1rem 0; padding: 2rem; border: 1px dashed var(--soft); border-radius: .5rem; text-align: center; }
-dl { display: grid; grid-template-columns: fit-content(30%) 1fr; gap: .5rem 1.25rem; margin: 1.5rem 0; }
-dt { padding-top: .1rem; } dd { margin: 0; white-space: pre-wrap; }
-pre { margin: .25rem 0 1rem; padding: .7rem .9rem; border: 1px solid var(--line); border-radius: .375rem;
-  background: var(--card); font-size: .875rem; white-space: pre-wrap; user-select: all; -webkit-user-select: all; }
+dl { display: grid; grid-template-columns: fit-content(30%) 1fr; gap: .5rem 1.25rem; } dd { margin: 0; }
+pre { margin: .25rem 0 1rem; font: .875rem monospace; user-select: all; -webkit-user-select: all; }
+dd, pre { white-space: pre-wrap; }
 """
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -3914,7 +3908,7 @@ def _listing(service: Service, catalog: Catalog, query: Any, account: str, linke
         yield "</ol>"
     else:
         none = f"Nothing here has <bdi>“{_html(words)}”</bdi> in it." if words else "There are no images yet."
-        yield f'<p class="empty">{"There are no more images." if total else none}</p>'
+        yield f'<p>{"There are no more images." if total else none}</p>'
     before, after = max(0, min(start, total) - PAGE_SIZE), start + PAGE_SIZE
     newer, older = (_link("/", account=linked, q=words, start=offset) for offset in (before, after))
     # The span is there even if it is empty: it keeps the other link on the right.
