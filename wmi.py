@@ -4312,38 +4312,17 @@ MAX_LINE = 1 << 20  # bytes of a line that `load` accepts; `dump` writes shorter
 _STORE_FILES = ("", ".new", ".lock", "-journal", "-wal", "-shm")  # endings of the files of json and sqlite stores
 
 
-class _Lines:
-    """The images in a file of JSON lines. A bad line raises an error or, with keep_going, is reported and skipped."""
-
-    def __init__(self, file: BinaryIO, keep_going: bool) -> None:
-        self._file, self._keep_going = file, keep_going
-        self.number = self.refused = 0
-
-    def __iter__(self) -> Iterator[Record]:
-        for self.number, line in enumerate(iter(self._read, b""), 1):
-            try:
-                if line.strip():
-                    yield _parse_line(line)
-            except InvalidParameter as error:
-                self.refuse(error)
-
-    def _read(self) -> bytes:
-        """Return the next line, or the first MAX_LINE + 1 bytes of a longer one."""
-        # A file without newlines must not fill the memory.
-        try:
-            line = piece = self._file.readline(MAX_LINE + 1)
+def _read_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of a file, but only the first MAX_LINE + 1 bytes of a longer one. Raises Error."""
+    # A file without newlines must not fill the memory.
+    try:
+        while line := (piece := file.readline(MAX_LINE + 1)):
             while len(piece) > MAX_LINE and piece[-1:] != b"\n":
-                piece = self._file.readline(MAX_LINE + 1)
-            return line
-        except OSError as error:
-            # An Error, because this runs inside add_all(): an OSError would look like a failure of the store.
-            raise Error(f"cannot read line {self.number + 1}: {error.strerror}") from error
-
-    def refuse(self, error: Error) -> None:
-        if not self._keep_going:
-            raise type(error)(f"line {self.number}: {error}") from error
-        print(f"wmi: line {self.number}: {_visible(str(error))}", file=sys.stderr)
-        self.refused += 1
+                piece = file.readline(MAX_LINE + 1)
+            yield line
+    except OSError as error:
+        # An Error, because this runs inside add_all(): an OSError would look like a failure of the store.
+        raise Error(f"cannot read the lines: {error.strerror}") from error
 
 
 def _parse_line(line: bytes) -> Record:
@@ -4361,18 +4340,30 @@ def _parse_line(line: bytes) -> Record:
 def _load(options: Any) -> None:
     path, standard = options.file, contextlib.nullcontext(sys.stdin.buffer)
     _refuse_store_file("/dev/stdin" if path == "-" else path, options.store)
+    number = loaded = refused = 0
+
+    def lines() -> Iterator[bytes]:
+        nonlocal number
+        for number, line in enumerate(_read_lines(file), 1):
+            if line.strip():
+                yield line
+
     with standard if path == "-" else open(path, "rb") as file, open_storage(options.store) as storage:
-        lines, loaded = _Lines(file, options.keep_going), 0
-        # All or none is one batch. With --keep-going each image is a batch, so that a duplicate undoes no other image.
-        batches = ([record] for record in lines) if options.keep_going else [_progressing("loaded", lines)]
+        # All or none is one batch. With --keep-going each line is a batch, so that a bad one undoes no other.
+        batches: Iterable[Iterator[Record]] = [_progressing("loaded", map(_parse_line, lines()))]
+        if options.keep_going:
+            batches = (map(_parse_line, [line]) for line in lines())
         for batch in batches:
             try:
                 with storage_errors():
                     loaded += storage.add_all(batch)
-            except DuplicateUUID as error:
-                lines.refuse(error)
-    if lines.refused:
-        raise Error(f"loaded {loaded}, refused {lines.refused}")
+            except (InvalidParameter, DuplicateUUID) as error:
+                if not options.keep_going:
+                    raise type(error)(f"line {number}: {error}") from error
+                print(f"wmi: line {number}: {_visible(str(error))}", file=sys.stderr)
+                refused += 1
+    if refused:
+        raise Error(f"loaded {loaded}, refused {refused}")
     print(f"wmi: loaded {loaded}, refused 0", file=sys.stderr)
 
 
@@ -4398,18 +4389,18 @@ def _dump(options: Any) -> None:
     path, standard = options.file, contextlib.nullcontext(sys.stdout)
     _refuse_store_file("/dev/stdout" if path == "-" else path, options.store)
     with _open_existing(options.store) as storage, standard if path == "-" else _replacing(path) as out:
-        for record in _progressing("dumped", _oldest_first(storage), _count(storage)):
+        for record in _walk(storage, "dumped", oldest_first=True, frozen=True):
             _write(json.dumps(record, ensure_ascii=False) + "\n", out)
 
 
-def _oldest_first(storage: Storage) -> Iterator[Record]:
+def _walk(storage: Storage, what: str, **order: Any) -> Iterator[Record]:
+    """Yield all records, tombstones too, and show the progress on a terminal."""
     with storage_errors():
-        yield from storage.walk(oldest_first=True, frozen=True)
+        yield from _progressing(what, storage.walk(**order), _count(storage))
 
 
 def _count(storage: Storage) -> int:
-    with storage_errors():
-        return storage.page(None, 0, 0, deleted=None)[0]
+    return storage.page(None, 0, 0, deleted=None)[0]
 
 
 @contextlib.contextmanager
@@ -4441,7 +4432,7 @@ def _copy(options: Any) -> None:
     with _open_existing(options.source) as source, open_storage(options.target) as target, storage_errors():
         if _count(target):
             raise InvalidParameter(f"{options.target} is not empty; nothing was copied")
-        copied = target.add_all(_progressing("copied", _oldest_first(source), _count(source)))
+        copied = target.add_all(_walk(source, "copied", oldest_first=True, frozen=True))
     print(f"wmi: copied {copied}", file=sys.stderr)
 
 
@@ -4456,7 +4447,7 @@ def _check(options: Any) -> None:
 
 
 def _wrong_records(storage: Storage) -> Iterator[str]:
-    for record in _progressing("checked", storage.walk(), _count(storage)):
+    for record in _walk(storage, "checked"):
         try:
             if image_record(record) != record:
                 yield f"{record['id']}: a field is not spelled as it is kept"

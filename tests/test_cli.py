@@ -1190,7 +1190,7 @@ def test_load_of_an_input_that_cannot_be_read(source):
     done = subprocess.run(["sh", "-c", f'exec "$0" "$1" load {source}', sys.executable, MODULE],
                           capture_output=True, text=True, timeout=SECONDS)  # fmt: skip
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    expected = "/dev/stdin is a file of the store" if "db" in source or "link" in source else "cannot read line 1"
+    expected = "/dev/stdin is a file of the store" if "db" in source or "link" in source else "cannot read the lines: "
     assert expected in done.stderr
 
 
