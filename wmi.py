@@ -4596,7 +4596,7 @@ def _describe_file(path: str, fields: dict[str, Any]) -> None:
 
 
 def _given_fields(options: Any) -> dict[str, Any]:
-    fields = {name: getattr(options, name, None) for name in _FIELD_OPTIONS}
+    fields = {name: getattr(options, name, None) for name in _FIELDS.split()}
     if names := fields.pop("feature"):
         fields["features"] = dict.fromkeys(names, True)
     return {name: value for name, value in fields.items() if value is not None}
@@ -4637,13 +4637,13 @@ def _token(options: Any) -> None:
 
 def _list(options: Any) -> None:
     with _catalog(options) as catalog:
-        for text in _LISTS[options.output](iter(catalog.index(options.start, options.limit).images)):
+        for text in _OUTPUTS[options.output][1](iter(catalog.index(options.start, options.limit).images)):
             _write(text)
 
 
 def _show(options: Any) -> None:
     with _catalog(options) as catalog:
-        _write(_FORMS[options.output](catalog.show(options.id)))
+        _write(_OUTPUTS[options.output][0](catalog.show(options.id)))
 
 
 def _delete(options: Any) -> None:
@@ -4659,7 +4659,7 @@ def _modify(options: Any) -> None:
     with _catalog(options, "12.03") as catalog:
         # An account, or a server, may set only what PUT of 12.03 sets. The operator of a store may change every field.
         change = catalog.update if options.url or options.account else catalog.modify
-        _write(_FORMS[options.output](change(options.id, **fields)))
+        _write(_OUTPUTS[options.output][0](change(options.id, **fields)))
 
 
 def _set_features(options: Any) -> None:
@@ -4728,17 +4728,12 @@ def _id_line(image: Record) -> str:
     return _visible(image["id"]) + "\n"
 
 
-_FORMS: dict[str, Callable[[Record], str]] = {  # how one image is printed, by the value of --output
-    "table": _table,
-    "json": lambda image: json.dumps(image, ensure_ascii=False, indent=2) + "\n",
-    "yaml": to_yaml,
-    "id": _id_line,
-}
-_LISTS: dict[str, Callable[[Iterator[Record]], Iterator[str]]] = {
-    "table": _table_lines,
-    "json": _json_list,
-    "yaml": lambda images: ("".join(yaml_lines([image], "")) for image in images),
-    "id": functools.partial(map, _id_line),
+# How one image and how a list of them is printed, by the value of --output.
+_OUTPUTS: dict[str, tuple[Callable[[Record], str], Callable[[Iterator[Record]], Iterator[str]]]] = {
+    "table": (_table, _table_lines),
+    "json": (lambda image: json.dumps(image, ensure_ascii=False, indent=2) + "\n", _json_list),
+    "yaml": (to_yaml, lambda images: ("".join(yaml_lines([image], "")) for image in images)),
+    "id": (_id_line, lambda images: map(_id_line, images)),
 }
 
 
@@ -4746,71 +4741,67 @@ _LISTS: dict[str, Callable[[Iterator[Record]], Iterator[str]]] = {
 
 # The options by name: the short form, which is vdc-manage's; the help text; and further arguments for argparse.
 _Option = tuple[str, str, dict[str, Any]]
-_TOGGLE = {"action": "toggle"}  # --NAME and --no-NAME
-_FIELD_OPTIONS: dict[str, _Option] = {
-    "uuid": ("-u", "id of the image (default: a random one)", {}),
-    "account_id": ("-a", "owner (default for add: WMI_ACCOUNT)", {}),
-    "arch": ("-r", "x86 or x86_64", {}),
-    "md5sum": ("-m", "MD5 of the file (default for add PATH: computed)", {}),
-    "description": ("-d", "any text", {}),
-    "state": ("-s", "one of " + ", ".join(STATES[:-1]), {}),
-    "is_public": ("-p", "every account may see the image", _TOGGLE),
-    "file_format": ("", "such as raw", {}),
-    "feature": ("", "virtio or acpi; may be repeated", {"action": "append", "metavar": "NAME"}),
-    "root_device": ("", "such as label:root", {}),
-    "is_cacheable": ("", "hosts may keep a copy of the file", _TOGGLE),
-    "instance_model_name": ("", "such as kvm", {}),
-    "service_type": ("", "std or lb", {}),
-    "parent_image_id": ("", "id of the image that this one was made from", {}),
-    "display_name": ("", "a short name", {}),
-    "backup_object_id": ("", "id of a backup object, bo-…", {}),
-    "os_type": ("", "linux or windows", {}),
-}
-_PLACE_OPTIONS: dict[str, _Option] = {  # where the images are; the environment has defaults: WMI_STORE, WMI_URL, …
-    "store": ("", "SCHEME:LOCATION (default: %(default)s)", {"metavar": "URL", "default": "sqlite:images.db"}),
-    "url": ("", "use the server at http://HOST:PORT, not a store", {"metavar": "URL"}),
-    "cacert": ("", "certificates to trust for https (PEM)", {"metavar": "FILE"}),
-    "account": ("", "your account (default on a store: the operator)", {"metavar": "A"}),
-    "token": ("", "your token; others can see it here, WMI_TOKEN is safer", {"metavar": "T"}),
-    "token_file": ("", "read the token from FILE", {"metavar": "FILE"}),
-    "plain_token": ("", "allow the token over http, where others may read it", {"action": "store_true"}),
-}
-_LISTEN_OPTIONS: dict[str, _Option] = {
-    "host": ("", "address to listen on (default: %(default)s)", {"default": "127.0.0.1"}),
-    "port": ("", "port; 0 takes a free one (default: %(default)s)", {"type": int, "default": 9001}),
-    "unix_socket": ("", "listen on a Unix socket instead", {"metavar": "PATH"}),
-    "host_name": ("", "on loopback, accept this Host too; may be repeated",
-                  {"action": "append", "metavar": "NAME", "default": []}),
-    "tls_cert": ("", "serve HTTPS with this certificate chain (PEM)", {"metavar": "FILE"}),
-    "tls_key": ("", "key of the certificate (default: in the same file)", {"metavar": "FILE"}),
-    "workers": ("", "number of processes (default: %(default)s)", {"type": int, "default": 1, "metavar": "N"}),
-    "max_connections": ("", "connections per process (default: %(default)s)",
-                        {"type": int, "default": MAX_CONNECTIONS, "metavar": "N"}),
-}  # fmt: skip
-_OTHER_OPTIONS: dict[str, _Option] = {
-    "output": ("-o", "table (the default), json, yaml or id", {"choices": _FORMS, "default": "table"}),
-    "output_file": ("-O", "write to FILE, - for stdout (default: named by its source)", {"metavar": "FILE"}),
-    "start": ("", "number of images to skip (default: 0)", {"default": "0"}),
-    "limit": ("", "number of images to list at most", {}),
-    "keep_going": ("", "report bad lines and load the others", {"action": "store_true"}),
-    "repair": ("", "rebuild what can be derived from the images", {"action": "store_true"}),
-    "virtio": ("", "set or clear this feature", _TOGGLE),
-    "acpi": ("", "set or clear this feature", _TOGGLE),
-    "sample": ("", "fill an empty store with a few images", {"action": "store_true"}),
-    "files": ("", "serve the image files below this directory", {"metavar": "DIR"}),
-    "tokens": ("", "file of tokens; with it, serve answers their holders only", {"metavar": "FILE"}),
-    "unversioned": ("", "version of /api/images: " + ", ".join(VERSIONS), {"choices": VERSIONS, "default": DOCUMENT}),
-    "log": ("", "append the log to FILE, not to stderr; - for no log", {"metavar": "FILE"}),
-    "log_format": ("", "text (the default) or json", {"choices": LOG_FORMATS, "default": "text"}),
-}
-_GROUPS = {
-    "options": _OTHER_OPTIONS,
-    "where the images are": _PLACE_OPTIONS,
-    "where to listen": _LISTEN_OPTIONS,
-    "fields": _FIELD_OPTIONS,
+_SWITCH, _TOGGLE = {"action": "store_true"}, {"action": "toggle"}  # --NAME, and --NAME or --no-NAME
+_MANY: Any = {"action": "append", "metavar": "NAME"}
+_COUNT: Any = {"type": int, "metavar": "N"}
+_OPTIONS: dict[str, dict[str, _Option]] = {  # by the title of their group in --help
+    "options": {
+        "output": ("-o", "table (the default), json, yaml or id", {"choices": _OUTPUTS, "default": "table"}),
+        "output_file": ("-O", "write to FILE, - for stdout (default: named by its source)", {"metavar": "FILE"}),
+        "start": ("", "number of images to skip (default: 0)", {"default": "0"}),
+        "limit": ("", "number of images to list at most", {}),
+        "keep_going": ("", "report bad lines and load the others", _SWITCH),
+        "repair": ("", "rebuild what can be derived from the images", _SWITCH),
+        "virtio": ("", "set or clear this feature", _TOGGLE),
+        "acpi": ("", "set or clear this feature", _TOGGLE),
+        "sample": ("", "fill an empty store with a few images", _SWITCH),
+        "files": ("", "serve the image files below this directory", {"metavar": "DIR"}),
+        "tokens": ("", "file of tokens; with it, serve answers their holders only", {"metavar": "FILE"}),
+        "unversioned": ("", "version of /api/images: %(choices)s", {"choices": VERSIONS, "default": DOCUMENT}),
+        "log": ("", "append the log to FILE, not to stderr; - for no log", {"metavar": "FILE"}),
+        "log_format": ("", "text (the default) or json", {"choices": LOG_FORMATS, "default": "text"}),
+    },
+    "where the images are": {  # the environment has defaults: WMI_STORE, WMI_URL, …
+        "store": ("", "SCHEME:LOCATION (default: %(default)s)", {"metavar": "URL", "default": "sqlite:images.db"}),
+        "url": ("", "use the server at http://HOST:PORT, not a store", {"metavar": "URL"}),
+        "cacert": ("", "certificates to trust for https (PEM)", {"metavar": "FILE"}),
+        "account": ("", "your account (default on a store: the operator)", {"metavar": "A"}),
+        "token": ("", "your token; others can see it here, WMI_TOKEN is safer", {"metavar": "T"}),
+        "token_file": ("", "read the token from FILE", {"metavar": "FILE"}),
+        "plain_token": ("", "allow the token over http, where others may read it", _SWITCH),
+    },
+    "where to listen": {
+        "host": ("", "address to listen on (default: %(default)s)", {"default": "127.0.0.1"}),
+        "port": ("", "port; 0 takes a free one (default: %(default)s)", {**_COUNT, "default": 9001}),
+        "unix_socket": ("", "listen on a Unix socket instead", {"metavar": "PATH"}),
+        "host_name": ("", "on loopback, accept this Host too; may be repeated", {**_MANY, "default": []}),
+        "tls_cert": ("", "serve HTTPS with this certificate chain (PEM)", {"metavar": "FILE"}),
+        "tls_key": ("", "key of the certificate (default: in the same file)", {"metavar": "FILE"}),
+        "workers": ("", "number of processes (default: %(default)s)", {**_COUNT, "default": 1}),
+        "max_connections": ("", "connections a process (default: %(default)s)", {**_COUNT, "default": MAX_CONNECTIONS}),
+    },
+    "fields": {
+        "uuid": ("-u", "id of the image (default: a random one)", {}),
+        "account_id": ("-a", "owner (default for add: WMI_ACCOUNT)", {}),
+        "arch": ("-r", "x86 or x86_64", {}),
+        "md5sum": ("-m", "MD5 of the file (default for add PATH: computed)", {}),
+        "description": ("-d", "any text", {}),
+        "state": ("-s", "one of " + ", ".join(STATES[:-1]), {}),
+        "is_public": ("-p", "every account may see the image", _TOGGLE),
+        "file_format": ("", "such as raw", {}),
+        "feature": ("", "virtio or acpi; may be repeated", _MANY),
+        "root_device": ("", "such as label:root", {}),
+        "is_cacheable": ("", "hosts may keep a copy of the file", _TOGGLE),
+        "instance_model_name": ("", "such as kvm", {}),
+        "service_type": ("", "std or lb", {}),
+        "parent_image_id": ("", "id of the image that this one was made from", {}),
+        "display_name": ("", "a short name", {}),
+        "backup_object_id": ("", "id of a backup object, bo-…", {}),
+        "os_type": ("", "linux or windows", {}),
+    },
 }
 
-_FIELDS, _PLACES, _LISTENING = map(" ".join, (_FIELD_OPTIONS, _PLACE_OPTIONS, _LISTEN_OPTIONS))
+_, _PLACES, _LISTENING, _FIELDS = map(" ".join, _OPTIONS.values())
 # The subcommands: name, function, arguments (positional ones in capitals, as in a usage line), help text, example.
 _COMMANDS: list[tuple[str, Callable[[Any], object], str, str, str]] = [
     ("serve", _serve,
@@ -4903,22 +4894,20 @@ def _parse_arguments(argv: Sequence[str]) -> Any:
     return parser.parse_args([*dashed, *argv[end:]])
 
 
-def _add_arguments(command: Any, names: Iterable[str]) -> None:
-    """Add the options with these names in _GROUPS, and a positional argument for each name in capitals."""
-    names = list(names)
+def _add_arguments(command: Any, names: Sequence[str]) -> None:
+    """Add the options with these names in _OPTIONS, and a positional argument for each name in capitals."""
     for name in filter(str.isupper, names):
         nargs = "?" if name[0] == "[" else "+" if name[-1] == "." else None
         command.add_argument(name.strip("[].").lower(), metavar=name, nargs=nargs)
-    for title, options in _GROUPS.items():
+    for title, options in _OPTIONS.items():
         group = command.add_argument_group(title)
         for name, (short, help, settings) in options.items():
-            if name not in names:
-                continue
-            if "action" not in settings:
-                settings = {"metavar": name.split("_")[-1].upper(), **settings}
-                if name in _PLACE_OPTIONS:
-                    settings["default"] = os.environ.get(f"WMI_{name.upper()}") or settings.get("default")
-            group.add_argument(f"--{name.replace('_', '-')}", *short.split(), help=help, **settings)
+            if name in names:
+                if "action" not in settings:
+                    settings = {"metavar": name.split("_")[-1].upper(), **settings}
+                    if name in _PLACES.split():
+                        settings["default"] = os.environ.get(f"WMI_{name.upper()}") or settings.get("default")
+                group.add_argument(f"--{name.replace('_', '-')}", *short.split(), help=help, **settings)
 
 
 def _explain(error: Exception, options: Any) -> str:
@@ -4938,7 +4927,7 @@ def _explain(error: Exception, options: Any) -> str:
         return f"{text[21:]!r} is not an id: an id is wmi- and letters a-z or digits"
     cause: Any = getattr(error.__cause__, "reason", error.__cause__)  # urllib wraps the system's error
     said = getattr(cause, "strerror", "") or cause
-    if getattr(cause, "reason", "") == "WRONG_VERSION_NUMBER":
+    if getattr(cause, "reason", "") == "WRONG_VERSION_COUNT":
         said = "that port does not speak HTTPS, try http://"
     where = getattr(options, "url", None) or getattr(options, "store", "")
     return _EXPLAINED.get(type(error), "{text}").format(text=text, where=where, cause=f": {said}" if said else "")
