@@ -3347,11 +3347,7 @@ class TLSConnection(Connection):
     def receive(self) -> int:
         """Take what has arrived; see Connection. Raises BadRequest if the client speaks HTTP without TLS."""
         try:
-            return super().receive()
-        except ssl.SSLWantReadError:
-            return READ
-        except ssl.SSLWantWriteError:
-            return WRITE
+            return _wanted(super().receive)
         except ssl.SSLError as error:
             if error.reason != "HTTP_REQUEST":
                 raise
@@ -3361,12 +3357,7 @@ class TLSConnection(Connection):
             raise BadRequest("this port speaks HTTPS: the URL has to begin with https://") from error
 
     def _send(self) -> int:
-        try:
-            return super()._send()
-        except ssl.SSLWantReadError:
-            return READ
-        except ssl.SSLWantWriteError:
-            return WRITE
+        return _wanted(super()._send)
 
     def _linger(self) -> int:
         if isinstance(self.socket, ssl.SSLSocket):
@@ -3386,6 +3377,16 @@ class TLSConnection(Connection):
         # a TLS object clears the queue.
         if sys.implementation.name == "pypy" and self.server.tls:
             self.server.tls.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_side=True)
+
+
+def _wanted(call: Callable[[], int]) -> int:
+    """Return what a call returns, or READ or WRITE if TLS has to do that first."""
+    try:
+        return call()
+    except ssl.SSLWantReadError:
+        return READ
+    except ssl.SSLWantWriteError:
+        return WRITE
 
 
 def tls_context(certificate: str, key: str | None = None) -> ssl.SSLContext:
@@ -3752,10 +3753,6 @@ def add_token(account: str, path: str) -> str:
     return token
 
 
-def _read_tokens(options: Any) -> Tokens | None:
-    return Tokens(options.tokens) if options.tokens else None
-
-
 def _read_token(options: Any) -> str:
     """Return the token of --token-file, or of --token or WMI_TOKEN; an empty text if there is none."""
     if not options.token_file:
@@ -4093,9 +4090,8 @@ class _Arrival:
 
     def __exit__(self, *exc: object) -> None:
         if self._path and not (self.size or self.is_whole):  # nothing has arrived
-            for file in (self._known_by, self._part):
-                with contextlib.suppress(OSError):
-                    os.unlink(file)
+            _remove(self._known_by)
+            _remove(self._part)
         self._cleanup.close()
 
     def _continue(self) -> None:
@@ -4174,8 +4170,7 @@ class _Arrival:
         if not self._path:
             return
         with _naming(self._known_by):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._known_by)
+            _remove(self._known_by)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL  # the last: no link is followed
             with open(os.open(self._known_by, flags, 0o666), "w", encoding="ascii") as file:
                 json.dump(self._about, file)
@@ -4192,8 +4187,7 @@ class _Arrival:
                 os.fsync(self._file.fileno())
                 # The note is removed first, while the lock on the part keeps other processes from writing a note of the
                 # same name. After the rename, the note could be that of another fetch.
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._known_by)
+                _remove(self._known_by)
                 os.replace(self._part, self._path)
 
 
@@ -4260,6 +4254,12 @@ def _naming(file: str) -> Iterator[None]:
     except OSError as error:
         error.filename = file
         raise
+
+
+def _remove(path: str) -> None:
+    """Remove a file, if it is there and may be removed."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
 
 
 class _Progress:
@@ -4416,8 +4416,8 @@ def _replacing(path: str) -> Iterator[TextIO]:
     target = os.path.realpath(path)  # the file that a symbolic link leads to is replaced, not the link
     temporary = f"{target}.{os.urandom(8).hex()}"
     with _naming(path), contextlib.ExitStack() as cleanup:
+        cleanup.callback(_remove, temporary)  # after the rename there is none
         with open(temporary, "x", encoding="utf-8", newline="\n") as out:
-            cleanup.callback(os.unlink, temporary)
             if os.path.exists(target):
                 os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
             yield out
@@ -4425,7 +4425,6 @@ def _replacing(path: str) -> Iterator[TextIO]:
             out.flush()
             os.fsync(out.fileno())
         os.replace(temporary, target)
-        cleanup.pop_all()
 
 
 def _copy(options: Any) -> None:
@@ -4484,7 +4483,7 @@ def _serve(options: Any) -> int:
         ours = storage if options.workers == 1 else open_storage(options.store)
         return Server(ours, listener=listener, unversioned=options.unversioned, host_names=options.host_name,
                       max_connections=options.max_connections, tls=context, log=log, log_format=options.log_format,
-                      files=options.files, tokens=_read_tokens(options))  # fmt: skip
+                      files=options.files, tokens=Tokens(options.tokens) if options.tokens else None)  # fmt: skip
 
     def renew(server: Server | None) -> None:  # None: called in the parent, for workers that are forked later
         nonlocal context
@@ -4503,19 +4502,15 @@ def _serve(options: Any) -> int:
             _add_sample(storage)
         if options.workers > 1:
             storage.close()
-        if _read_tokens(options):
+        if options.tokens:
+            Tokens(options.tokens)  # raises if the file has a fault
             _warn_if_exposed(options, options.tokens)
         listener = listen(options.host, options.port, options.unix_socket)
         address = address_of(listener, "https" if context else "http")
         if address == f"unix:{options.unix_socket}":
-            cleanup.callback(_unlink, options.unix_socket)
+            cleanup.callback(_remove, options.unix_socket)
         announce = functools.partial(_announce, options, address)
         return run_server(make_server, options.workers, listener, announce, renew if context else None)
-
-
-def _unlink(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
 
 
 def _check_processes(options: Any) -> None:
