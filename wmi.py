@@ -3679,15 +3679,12 @@ class Tokens:
 
     def _parse_lines(self, lines: Iterable[str]) -> Iterator[tuple[bytes, str]]:
         for number, line in enumerate(lines, 1):
-            text = line.partition("#")[0].split()
-            if not text:
-                continue
-            if len(text) != 2 or not re.fullmatch("[0-9A-Fa-f]{64}", text[1]):
+            text = line.partition("#")[0].strip()
+            match = re.fullmatch(r"(a-[a-z0-9]{1,253})\s+([0-9A-Fa-f]{64})", text)
+            if match:
+                yield self._keyed(bytes.fromhex(match[2])), match[1]
+            elif text:
                 raise InvalidParameter(f"line {number}: expected ACCOUNT SHA256-OF-TOKEN, as `wmi token` writes it")
-            try:
-                yield self._keyed(bytes.fromhex(text[1])), check_account("account", text[0])
-            except InvalidParameter as error:
-                raise InvalidParameter(f"line {number}: {error}") from error
 
     def _keyed(self, digest: bytes) -> bytes:
         """Return the key under which a digest is looked up."""
@@ -3740,9 +3737,7 @@ def add_token(account: str, path: str) -> str:
 
     Raises InvalidParameter and OSError.
     """
-    import secrets  # here: only this function needs it
-
-    token = f"wmi_{secrets.token_urlsafe(32)}"  # the prefix: a token that begins with - would look like an option
+    token = f"wmi_{os.urandom(32).hex()}"  # the prefix: a token that begins with - would look like an option
     line = f"{check_account('account', account)} {hashlib.sha256(token.encode()).hexdigest()}\n"
     with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b") as file:
         if file.seek(0, io.SEEK_END) and (file.seek(-1, io.SEEK_END), file.read(1))[1] != b"\n":

@@ -362,7 +362,7 @@ def test_command_token(command, path):
     """The command prints a new token once, and appends its digest and nothing else."""
     before = path.read_text()
     code, token, err = command("token", "a-new", "--tokens", path)
-    assert (code, err) == (0, "") and re.fullmatch(r"wmi_[\w-]{43}\n", token)
+    assert (code, err) == (0, "") and re.fullmatch(r"wmi_[0-9a-f]{64}\n", token)
     assert path.read_text() == f"{before}a-new {digest(token.strip())}\n"
     assert command("token", "a-new", "--tokens", path)[1] != token
     with serving(filled(), tokens=wmi.Tokens(str(path))) as server:
