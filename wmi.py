@@ -4060,7 +4060,9 @@ class _Arrival:
     # part is whole; if the catalog has none, the user has to remove the part.
 
     def __init__(self, path: str, url: str, md5sum: str | None) -> None:
-        self._path, self._part, self._known_by = path, f"{path}.part", f"{path}.part.json"
+        self._path = "" if path == "-" else path
+        self._part, self._known_by = f"{path}.part" if self._path else "standard output", f"{path}.part.json"
+        self._remedy = f"; remove {self._part} to fetch the whole file again" if self._path else ""
         self._about = {"url": url, "md5sum": md5sum and md5sum.lower(), "validator": ""}
         self.size, self.is_whole = 0, False
         self._digest = hashlib.md5(usedforsecurity=False)
@@ -4104,8 +4106,7 @@ class _Arrival:
             raise self._changed()
 
     def _changed(self) -> FetchError:
-        remedy = f"; remove {self._part} to fetch the whole file again" if self._path else ""
-        return FetchError(f"the file has changed since the fetch began{remedy}")
+        return FetchError(f"the file has changed since the fetch began{self._remedy}")
 
     def fields(self) -> dict[str, str]:
         """Return the header fields that ask for the missing bytes (RFC 9110, 13.1.5)."""
@@ -4174,8 +4175,7 @@ class _Arrival:
         """Give the file its name, if its MD5 is that of the catalog. Raises FetchError."""
         found, md5sum = self._digest.hexdigest(), self._about["md5sum"]
         if md5sum and found != md5sum:
-            kept = f"; {self._part} is kept; remove it to fetch the whole file again" if self._path else ""
-            raise FetchError(f"the MD5 of the file that arrived is {found}, but the catalog says {md5sum}{kept}")
+            raise FetchError(f"the MD5 of what arrived is {found}, but the catalog says {md5sum}{self._remedy}")
         with _naming(self._path or self._part):
             self._file.flush()
             if self._path:

@@ -466,8 +466,8 @@ def test_a_wrong_md5(path, out, capfdbinary):
         for _ in range(2):
             assert fetch(url, path) == 1
             err = capfdbinary.readouterr().err.decode()
-            assert f"the MD5 of the file that arrived is {md5(CONTENT)}, but the catalog says {md5(b'other')}" in err
-            assert ("x.part is kept; remove it" in err) == (path == "x") and err.count("\n") == 1
+            assert f"the MD5 of what arrived is {md5(CONTENT)}, but the catalog says {md5(b'other')}" in err
+            assert ("; remove x.part to fetch the whole file again" in err) == (path == "x") and err.count("\n") == 1
     assert not (out / "x").exists()
 
 
