@@ -4257,7 +4257,7 @@ def _remove(path: str) -> None:
         os.unlink(path)
 
 
-class _Progress:
+class _Progress(contextlib.AbstractContextManager["_Progress"]):
     """A line on a terminal that shows the progress of long work: count, total, rate and time left."""
 
     def __init__(self, what: str, unit: int = 1, name: str = "") -> None:
@@ -4271,9 +4271,8 @@ class _Progress:
         self._first = self._first or (done, moment)
         if moment - self._shown < 0.2:
             return
-        self._shown, count, rate = moment, done - self._first[0], 0.0
-        if moment > self._first[1]:
-            rate = count / (moment - self._first[1])
+        self._shown, (count, began) = moment, self._first
+        rate = (done - count) / max(moment - began, 0.001)  # the first call may be the one that shows
         text = f"{self._what} {self._amount(done)}"
         text += f" of {self._amount(total)}" if total else ""
         text += f"{self._name}, {self._amount(rate)}{self._name}/s"
@@ -4284,9 +4283,6 @@ class _Progress:
 
     def _amount(self, count: float) -> str:
         return f"{count:,.0f}" if self._unit == 1 else f"{count / self._unit:,.1f}"
-
-    def __enter__(self) -> _Progress:
-        return self
 
     def __exit__(self, *exc: object) -> None:
         if sys.stderr.isatty():
