@@ -4452,12 +4452,12 @@ def _wrong_records(storage: Storage) -> Iterator[str]:
 # if the API allows it, on a server (--url). Standard output has the result and nothing else, so that it can be piped.
 # An error is one line on standard error, in words for people, and exit code 1.
 
-_SAMPLE = """
-wmi-lucid0   x86    ubuntu-10.04_local_kvm_i386.raw    Ubuntu 10.04 LTS, 32 bit
-wmi-lucid1   x86_64 ubuntu-10.04_local_kvm_x86_64.raw  Ubuntu 10.04 LTS, 64 bit
-wmi-centos1d x86_64 centos-6.4_x86_64_kvm_md.raw       CentOS 6.4 with a metadata drive
-wmi-lbnode1d x86_64 lbnode-stud_x86_64_kvm_md.raw      load balancer node (haproxy, stud)
-"""  # the names of Wakame-vdc's own demo data
+_SAMPLE = [  # the names of Wakame-vdc's own demo data
+    ("wmi-lucid0", "x86", "ubuntu-10.04_local_kvm_i386.raw", "Ubuntu 10.04 LTS, 32 bit"),
+    ("wmi-lucid1", "x86_64", "ubuntu-10.04_local_kvm_x86_64.raw", "Ubuntu 10.04 LTS, 64 bit"),
+    ("wmi-centos1d", "x86_64", "centos-6.4_x86_64_kvm_md.raw", "CentOS 6.4 with a metadata drive"),
+    ("wmi-lbnode1d", "x86_64", "lbnode-stud_x86_64_kvm_md.raw", "load balancer node (haproxy, stud)"),
+]
 
 
 # ---- what a command does ----
@@ -4517,7 +4517,6 @@ def _check_processes(options: Any) -> None:
 
 def _add_sample(storage: Storage) -> None:
     """Put the images of _SAMPLE into an empty store."""
-    rows = [row.split(maxsplit=3) for row in _SAMPLE.strip().split("\n")]
     with storage_errors():
         if not _count(storage):
             storage.add_all(image_record({
@@ -4525,7 +4524,7 @@ def _add_sample(storage: Storage) -> None:
                 "source": {"uri": f"file:///var/lib/wakame-vdc/images/{file}"}, "features": {"virtio": True},
                 "md5sum": hashlib.md5(file.encode(), usedforsecurity=False).hexdigest(),
                 "created_at": "2013-02-01T09:00:00Z",
-            }) for id, arch, file, description in rows)  # fmt: skip
+            }) for id, arch, file, description in _SAMPLE)  # fmt: skip
 
 
 def _log_writer(options: Any) -> Callable[[str], object]:
