@@ -3423,7 +3423,6 @@ def _secure_connection(cafile: str | None) -> Any:
 
 TICK_SECONDS = 2.0  # the coarsest step of the times in any common file system: FAT
 FILE_PIECE = 1 << 20  # bytes of a file that are sent or read by one system call
-_FILE_PATH = r"/api(?:/(11\.12|12\.03))?/images/([^/.]+)/file()"
 _FAR = 10**18  # an offset past the end of every file
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
            errno.ELOOP, errno.EINVAL,  # a link, or a link that vanished while it was read
@@ -3596,7 +3595,7 @@ def _http_date(field: str | None) -> int | None:
     return None
 
 
-ROUTES.append((_FILE_PATH, read_file, "files"))
+ROUTES.append((r"/api(?:/(11\.12|12\.03))?/images/([^/.]+)/file()", read_file, "files"))
 
 
 # ---- the log in JSON ----
@@ -3804,13 +3803,11 @@ _FORM = """<form role="search" action="/"><label>Search
 _ACCOUNT_FIELD = """
 <label>Account <input name="account" value="{account}" placeholder="a-shpoolxx" pattern="a-[a-z0-9]+"
 title="a- and letters a-z or digits" autocapitalize="none" autocomplete="username" spellcheck="false"></label>"""
-_HINT = "Name your account to list the images that only it may see, too."
 _PAGE_ERRORS = {
     400: "Something in this address is not right: {error}",
     401: "Load the page again to sign in: the user name is your account, and the password is its token.",
     403: "This image belongs to another account, and is not public.",
     404: "It may have been deleted, or its address is misspelled.",
-    503: "The images cannot be read at this moment. Try again soon.",
 }
 # The fields that people look for first, with labels; the other fields follow under their own names.
 _LABELS = {
@@ -3893,7 +3890,7 @@ def _listing(service: Service, catalog: Catalog, query: Any, account: str, linke
     field = "" if service.tokens else _ACCOUNT_FIELD.format(account=account)
     yield _FORM.format(words=_html(words), account=field)
     if not account:
-        yield f'<p class="soft">{_HINT}</p>'
+        yield '<p class="soft">Name your account to list the images that only it may see, too.</p>'
     if images:
         yield f'<p class="soft">Images {start + 1:,} to {start + len(images):,} of {total:,}</p>\n<ol>'
         yield from (_list_item(image, linked) for image in images)
@@ -3979,8 +3976,7 @@ def read_health(service: Service, request: Request, route: Route, arrived: float
 
 
 ROUTES += [
-    ("()/()()", read_page, ""),
-    ("()/images/([^/.]+)()", read_page, ""),
+    ("()/(?:images/([^/.]+))?()", read_page, ""),
     ("()/images/([^/.]+)/file()", read_page, "files"),
     ("()/health()()", read_health, ""),
 ]
@@ -4069,8 +4065,8 @@ class _Arrival:
         self._cleanup = contextlib.ExitStack()
 
     def __enter__(self) -> _Arrival:
-        if self._path == "-":
-            self._file, self._path, self._part = sys.stdout.buffer, "", "standard output"
+        if not self._path:
+            self._file = sys.stdout.buffer
             return self
         if os.path.isdir(self._path):
             raise IsADirectoryError(errno.EISDIR, "is a directory; name a file with -O", self._path)
