@@ -4233,7 +4233,7 @@ def _write(text: str, out: TextIO | None = None) -> None:
     # Names and descriptions come from strangers. On a terminal, whatever could move the cursor is printed as an escape;
     # a file or a pipe gets the text as it is.
     out = out or sys.stdout
-    with _naming("standard output") if out is sys.stdout else contextlib.nullcontext():
+    with _naming("standard output"):  # for another file, _replacing() names that one
         out.write(re.sub(r"[^\n -~]", _escape, text) if out.isatty() else text)
 
 
