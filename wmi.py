@@ -2958,7 +2958,8 @@ def run_server(
             block_signals(False)
         # 2. Wait until one of them ends. If that comes soon, it may be unable to start: then do not fork in a spin.
         waited = time.monotonic()
-        children.pop(os.wait()[0], None)
+        if children:  # none, if the first signal came just before they were blocked
+            children.pop(os.wait()[0], None)
         if not signals and time.monotonic() - waited < 1:
             time.sleep(1)
     return 0

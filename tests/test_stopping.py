@@ -206,3 +206,20 @@ def test_a_signal_right_after_the_start_line(tmp_path, workers):
             process.send_signal(signal.SIGTERM)
             assert process.wait(SECONDS) == 0
         assert not path.exists()
+
+
+@needs_unix
+def test_a_signal_just_before_the_first_fork():
+    """A signal that comes just before signals are blocked for the fork finds no worker to wait for."""
+    program = """
+import os, signal, sys, wmi
+block_signals = wmi.block_signals
+def signal_first(block):
+    if block:
+        os.kill(os.getpid(), signal.SIGTERM)
+    block_signals(block)
+wmi.block_signals = signal_first
+sys.exit(wmi.run_server(lambda: None, workers=2))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=SECONDS)
+    assert (done.returncode, done.stderr) == (0, b"")
