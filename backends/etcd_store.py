@@ -60,13 +60,13 @@ import time
 import weakref
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from glob import escape, glob
 from itertools import chain, islice
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from .sqlite_store import ADD, CACHE_KIB, DELETE, LIVE, LOAD_CACHE_KIB, SqliteStorage, _row
+from .sqlite_store import ADD, CACHE_KIB, DELETE, LIVE, LOAD_CACHE_KIB, Record, SqliteStorage, _encode, _inherited, _row
 
 # Seconds: for one member to answer; for a whole call (a server gives up after 10 s); and then, if its answer was lost,
 # to find out whether the change was made.
@@ -78,27 +78,30 @@ PAUSE_S, DOWN_S, SILENT_S = 0.1, 1.0, 1.0
 SESSION_S, LOAD_S = 3600, 120
 # Images and bytes in one transaction, for which etcd allows 128 operations and 1.5 MiB; images, if each needs a
 # transaction of its own inside.
-AT_ONCE, BYTES_AT_ONCE, NESTED_AT_ONCE = 100, 500_000, 32
+AT_ONCE, BYTES_AT_ONCE, NESTED_AT_ONCE = 100, 500_000, 16
 PAGE_S, PAGE, PAGE_BYTES = 4.0, 5000, 4_000_000  # seconds, images and bytes of one request that reads many images
 FOLDER, LEFT_S = "wmi-etcd-", 60  # a folder of this age in seconds that nobody locks was left by a killed process
-EXHAUSTED, COMPACTED, UNDECIDED = 8, 11, (1, 2, 4, 13, 14, 15)  # gRPC's codes; after UNDECIDED it may have been done
+EXHAUSTED, UNDECIDED = 8, (1, 2, 4, 13, 14, 15)  # gRPC's codes; after UNDECIDED it may have been done
 CLOSED = "closed: the store in etcd"
 OTHERS = "etcd: others change the same images meanwhile; nothing was changed: try again"
 FORM_PATTERN = r"(https?://[^/,@?#]+(?:,https?://[^/,@?#]+)*)/+([^?#]*[^?#/])/*(?:\?cafile=(.+))?"
 
-PREPARE = f"""PRAGMA synchronous = OFF; PRAGMA journal_mode = MEMORY; PRAGMA cache_size = -{LOAD_CACHE_KIB};
-    CREATE TABLE intent (id PRIMARY KEY, load, n, record);
-    CREATE TEMP TABLE staged (revision, n, id, account_id, is_public, deleted, record)"""
+STAGED = "CREATE TEMP TABLE staged (revision, n, id, account_id, is_public, deleted, record)"
+PREPARE = f"""PRAGMA synchronous = OFF; PRAGMA journal_mode = TRUNCATE; PRAGMA cache_size = -{LOAD_CACHE_KIB}; {STAGED};
+    CREATE TABLE intent (id PRIMARY KEY, load, n, record); CREATE TABLE reached (revision)"""
 STAGE = "INSERT INTO staged VALUES (?, ?, ?, ?, ?, ?, ?)"
-SETTLE = "INSERT INTO image SELECT NULL, id, account_id, is_public, deleted, record FROM staged ORDER BY revision, n"
+SETTLE = f"""INSERT INTO image SELECT NULL, id, account_id, is_public, deleted, record FROM staged ORDER BY revision, n;
+    DROP TABLE staged; PRAGMA cache_size = -{CACHE_KIB}"""
 CHANGE = "UPDATE image SET account_id = ?, is_public = ?, deleted = ?, record = ? WHERE id = ?"
+REACHED = "REPLACE INTO reached (rowid, revision) VALUES (1, ?)"
+DIFFERENCES = """SELECT id, 'is missing, or has another record in etcd' FROM (
+    SELECT id, record FROM staged EXCEPT SELECT id, record FROM frozen) UNION ALL
+    SELECT id, 'is not in etcd' FROM frozen WHERE id NOT IN (SELECT id FROM staged) UNION ALL
+    SELECT id, 'is before ' || other || ', and in etcd after it' FROM (SELECT id, serial, lag(serial) OVER o AS s,
+    lag(id) OVER o AS other FROM frozen JOIN staged USING (id) WINDOW o AS (ORDER BY revision, n)) WHERE serial < s"""
 
-Record = dict[str, Any]
 Ops = Sequence[Record]  # comparisons or operations, as etcd takes them
-Change = tuple[int, bytes]  # the mod_revision of the key `change`, and its value
 Row = tuple[int, str, bool, str]  # place among the images that are added together, id, whether a tombstone, JSON
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-_inherited: list[Any] = []  # clients of the parent process; if a child closed them, it could harm the parent's
 
 
 def open_storage(location: str) -> EtcdStorage:
@@ -116,9 +119,9 @@ class _Unanswered(OSError):
 class _Refused(OSError):
     """Raised when etcd refuses a request: nothing was done."""
 
-    def __init__(self, code: int, text: str) -> None:
-        super().__init__(f"etcd: {text}")
-        self.code = code
+
+class _Exhausted(_Refused):
+    """Raised when the quota is exceeded. Something was done if the request was a change that exceeded it."""
 
 
 class _Pair(NamedTuple):
@@ -130,7 +133,7 @@ class _Pair(NamedTuple):
     put: int
 
 
-Found = list[list[_Pair]]  # the pairs that each operation of a transaction found
+NOTHING = _Pair(b"", b"", 0, 0)  # stands for the pair of a key that does not exist
 
 
 class _Channel:
@@ -139,11 +142,11 @@ class _Channel:
     def __init__(self, url: str, context: ssl.SSLContext | None, seconds: float) -> None:
         parts = urlsplit(url)
         self.url, self.kept, self._host = url, False, parts.netloc
-        self._socket = socket.create_connection((parts.hostname, parts.port or 2379), seconds)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket = socket.create_connection((parts.hostname, parts.port or 2379), seconds)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if context:
-            self._socket = context.wrap_socket(self._socket, server_hostname=parts.hostname)
-        self._file = self._socket.makefile("rb")
+            self.socket = context.wrap_socket(self.socket, server_hostname=parts.hostname)
+        self._file = self.socket.makefile("rb")
 
     def ask(self, path: str, body: Record, fields: str, seconds: float) -> tuple[int, bytes]:
         """Send a request, and return the status and the body of the answer."""
@@ -158,15 +161,15 @@ class _Channel:
         self._send(path, body, fields, TRY_S)
         for line in self._file:
             yield line
-            self._socket.settimeout(None)
+            self.socket.settimeout(None)
 
     def _send(self, path: str, body: Record, fields: str, seconds: float) -> tuple[int, dict[str, str]]:
         # Answers to HTTP/1.0 are not chunked: a long one, or a watch, ends with the connection. If it was cut, its JSON
         # does not parse.
         text = json.dumps(body).encode()
         head = f"POST {path} HTTP/1.0\r\nHost: {self._host}\r\nConnection: keep-alive\r\n{fields}"
-        self._socket.settimeout(seconds)
-        self._socket.sendall(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
+        self.socket.settimeout(seconds)
+        self.socket.sendall(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
         status = int(self._line().split()[1])
         lines = (line.lower().partition(": ") for line in iter(self._line, ""))
         return status, {name: value for name, _, value in lines}
@@ -177,16 +180,10 @@ class _Channel:
             raise ConnectionError("the connection was cut")
         return line.decode("latin-1").strip()
 
-    def cut(self) -> None:
-        """Make the reads of another thread end."""
-        # Not the shutdown() of a TLS socket, which removes the TLS object that the other thread is using.
-        with suppress(OSError):
-            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-
     def close(self) -> None:
         """Close the connection."""
         self._file.close()
-        self._socket.close()
+        self.socket.close()
 
 
 class _Cluster:
@@ -198,6 +195,7 @@ class _Cluster:
             raise ValueError("not etcd:http[s]://HOST:PORT[,...]/PREFIX[?cafile=FILE], without a password")
         self._urls, self._prefix = match[1].split(","), f"/{match[2]}/".encode()
         self._context = ssl.create_default_context(cafile=match[3]) if "https:" in location else None
+        self.change = self.key("change")
         self._field, self.at = "", 0  # the Authorization field, if etcd wants it; the index of the member to ask
         self._idle: list[_Channel] = []
         self._watching: _Channel | None = None
@@ -236,17 +234,15 @@ class _Cluster:
         """
         # A member that fails before the request is sent is always passed over: nothing can have happened there.
         logged_in, failure = False, Exception("no time is left")
+        in_time = self.left() > TRY_S  # otherwise a failure says nothing about the members
         while (left := self.left()) > 0:
-            at, sent = self.at, False
+            at, channel = self.at, None
             try:
                 channel = self._connect(min(TRY_S, left))
-                sent = True
-                answer = self._ask(channel, path, body, min(seconds, left))
-                self._failure = None
-                return answer
+                return self._ask(channel, path, body, min(seconds, left))
             except _Refused as refused:
                 self._failure = None
-                if refused.code == EXHAUSTED and not repeat:  # the quota: sent also for a change that is made
+                if isinstance(refused, _Exhausted) and not repeat:
                     raise _Unanswered(str(refused)) from refused
                 if logged_in or not re.search("user name is empty|auth token|auth store is old", str(refused)):
                     raise
@@ -254,17 +250,14 @@ class _Cluster:
                 logged_in = True
             except (OSError, ValueError, IndexError, AttributeError) as error:  # the last three if this is not etcd
                 failure = error
-                self.pass_over(at)
-                if sent and not repeat:
+                if self.at == at:  # no other thread has switched to the next member
+                    self.at = (at + 1) % len(self._urls)
+                self.close()  # idle connections to a member that has been restarted would fail one after the other
+                if channel and not repeat:
                     raise _Unanswered(str(error)) from error
                 time.sleep(0 if self.at else min(PAUSE_S, left))  # pause after the last member of the list
-        self._failure, self._again = failure, time.monotonic() + DOWN_S
+        self._failure, self._again = failure, time.monotonic() + (DOWN_S if in_time else 0.0)
         raise _no_quorum(failure) from failure
-
-    def pass_over(self, at: int) -> None:
-        """Ask the next member from now on, unless another thread has already switched."""
-        if self.at == at:
-            self.at = (at + 1) % len(self._urls)
 
     def _connect(self, seconds: float) -> _Channel:
         """Return a connection to the current member: an idle one, or else a new one."""
@@ -282,66 +275,73 @@ class _Cluster:
         finally:
             self._idle.append(channel) if channel.kept else channel.close()
         if status == 404 and not text.startswith(b"{"):
-            raise _Refused(0, f"no JSON gateway at {channel.url}: its configuration needs enable-grpc-gateway: true")
+            raise _Refused(f"etcd: no JSON gateway at {channel.url}: its configuration needs enable-grpc-gateway: true")
         answer: Record = json.loads(text)
         if status != 200 or not answer.keys() & {"header", "result"}:
             raise _error(answer)
+        self._failure = None
         return answer
 
     def _log_in(self, refused: _Refused) -> None:
         if "WMI_ETCD_USER" not in os.environ:
-            raise _Refused(0, f"{refused}: set WMI_ETCD_USER and WMI_ETCD_PASSWORD") from refused
+            raise _Refused(f"{refused}: set WMI_ETCD_USER and WMI_ETCD_PASSWORD") from refused
         who = {"name": os.environ["WMI_ETCD_USER"], "password": os.environ.get("WMI_ETCD_PASSWORD", "")}
         self._field = ""
         self._field = f"Authorization: {self.call('/v3/auth/authenticate', who)['token']}\r\n"
 
-    def range(self, key: bytes, seconds: float = TRY_S, **options: Any) -> tuple[int, list[_Pair]]:
-        """Return the revision of the cluster, and the pair of a key, or the pairs up to range_end."""
-        answer = self.call("/v3/kv/range", {"key": _text(key), **options}, seconds=seconds)
-        return int(answer["header"]["revision"]), _pairs(answer)
+    def find(self, key: bytes, **options: Any) -> tuple[int, _Pair]:
+        """Return the revision of the cluster, and the pair of a key, or NOTHING."""
+        answer = self.call("/v3/kv/range", {"key": _text(key), **options})
+        return int(answer["header"]["revision"]), _first(answer.get("kvs"))
 
     def pages(self, kind: str, revision: int) -> Iterator[_Pair]:
         """Yield all pairs of a kind as they were at a revision. Raises _Refused if that revision was compacted."""
-        start, limit, end = self.key(kind), PAGE // 10, _text(self.key(kind)[:-1] + b"0")  # "0" comes after "/"
+        start, limit, end = self.key(kind), 16, _text(self.key(kind)[:-1] + b"0")  # "0" comes after "/"
         while start:
             self.allow(CALL_S)
-            _, pairs = self.range(start, PAGE_S, range_end=end, limit=limit, revision=revision)
+            body = {"key": _text(start), "range_end": end, "limit": limit, "revision": revision}
+            pairs = [_pair(each) for each in self.call("/v3/kv/range", body, seconds=PAGE_S).get("kvs", ())]
             yield from pairs
             start = pairs[-1].key + b"\0" if len(pairs) == limit else b""
             # As many as would have made PAGE_BYTES: records may have 100 bytes or 100,000.
             limit = max(16, min(PAGE, limit * PAGE_BYTES // (1 + sum(len(pair.value) for pair in pairs))))
 
-    def transact(self, compare: Ops, success: Ops, failure: Ops = (), repeat: bool = True) -> tuple[bool, Found, int]:
-        """Return whether all comparisons held, what each operation found, and the revision. See call()."""
+    def names(self, kind: str, revision: int) -> dict[str, int]:
+        """Return the names of a kind at a revision, each with the revision that created it."""
+        return {self.split(pair)[1]: pair.created for pair in self.pages(kind, revision)}
+
+    def transact(self, compare: Ops, success: Ops, failure: Ops = (),
+                 repeat: bool = True) -> tuple[bool, list[_Pair], int]:
+        """Return whether all comparisons held, what each range found, and the revision. See call()."""
         answer = self.call("/v3/kv/txn", {"compare": compare, "success": success, "failure": failure}, repeat)
-        found = [_pairs(each.get("response_range", {})) for each in answer.get("responses", ())]
+        found = [_first(each.get("response_range", {}).get("kvs")) for each in answer.get("responses", ())]
         return answer.get("succeeded", False), found, int(answer["header"]["revision"])
 
     def watch(self, start: int) -> Iterator[Record]:
         """Yield the answers of a watch from a revision on, with the events of `change`, images and loads."""
-        create = {"key": _text(self.key("change")), "range_end": _text(self.key("m")), "start_revision": start}
+        # In fragments of 2 MB: otherwise, a watch that has to catch up gets a thousand revisions in one answer.
+        create = {"key": _text(self.change), "range_end": _text(self.key("m")), "start_revision": start,
+                  "fragment": True}
         # With this field, a member that has lost the others ends the watch. Without it, the member would be silent.
         fields = self._field + "Grpc-Metadata-hasleader: true\r\n"
-        channel = self._watching = self._connect(TRY_S)
-        try:
-            for line in channel.watch("/v3/watch", {"create_request": create}, fields):
+        with closing(self._connect(TRY_S)) as self._watching:
+            for line in self._watching.watch("/v3/watch", {"create_request": create}, fields):
                 answer = json.loads(line)
                 if "result" not in answer or "canceled" in answer["result"]:
                     raise _error(answer.get("error", answer))
                 yield answer["result"]
-        finally:
-            self._watching = None
-            channel.close()
 
     def cut_watch(self) -> None:
         """Make the watch end, in whatever thread it runs."""
-        if channel := self._watching:
-            channel.cut()
+        if self._watching:
+            with suppress(OSError):  # not shutdown() of a TLS socket, which removes the TLS object of the other thread
+                socket.socket.shutdown(self._watching.socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the idle connections."""
-        while self._idle:
-            self._idle.pop().close()
+        with suppress(IndexError):
+            while True:
+                self._idle.pop().close()
 
 
 def _no_quorum(failure: Exception) -> OSError:
@@ -352,11 +352,12 @@ def _error(answer: Record) -> OSError:
     """Return the error in an answer of etcd, to a request or in a watch."""
     code: int = {"code": answer.get("grpc_code", 2), **answer}["code"]
     text = str(answer.get("message") or answer.get("error") or answer)
-    return OSError(text) if code in UNDECIDED else _Refused(code, text)
+    kind = OSError if code in UNDECIDED else _Exhausted if code == EXHAUSTED else _Refused
+    return kind(f"etcd: {text}")
 
 
-def _pairs(answer: Record) -> list[_Pair]:
-    return [_pair(each) for each in answer.get("kvs", ())]
+def _first(pairs: list[Record] | None) -> _Pair:
+    return _pair(pairs[0]) if pairs else NOTHING
 
 
 def _pair(found: Record) -> _Pair:
@@ -404,15 +405,26 @@ class _Image(NamedTuple):
 
 def _read(pair: _Pair, done: Callable[[str], int]) -> _Image:
     """Return what a pair means; `done` returns the revision of a load, or 0 if the load is not done."""
+    if not pair.created:
+        return _Image()
     try:
         value = json.loads(pair.value)
         load, n, record = value.get("load", ""), value.get("n", 0), value["record"]
+        before = value.get("before") or {"order": [0, 0], "record": None}
+        for each in (record, before["record"] or record):
+            if not pair.key.endswith(f"/image/{_row(each)[0]}".encode()):
+                raise ValueError("it has another id")
         if at := done(load) if load else pair.put:
             return _Image(pair.put, value.get("order") or [at, n], record)
-        before = value.get("before") or {"order": [], "record": None}
         return _Image(pair.put, before["order"], before["record"], load, (n, record))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise OSError(f"etcd: {pair.key!r} does not hold an image of ours: {error!r}") from error
+
+
+def _images(cluster: _Cluster, revision: int) -> Iterator[_Image]:
+    """Yield what the keys of all images meant at a revision."""
+    done = cluster.names("load/", revision)
+    return (_read(pair, lambda load: done.get(load, 0)) for pair in cluster.pages("image/", revision))
 
 
 def _value(record: str, **fields: Any) -> bytes:
@@ -439,16 +451,12 @@ class _Changes:
 
     def find(self, id: str) -> _Image:
         """Return the image as it is now."""
-        return self._meaning(self._cluster.range(self._key("image/", id))[1])
+        return self._read(self._cluster.find(self._key("image/", id))[1])
 
-    def _meaning(self, pairs: list[_Pair]) -> _Image:
-        return _read(pairs[0], self._done) if pairs else _Image()
+    def _read(self, pair: _Pair) -> _Image:
+        return _read(pair, lambda load: self._cluster.find(self._key("load/", load))[1].created)
 
-    def _done(self, load: str) -> int:
-        _, pairs = self._cluster.range(self._key("load/", load))
-        return pairs[0].created if pairs else 0
-
-    def commit(self, compare: Ops, success: Ops, failure: Ops = ()) -> Found | None:
+    def commit(self, compare: Ops, success: Ops, failure: Ops = ()) -> list[_Pair] | None:
         """Make a change, and return None. If a comparison fails, return what the operations in `failure` found.
 
         Raises OSError, with EINPROGRESS if the change may have been made.
@@ -458,7 +466,7 @@ class _Changes:
             # 1. Send the change once, with a session that no other change is using.
             session = self._take_session()
             name = os.urandom(8).hex().encode()
-            puts = [_put(session.key, name, session.lease), _put(self._key("change"), name)]
+            puts = [_put(session.key, name, session.lease), _put(self._cluster.change, name)]
             try:
                 held, found, revision = self._cluster.transact(
                     [session.is_ours(), *compare], [*success, *puts], [_range(session.key), *failure], repeat=False)
@@ -469,14 +477,11 @@ class _Changes:
                 if self._was_made(session, name, error):
                     return None
                 continue
-            except OSError:  # nothing was done
-                self._sessions.append(session)
-                raise
             # 3. Which comparison failed? `found` begins with the session: if it is not as we left it, its lease has run
             #    out, and nothing is wrong with the change itself.
             if held:
                 session.put = revision
-            elif not found[0] or found[0][0].put != session.put:
+            elif found[0].put != session.put:
                 continue
             self._sessions.append(session)
             return None if held else found[1:]
@@ -485,24 +490,22 @@ class _Changes:
     def _was_made(self, session: _Session, name: bytes, error: _Unanswered) -> bool:
         """Return whether a change was made. If not, make sure that it never will be, by deleting its session."""
         # By a range and a delete, not by one transaction, which etcd may refuse when the quota is exceeded.
-        try:
-            _, pairs = self._cluster.range(session.key)
-            if not pairs or pairs[0].value != name:
-                path, body = "/v3/kv/deleterange", {"key": _text(session.key), "prev_kv": True}
-                pairs = [_pair(each) for each in self._cluster.call(path, body, repeat=False).get("prev_kvs", ())]
-        except OSError as failed:
-            raise _unknown(error) from failed
+        found: _Pair | None = None
+        with suppress(OSError):
+            _, found = self._cluster.find(session.key)
+            if found.value != name:
+                path, body, found = "/v3/kv/deleterange", {"key": _text(session.key), "prev_kv": True}, None
+                found = _first(self._cluster.call(path, body, repeat=False).get("prev_kvs"))
         # No session was found. If the reason may be that its lease has run out, the change may have been made before.
-        if not pairs and time.monotonic() - session.born > SESSION_S - 2 * CALL_S:
-            raise _unknown(error)
-        return bool(pairs) and pairs[0].value == name
+        if not found or (not found.created and time.monotonic() - session.born > SESSION_S - 2 * CALL_S):
+            raise _Unanswered(errno.EINPROGRESS, f"etcd has not said whether this was done: {error}")
+        return found.value == name
 
     def _take_session(self) -> _Session:
         """Return a session that no other change is using."""
-        try:
+        with suppress(IndexError):
             return self._sessions.pop()
-        except IndexError:
-            return self._begin_session(os.urandom(8).hex(), SESSION_S)
+        return self._begin_session(os.urandom(8).hex(), SESSION_S)
 
     def _begin_session(self, name: str, seconds: int) -> _Session:
         key = self._key("session/", name)
@@ -532,9 +535,9 @@ class _Changes:
                 [*defeat, *puts], [_range(session.key if session else keys[0]), *map(_range, keys)])
             if found is None:
                 return
-            if session and not (found[0] and found[0][0].put == session.put):
+            if session and found[0].put != session.put:
                 raise OSError(OTHERS)
-            images = [self._meaning(pairs) for pairs in found[1:]]
+            images = [self._read(pair) for pair in found[1:]]
             for (_, id, *_), image in zip(rows, images):
                 record = image.intent[1] if load and image.load == load else image.record
                 if record and record["deleted_at"] is None:
@@ -552,7 +555,7 @@ class _Changes:
             found = self.commit([_is_at(key, image.put), *undone], [done, *defeat], [_range(key)])
             if found is None:
                 return text
-            image = self._meaning(found[0])
+            image = self._read(found[0])
 
     # Many records.
 
@@ -581,38 +584,28 @@ class _Changes:
 
     def check(self, repair: bool) -> Iterator[str]:
         """Yield each key that does not hold an image, or that a dead load has left; with repair, undo the latter."""
-        split, pages, left = self._cluster.split, self._cluster.pages, []
-        revision, _ = self._cluster.range(self._key("change"))
-        done, alive = ({split(pair)[1]: pair.created for pair in pages(kind, revision)}
-                       for kind in ("load/", "session/"))
-        for pair in pages("image/", revision):
+        faults = self._faults()
+        while some := list(islice(faults, NESTED_AT_ONCE)):
+            yield from (fault for fault, _ in some)
+            if repair:
+                self._cluster.allow(CALL_S)
+                self._cluster.transact([], [undo for _, undo in some if undo])
+
+    def _faults(self) -> Iterator[tuple[str, Record | None]]:
+        """Yield each fault, and the operation that repairs it."""
+        revision, _ = self._cluster.find(self._cluster.change)
+        done, alive = (self._cluster.names(kind, revision) for kind in ("load/", "session/"))
+        for pair in self._cluster.pages("image/", revision):
             try:
                 image = _read(pair, lambda load: done.get(load, 0))
-                if {split(pair)[1]} != {_row(record)[0] for record in (image.record, image.intent[1]) if record}:
-                    raise ValueError("it has another id")
-            except (OSError, ValueError) as error:
-                yield f"etcd: {pair.key!r} does not hold an image of ours: {error}"
+            except OSError as error:
+                yield str(error), None
             else:
                 if image.load and image.load not in alive:
-                    left.append(pair.key)
-                    yield f"etcd: {pair.key!r} was left by a load that has ended; it means nothing"
-        for first in range(0, len(left) if repair else 0, NESTED_AT_ONCE):
-            self._cluster.allow(CALL_S)
-            _, found, _ = self._cluster.transact([], list(map(_range, left[first : first + NESTED_AT_ONCE])))
-            self._cluster.transact([], [self._undone(pair) for pair in chain(*found)])
-
-    def _undone(self, pair: _Pair) -> Record:
-        """Return the operation that undoes an intent, if its load has ended and the key is still as it was read."""
-        # The key may have changed since check() read it: then it may hold the intent of another load, a live one.
-        image = _read(pair, lambda load: 0)
-        ended = (_is_at(self._key(kind, image.load), 0) for kind in ("load/", "session/"))
-        done = [_put(pair.key, _encode(image.kept()).encode()) if image.record else _delete(pair.key)]
-        compare = [_is_at(pair.key, image.put), *ended]
-        return {"request_txn": {"compare": compare, "success": done if image.load else []}}
-
-
-def _unknown(error: OSError) -> OSError:
-    return _Unanswered(errno.EINPROGRESS, f"etcd has not said whether this was done: {error}")
+                    # When this is undone, the key may hold the intent of another load, a live one: so it is compared.
+                    undo = _put(pair.key, _encode(image.kept()).encode()) if image.record else _delete(pair.key)
+                    fault = f"etcd: {pair.key!r} was left by a load that has ended; it means nothing"
+                    yield fault, {"request_txn": {"compare": [_is_at(pair.key, pair.put)], "success": [undo]}}
 
 
 # ---- replica ----
@@ -630,10 +623,9 @@ class _Replica(SqliteStorage):
         super().__init__(os.path.join(folder, "images.db"))
         self._writes = self._reads  # one connection: with two, applying events would wait for the locks of readers
         # A replica that is replaced by another may still be read by a walk. It is closed when nothing refers to it.
-        self._removing = weakref.finalize(self, _remove_folder, folder, lock, os.getpid(), self._reads)
+        self.remove = weakref.finalize(self, _remove_folder, folder, lock, os.getpid(), self._reads)
         with self._reads as db:
-            for statement in PREPARE.split(";"):
-                db.execute(statement).fetchall()
+            db.executescript(PREPARE)
 
     def stage(self, images: Iterable[_Image]) -> None:
         """Add images in any order; settle() must follow."""
@@ -645,28 +637,27 @@ class _Replica(SqliteStorage):
                 if image.load:
                     self._intend(db, image)
 
-    def settle(self) -> None:
-        """Bring the images that were staged into their order."""
+    def settle(self, revision: int) -> None:
+        """Bring the images that were staged into their order; they are those of this revision."""
         with self._reads as db:
-            db.begin()
-            db.execute(SETTLE)
-            db.execute("DROP TABLE staged")
-            db.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+            db.executescript(SETTLE)
+            db.execute(REACHED, (revision,))
 
     def _intend(self, db: Any, image: _Image) -> None:
         n, record = image.intent
         db.execute("REPLACE INTO intent VALUES (?, ?, ?, ?)", (record["id"], image.load, n, _row(record)[-1]))
 
-    def apply(self, pairs: Sequence[tuple[str, str, _Pair]]) -> None:
+    def apply(self, events: Sequence[_Pair], split: Callable[[_Pair], tuple[str, str]]) -> None:
         """Apply the events of whole revisions, in their order. Raises _Rewritten."""
         # In one transaction, so that no reader sees half a revision.
         with self._reads as db:
             db.begin()
-            for kind, name, pair in pairs:
+            for pair in events:
+                kind, name = split(pair)
                 if kind == "load":
                     self._publish(db, name)
                 elif kind == "image":
-                    image = _read(pair, lambda load: 0) if pair.created else _Image()
+                    image = _read(pair, lambda load: 0)
                     row = _row(image.record) if image.record else ()
                     db.execute("DELETE FROM intent WHERE id = ?", (name,))
                     if image.load:
@@ -677,6 +668,7 @@ class _Replica(SqliteStorage):
                         db.execute(ADD.format("image"), row)
                     elif not db.execute(CHANGE, (*row[1:], name)).rowcount:
                         raise _Rewritten
+            db.execute(REACHED, (events[-1].put,))
 
     def _publish(self, db: Any, load: str) -> None:
         for record, in db.execute("SELECT record FROM intent WHERE load = ? ORDER BY n", (load,)):  # perhaps a million
@@ -688,10 +680,19 @@ class _Replica(SqliteStorage):
         with self._reads as db:
             return bool(db.execute(LIVE, (id,)).fetchall())
 
-    def close(self) -> None:
-        """Close the replica and remove its file."""
-        super().close()
-        self._removing()
+    def compare(self, cluster: _Cluster, revision: int) -> Iterator[str]:
+        """Yield each difference from etcd as it was at a revision, or at that of this replica, if it is newer."""
+        with self._private() as db:
+            # 1. Copy the images and their revision. Meanwhile no events can be applied, afterwards they can.
+            db.execute("BEGIN")
+            db.execute("CREATE TEMP TABLE frozen AS SELECT serial, id, record FROM image")
+            ((reached,),) = db.execute("SELECT revision FROM reached").fetchall()
+            db.execute("COMMIT")
+            # 2. Put beside them what etcd has, and compare.
+            db.execute(STAGED)
+            images = _images(cluster, max(revision, reached))
+            db.executemany(STAGE, ((*image.order, *_row(image.record)) for image in images if image.record))
+            yield from (f"the copy here: {id} {fault}" for id, fault in db.execute(DIFFERENCES))
 
 
 def _make_folder() -> tuple[str, int]:
@@ -710,6 +711,8 @@ def _make_folder() -> tuple[str, int]:
 
 def _remove_folder(folder: str, lock: int, pid: int, connection: Any) -> None:
     if pid == os.getpid():
+        if connection._db:  # it may be adding a million images
+            connection._db.interrupt()
         connection.close()
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
@@ -720,7 +723,7 @@ class _State(NamedTuple):
 
     replica: _Replica | None = None
     applied: int = -1
-    last: Change = (0, b"")
+    last: _Pair = NOTHING
 
 
 class _Follower:
@@ -730,7 +733,7 @@ class _Follower:
         self._cluster, self._closed, self._stale = cluster, False, False
         self._changed = threading.Condition()  # guards the attributes below, and tells readers of a new state
         self._thread: threading.Thread | None = None
-        self._why: Exception | None = None  # why the replica is not up to date
+        self._why = ""  # why the replica is not up to date
         self.state, self._progress = _State(), 0.0  # the latter: when events arrived, or the watch was cut
 
     def start(self) -> bool:
@@ -748,29 +751,35 @@ class _Follower:
         """
         began = time.monotonic()
         self.start()
+        if (made := self.state.replica) and not os.path.exists(made._path):  # removed, as temporary files are
+            self.renew()
         while not (state := self.state).replica or self._stale or state.applied < revision:
             with self._changed:
                 if self._closed:
                     raise ValueError(CLOSED)
-                if self.state is state:
-                    self._changed.wait(PAUSE_S)
+                self._changed.wait_for(lambda: self.state is not state, PAUSE_S)
             now, since = time.monotonic(), max(began, self._progress)
             if (self._why and now > since + CALL_S) if patient else (self._cluster.left() < 0):
-                raise OSError(f"etcd: the copy here is {'late' if state.replica else 'being made'}: {self._why or ''}")
+                raise OSError(f"etcd: the copy here is {'late' if state.replica else 'being made'}: {self._why}")
             # The cluster has this revision, but the watch does not bring it: its member may be cut off from the others.
+            # If this does not help, it is not repeated soon, since the first events may take longer than SILENT_S.
             if state.replica and now > since + SILENT_S:
-                self._progress = now
+                self._progress = now + CALL_S
                 self._cluster.cut_watch()
         return state.replica
 
-    def compare(self, seen: _State, last: Change) -> None:
-        """Let the replica be made again if it shows another history than the cluster, by the last change of both.
+    def renew(self) -> None:
+        """Let the replica be made again."""
+        self._stale = True
+        self._cluster.cut_watch()
 
-        `seen` is the state before `last` was read from the cluster.
-        """
-        if last[0] <= seen.applied and last != seen.last and seen.replica is self.state.replica:
-            self._stale = True
-            self._cluster.cut_watch()
+    def newest(self) -> _Pair:
+        """Return the last change in the cluster. If the replica shows another history, let it be made again."""
+        seen = self.state  # taken before the request: afterwards it may be ahead of the answer
+        _, last = self._cluster.find(self._cluster.change)
+        if last.put <= seen.applied and last != seen.last and seen.replica is self.state.replica:
+            self.renew()
+        return last
 
     def close(self) -> None:
         """End the thread and remove the replica."""
@@ -780,79 +789,69 @@ class _Follower:
             self._cluster.cut_watch()
             thread.join(PAUSE_S / 2)
         if self.state.replica:
-            self.state.replica.close()
+            self.state.replica.remove()
 
     # The methods below run in the thread of the follower.
 
     def _run(self) -> None:
         while not self._closed:
             self._cluster.allow(CALL_S)
+            work = self._make if self._stale or not self.state.replica else self._follow
             try:
-                if self._stale or not self.state.replica:
-                    self._make()
-                else:
-                    self._follow()
-            except _Rewritten:
-                self._stale = True
+                work()
             except Exception as error:  # of any kind: the thread must go on, and readers that give up are told why
-                self._why = error
-                with self._changed:
-                    self._changed.wait(PAUSE_S)
+                self._stale |= isinstance(error, (_Rewritten, _Refused))
+                self._why = str(error) or repr(error)  # not the error, which would keep a replica that failed
+                time.sleep(PAUSE_S if self.state.replica else DOWN_S)
 
     def _make(self) -> None:
         """Make a replica of what etcd holds now."""
         # All at the revision of the first answer, however long it takes; the watch brings what comes after.
         self.state, self._stale = _State(), False
-        replica, pages = _Replica(), self._cluster.pages
-        revision, change = self._cluster.range(self._cluster.key("change"))
-        loads = {self._cluster.split(pair)[1]: pair.created for pair in pages("load/", revision)}
-        pairs = pages("image/", revision)
-        while some := list(islice(pairs, 0 if self._closed else 1000)):
-            replica.stage(_read(pair, lambda load: loads.get(load, 0)) for pair in some)
-            self._progress = time.monotonic()
-        replica.settle()
-        self._advance(_State(replica, revision, _last(change)))
+        replica = _Replica()
+        revision, change = self._cluster.find(self._cluster.change)
+        images = _images(self._cluster, revision)
+        while some := list(islice(images, 100)):
+            replica.stage(some)
+            self._advance(self.state)
+        replica.settle(revision)
+        self._advance(_State(replica, revision, change))
 
     def _advance(self, state: _State) -> _State:
         with self._changed:
-            self.state, self._progress, self._why = state, time.monotonic(), None
+            if self._closed or self._stale:
+                raise _Rewritten
+            self.state, self._progress, self._why = state, max(self._progress, time.monotonic()), ""
             self._changed.notify_all()
         return state
 
     def _follow(self) -> None:
         """Apply the events of the watch until it ends. Raises _Rewritten."""
-        # An answer holds whole revisions, since the request does not set `fragment`.
-        state = self._resume(self.state)
+        state, events = self._resume(self.state), list[_Pair]()
         for answer in self._cluster.watch(state.applied + 1):
-            pairs = [_pair(event["kv"]) for event in answer.get("events", ())]
-            if pairs and state.replica:
-                named = [(*self._cluster.split(pair), pair) for pair in pairs]
+            # An answer ends with a whole revision, unless it is a fragment: then the next one may go on with its last.
+            events += [_pair(event["kv"]) for event in answer.get("events", ())]
+            whole = [pair for pair in events if not answer.get("fragment") or pair.put < events[-1].put]
+            if whole and state.replica:
                 try:
-                    state.replica.apply(named)
-                except OSError as error:
+                    state.replica.apply(whole, self._cluster.split)
+                except Exception as error:
                     raise _Rewritten from error
-                last = _last([pair for kind, _, pair in named if kind == "change"], state.last)
                 # Not the revision in the header of the answer, which may be ahead of the events.
-                state = self._advance(_State(state.replica, pairs[-1].put, last))
+                last = [state.last, *(pair for pair in whole if pair.key == self._cluster.change)][-1]
+                state = self._advance(_State(state.replica, whole[-1].put, last))
+                del events[:len(whole)]
 
     def _resume(self, state: _State) -> _State:
-        """Return the state from which a watch can go on. Raises _Rewritten if there is none."""
-        # The replica goes on only if `change` was, at its revision, what the replica says. If that revision has been
-        # compacted, `change` may still be the same now.
-        change, revision = self._cluster.key("change"), state.applied
-        try:
-            _, pairs = self._cluster.range(change, revision=revision)
-        except _Refused as refused:
-            if refused.code != COMPACTED:
-                raise
-            revision, pairs = self._cluster.range(change)
-        if revision < state.applied or _last(pairs) != state.last:
+        """Return the state from which a watch can go on. Raises _Rewritten, and _Refused if it has been compacted."""
+        # The last change may still be the same. Otherwise, the replica goes on only if `change` was, at its revision,
+        # what the replica says.
+        revision, last = self._cluster.find(self._cluster.change)
+        if last != state.last:
+            revision, (_, last) = state.applied, self._cluster.find(self._cluster.change, revision=state.applied)
+        if last != state.last or revision < state.applied:
             raise _Rewritten
         return self._advance(state._replace(applied=revision))
-
-
-def _last(change: list[_Pair], before: Change = (0, b"")) -> Change:
-    return (change[-1].put, change[-1].value) if change else before
 
 
 # ---- store ----
@@ -913,8 +912,7 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
 
         def batches() -> Iterator[list[Row]]:
             nonlocal count
-            rows: dict[str, Row] = {}
-            size = 0
+            rows, size = dict[str, Row](), 0
             for count, record in enumerate(records, 1):
                 id, *_, deleted, text = _row(record)
                 if replica.has_live(id) or (id in rows and not rows.pop(id)[2]):
@@ -962,28 +960,34 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
 
     def revision(self) -> str:
         """Return a text that changes with every change. It costs one request to the cluster."""
-        client = self._opened(asking=True)
-        seen = client.follower.state  # taken before the request: afterwards it may be ahead of the answer
-        last = _last(client.cluster.range(client.cluster.key("change"))[1])
-        client.follower.compare(seen, last)
-        return f"{last[0]}.{last[1].decode('latin-1')}"
+        last = self._opened(asking=True).follower.newest()
+        return f"{last.put}.{last.value.decode('latin-1')}"
 
     def at_least(self, revision: str) -> EtcdStorage:
         """Return this store for reads from the replica, without a request to the cluster."""
         return EtcdStorage(self._location, self._client, revision)
 
     def check(self, repair: bool = False) -> Iterator[str]:
-        """Yield each fault in the cluster and in the replica; with repair, undo what dead loads have left."""
-        yield from self._opened().changes.check(repair)
-        yield from self._replica().check(repair)
+        """Yield each fault in etcd and in the replica; with repair, remove what dead loads left, and renew the replica.
+
+        All images in etcd must be in the replica, with the same records and in the same order, and no others.
+        """
+        client, faults = self._opened(), 0
+        yield from client.changes.check(repair)
+        # The replica is as new as the first revision here, or newer. So it has what etcd had at the newer one of both.
+        revision, _ = self._opened().cluster.find(client.cluster.change)
+        replica = self._replica()
+        for faults, fault in enumerate(chain(replica.check(), replica.compare(client.cluster, revision)), 1):
+            yield fault
+        if repair and faults:
+            client.follower.renew()
 
     def close(self) -> None:
         """Close every connection; a second call is harmless. Every other call raises ValueError from now on."""
-        client = self._client
-        if not client.closed and client.pid == os.getpid():
-            client.closed = True
-            client.follower.close()
-            client.cluster.close()
+        if not self._client.closed and self._client.pid == os.getpid():
+            self._client.closed = True
+            self._client.follower.close()
+            self._client.cluster.close()
 
     def __exit__(self, *error: object) -> None:
         self.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -367,6 +369,39 @@ def test_without_quorum_it_is_said_at_once(whole, opened):
         store.replace(ID, lambda record: {**record, "state": "x"})
 
 
+def test_a_call_without_time_does_not_stop_the_others(single, opened):
+    """That a thread had no time left says nothing about the cluster: other threads are served."""
+    store = opened(single.location())
+    store.add(image(1))
+
+    def hurry():
+        for _ in range(20):
+            store._client.cluster.allow(0.0001)
+            with contextlib.suppress(OSError):
+                store._client.changes.find(ID)
+
+    thread = threading.Thread(target=hurry)
+    thread.start()
+    thread.join()
+    assert store.get(ID) == image(1)
+
+
+def test_a_member_that_is_started_again_is_asked_at_once(opened):
+    """However many idle connections to it there were."""
+    with Cluster() as cluster:
+        store = opened(cluster.location())
+        store.add(image(1))
+        channels = [store._client.cluster._connect(1.0) for _ in range(100)]
+        for channel in channels:
+            store._client.cluster._ask(channel, "/v3/maintenance/status", {}, 5.0)
+        assert len(store._client.cluster._idle) == 100
+        cluster.kill(0)
+        cluster.start(0)
+        began = time.monotonic()
+        assert store.get(ID) == image(1)
+        assert time.monotonic() - began < 2
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("role", ["leader", "follower"])
 def test_no_read_fails_when_a_member_hangs(whole, opened, role):
@@ -593,20 +628,163 @@ def test_what_is_too_large_is_refused(single, opened):
     store.add(image(1))
 
 
-def test_a_value_that_is_not_ours_is_refused(single, opened):
-    """It is named by every read that would need it, and by check; it is not overwritten."""
+NOT_OURS = ["hello", "[]", "{}", '{"record": 5}', '{"record": {"id": "wmi-00000002"}}', '{"load": 5, "record": {}}',
+            json.dumps({"record": image(3)}), "[" * 100_000]
+
+
+@pytest.mark.parametrize("value", NOT_OURS, ids=range(len(NOT_OURS)))
+def test_a_value_that_is_not_ours_is_refused(single, opened, value):
+    """It is named by every read that would need it, and by check; it is not overwritten, and without it all is well."""
     location = single.location()
     store = opened(location)
     store.add(image(1))
+    assert store.page(None, 0, 0)[0] == 1
     key = f"/t/{location.partition('/t/')[2]}/image/wmi-00000002"
-    single.ask("/v3/kv/put", {"key": encode(key), "value": encode("hello")})
+    single.ask("/v3/kv/put", {"key": encode(key), "value": encode(value)})
     with pytest.raises(OSError, match="wmi-00000002"):
         store.get("wmi-00000002")
     with pytest.raises(OSError, match="wmi-00000002"):
         store.add(image(2))
     assert any("wmi-00000002" in fault for fault in store.check())
     single.ask("/v3/kv/deleterange", {"key": encode(key)})
-    assert list(store.check()) == [] and list(store.walk()) == [image(1)]
+    store.add(image(4))
+    assert store.at_least(store.revision()).page(None, 0, 0)[0] == 2
+    assert list(store.check()) == [] and list(store.walk()) == [image(4), image(1)]
+
+
+# ---- the copy and its check ----
+
+
+def damage(store, *statements):
+    """Change the copy of a store behind its back."""
+    store.page(None, 0, 0)
+    with contextlib.closing(sqlite3.connect(store._client.follower.state.replica._path, isolation_level=None)) as db:
+        for statement in statements:
+            db.execute(statement)
+
+
+OTHER = "SELECT NULL, 'wmi-x', account_id, is_public, deleted, replace(record, id, 'wmi-x') FROM image WHERE serial = 7"
+DAMAGE = {
+    "changed": ["UPDATE image SET record = replace(record, 'available', 'x') WHERE id = 'wmi-00000007'"],
+    "removed": ["DELETE FROM image WHERE id = 'wmi-00000007'"],
+    "added": [f"INSERT INTO image {OTHER}"],
+    "exchanged": [f"UPDATE image SET serial = {new} WHERE serial = {old}" for old, new in ((8, 0), (3, 8), (0, 3))],
+    "moved": ["UPDATE image SET serial = 1000 WHERE id = 'wmi-00000007'"],
+    "hidden": ["UPDATE image SET is_public = NOT is_public WHERE id = 'wmi-00000007'"],
+    "uncounted": ["UPDATE tally SET n = n + 1"],
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_check_compares_the_copy_with_etcd(single, opened, kind):
+    """Whatever differs is found, with the id; a repair makes the copy anew, and etcd is left as it is."""
+    location = single.location()
+    store = opened(location)
+    store.add_all(image(n) for n in range(250))
+    store.add(dead(image(300)))
+    assert list(store.check()) == []
+    want, revision = list(store.walk()), store.revision()
+    damage(store, *DAMAGE[kind])
+    for repair in (False, True):
+        faults = list(store.check(repair))
+        assert faults and (kind == "uncounted" or any("wmi-00000007" in f or "wmi-x" in f for f in faults)), faults
+        assert len(faults) < 5 or kind == "uncounted"
+    assert list(store.check()) == [] and list(store.walk()) == want and store.page(None, 0, 0, deleted=None)[0] == 251
+    assert store.revision() == revision
+
+
+def test_check_beside_writers_reports_no_false_fault(single, opened):
+    """Whatever others add, change, move and delete meanwhile, one at a time and by loads."""
+    location = single.location()
+    store = opened(location)
+    store.add_all(image(n) for n in range(2000))
+    stop, changes = threading.Event(), []
+
+    def write(first):
+        with etcd_store.open_storage(location) as writer:
+            for n in itertools.cycle(range(first, first + 20)):
+                writer.replace(f"wmi-{n:08x}", lambda record: {**record, "n": record.get("n", 0) + 1})
+                writer.delete(f"wmi-{n + 20:08x}")
+                writer.add(image(n + 20, n=len(changes)))
+                changes.append(n)
+                if n == 500:
+                    writer.add_all(image(5000 + 150 * len(changes) + each) for each in range(150))
+                if stop.is_set():
+                    return
+
+    threads = [threading.Thread(target=write, args=[first]) for first in (0, 500, 1980 - 40)]
+    for thread in threads:
+        thread.start()
+    try:
+        done = 0
+        while done < 5 or len(changes) < 200:
+            assert list(store.check(repair=done % 2 == 0)) == []
+            done += 1
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert list(store.check()) == []
+    assert list(store.walk()) == list(opened(location).walk())
+
+
+def test_a_copy_that_is_removed_is_made_again(single, opened):
+    """As by a program that removes old temporary files: the next read is answered all the same."""
+    store = opened(single.location())
+    store.add_all(image(n) for n in range(3))
+    view = store.at_least(store.revision())
+    assert view.page(None, 0, 0)[0] == 3
+    shutil.rmtree(os.path.dirname(store._client.follower.state.replica._path))
+    assert view.page(None, 0, 0)[0] == store.page(None, 0, 0)[0] == 3
+
+
+def test_a_long_gap_is_caught_up_in_short_answers(single, opened, hasty, monkeypatch):
+    """Readers that wait do not make the watch begin anew for ever, and no answer holds more than a few revisions."""
+    sizes, watch = [], etcd_store._Channel.watch
+
+    def measured(*args):
+        for line in watch(*args):
+            sizes.append(len(line))
+            yield line
+
+    monkeypatch.setattr(etcd_store._Channel, "watch", measured)
+    with Relay(single.clients[0]) as relay:
+        prefix = single.location().partition("/t/")[2]
+        store, other = opened(f"{relay.url}/t/{prefix}"), opened(f"{single.clients[0]}/t/{prefix}")
+        store.add(image(1))
+        assert store.page(None, 0, 0)[0] == 1
+        relay.target, target = ("127.0.0.1", 9), relay.target
+        relay.cut()
+        for n in range(10, 130):
+            other.add(image(n, description="x" * 100_000))
+        relay.target = target
+        until(lambda: works(store.revision))
+        assert store.page(None, 0, 0)[0] == 121
+    assert len(sizes) > 5 and max(sizes) < 4_000_000
+
+
+def test_a_copy_can_be_closed_while_it_works(single, opened):
+    """To apply a large load takes a minute; who ends the program does not wait for it."""
+    store = opened(single.location())
+    store.add(image(1))
+    store.page(None, 0, 0)
+    replica, errors = store._client.follower.state.replica, []
+
+    def work():
+        try:
+            with replica._reads as db:
+                db.execute("WITH RECURSIVE n(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n) SELECT sum(i) FROM n").fetchall()
+        except OSError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    time.sleep(0.2)
+    began = time.monotonic()
+    store.close()
+    assert time.monotonic() - began < 3
+    thread.join(3)
+    assert len(errors) == 1 and not os.path.exists(replica._path)
 
 
 # ---- processes ----
