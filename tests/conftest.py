@@ -1,7 +1,10 @@
 """Say which wmi is tested, know the option for the long runs, and make what the tests of the server share."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 
 import pytest
 
@@ -9,6 +12,10 @@ import pytest
 if not os.environ.get("WMI_INSTALLED"):
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     os.environ["PYTHONPATH"] = sys.path[0]  # for the processes that tests start
+    # Nothing is written to the checkout, but no process compiles 5,000 lines again. (pip has compiled the wheel.)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="wmi-tests-")
+    atexit.register(shutil.rmtree, os.environ["PYTHONPYCACHEPREFIX"], ignore_errors=True)
 
 from serving import serving
 from support import Command, image
