@@ -47,7 +47,9 @@ def serving(
     With a send_buffer the system takes so many bytes of what a client does not read, not some megabytes.
     """
     options.setdefault("host_names", None)
-    with wmi.Server(storage, port=0, log=lambda text: [log(line) for line in text.splitlines()], **options) as server:
+    server = wmi.Server(storage, port=0, log=lambda text: [log(line) for line in text.splitlines()], **options)
+    server._watch(server, wmi.READ)  # from its first round on, or it would look for clients CHECK_SECONDS later
+    with server:
         if send_buffer:
             server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         parts = urlsplit(server.url)
