@@ -388,7 +388,7 @@ class StorageContract(Base):
         for _ in range(6):
             for _ in range(15):
                 self.step(store, model, chance)
-            self.compare(store, model)
+            self.compare(store, model, chance)
         self.assertEqual(list(store.check()), [])
 
     def step(self, store: Any, model: list[Record], chance: random.Random) -> None:
@@ -408,12 +408,13 @@ class StorageContract(Base):
             store.delete(new["id"])
             model.remove(old)
 
-    def compare(self, store: Any, model: list[Record]) -> None:
-        """Compare pages and walks of every scope with the model."""
+    def compare(self, store: Any, model: list[Record], chance: random.Random | None = None) -> None:
+        """Compare pages and walks of every scope with the model, from each of some starts, or from two by chance."""
         for account, public, deleted in SCOPES:
             scope = {"public": public, "deleted": deleted}
             want = [r for r in reversed(model) if belongs(r, account, public, deleted)]
-            for start in {0, 1, 7, len(want) // 2, max(0, len(want) - 1), len(want)}:
+            starts = [0, 1, 7, len(want) // 2, max(0, len(want) - 1), len(want)]
+            for start in chance.sample(starts, 2) if chance else set(starts):
                 for limit in (0, 1, 3, 1000):
                     self.assertEqual(store.page(account, start, limit, **scope),
                                      (len(want), want[start:start + limit]))
@@ -445,26 +446,26 @@ class StorageContract(Base):
 
     def test_a_walk_under_change_keeps_its_promise(self) -> None:
         """No record comes twice, and none that stayed the same is left out."""
-        for oldest_first in (True, False):
-            with self.subTest(oldest_first=oldest_first):
-                self.disturb(oldest_first)
+        self.disturb(oldest_first=False)
+
+    def test_a_walk_from_the_oldest_under_change_keeps_its_promise(self) -> None:
+        """It meets what is added during it, and promises the same."""
+        self.disturb(oldest_first=True)
 
     def disturb(self, oldest_first: bool) -> None:
-        base, store = 10_000 * oldest_first, self.open()
-        for record in list(store.walk()):
-            store.delete(record["id"])
-        store.add_all(image(base + n, deleted_at=TIME if n % 4 == 1 else None) for n in range(1200))
+        store = self.open()
+        store.add_all(image(n, deleted_at=TIME if n % 4 == 1 else None) for n in range(1200))
         seen = []
         for turn, record in enumerate(store.walk(oldest_first=oldest_first)):
             seen.append(record["id"])
             if turn % 50 == 0:
-                n = base + turn // 50 * 4
+                n = turn // 50 * 4
                 store.replace(f"wmi-{n:08x}", dead)
                 store.add(image(n + 1))  # over its tombstone: it is the newest now
                 store.delete(f"wmi-{n + 2:08x}")
                 store.add(image(n + 5000))
         self.assertEqual(len(seen), len(set(seen)))
-        same = {f"wmi-{base + n:08x}" for n in range(1200) if n % 4 == 3 or n >= 120}
+        same = {f"wmi-{n:08x}" for n in range(1200) if n % 4 == 3 or n >= 120}
         self.assertEqual(same - set(seen), set())
 
     def test_a_frozen_walk_is_of_one_revision(self) -> None:
