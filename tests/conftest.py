@@ -1,6 +1,7 @@
 """Say which wmi is tested, know the option for the long runs, and make what the tests of the server share."""
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -46,6 +47,12 @@ def pytest_collection_modifyitems(config, items):
     left = [] if config.getoption("--long") else [item for item in items if item.get_closest_marker("long")]
     config.hook.pytest_deselected(items=left)
     items[:] = [item for item in items if item not in left]
+
+
+def pytest_collection_finish():
+    """Keep what pytest itself holds, thousands of tests, out of each search for what is unreachable."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header():

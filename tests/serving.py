@@ -75,9 +75,12 @@ def raw(host: str, port: int, text: bytes) -> bytes:
 
 def read_answer(peer: socket.socket) -> tuple[int, dict[str, str], bytes]:
     """Read exactly one answer that has a length; return status, fields and body."""
-    text = b""
+    text, flags = b"", 0 if hasattr(peer, "pending") else socket.MSG_PEEK  # TLS cannot look ahead
     while b"\r\n\r\n" not in text:
-        text += peer.recv(1) or pytest.fail(f"the connection ended after {text!r}")
+        ahead = text + peer.recv(65536 if flags else 1, flags)
+        assert len(ahead) > len(text), f"the connection ended after {text!r}"
+        end = ahead.find(b"\r\n\r\n") + 4
+        text = text + peer.recv((end if end > 3 else len(ahead)) - len(text)) if flags else ahead
     status, fields, _ = parse_answer(text)
     body = b""
     while len(body) < int(fields.get("content-length", 0)):

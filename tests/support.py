@@ -55,7 +55,7 @@ def free_port():
 
 def ignore_surroundings(monkeypatch):
     """Make random pauses short, and take from the environment what would change what a client does."""
-    monkeypatch.setattr(wmi.random, "uniform", lambda low, high: 0.01)
+    monkeypatch.setattr(wmi.random, "uniform", lambda low, high: 0.001)
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
@@ -276,9 +276,8 @@ class Command:
 
     def wait(self):
         """Wait for the end and return the exit code."""
-        code = self.process.wait(SECONDS)
-        self._drain.join(SECONDS)
-        return code
+        self._drain.join(SECONDS)  # first: wait() looks only every 50 ms
+        return self.process.wait(SECONDS)
 
     def end(self):
         """End it and whatever it left in its process group."""
