@@ -720,12 +720,13 @@ def test_memory_stays_flat_and_others_are_served(big, tls):
     """While several clients have 40 MB sent, little memory is used, and another client is answered."""
     os.truncate(big, 40_000_000)
     options, wrap = tls
-    counts = []
+    counts, answered = [], 0
 
     def fetch(served):
-        with wrap(socket.create_connection((served.host, served.port), SECONDS)) as peer:
-            peer.sendall(GET + CLOSE)
-            counts.append(sum(map(len, iter(lambda: peer.recv(1 << 16), b""))))
+        while not counts or answered < 3 and len(counts) < 99:  # however long the other client has to wait for a processor
+            with wrap(socket.create_connection((served.host, served.port), SECONDS)) as peer:
+                peer.sendall(GET + CLOSE)
+                counts.append(sum(map(len, iter(lambda: peer.recv(1 << 16), b""))))
 
     def resident():
         with open("/proc/self/statm") as statm:
@@ -736,14 +737,14 @@ def test_memory_stays_flat_and_others_are_served(big, tls):
         before = resident()
         for thread in threads:
             thread.start()
-        most, answered = before, 0
+        most = before
         while any(thread.is_alive() for thread in threads):
             with wrap(socket.create_connection((served.host, served.port), SECONDS)) as peer:
                 peer.sendall(b"nonsense\r\n\r\n")
                 answered += b" 400 " in peer.recv(100)
             most = max(most, resident())
         assert most - before < 10_000_000 and answered >= 3
-    assert [count - 40_000_000 < 1000 for count in counts] == [True] * 3
+    assert len(counts) >= 3 and all(0 < count - 40_000_000 < 1000 for count in counts)
 
 
 def test_readers_that_wait_cost_no_memory(big):
