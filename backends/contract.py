@@ -297,13 +297,13 @@ class StorageContract(Base):
 
     def test_replace_moves_between_scopes(self) -> None:
         """A change of owner, is_public or deleted_at shows in pages and totals at once."""
-        store = self.open()
+        store, chance = self.open(), random.Random(0)
         store.add_all(image(n) for n in range(3))
         for fields in ({"is_public": True}, {"account_id": BOB}, {"deleted_at": TIME},
                        {"is_public": False}, {"deleted_at": None}, {"account_id": ALICE}):
             store.replace("wmi-00000001",
                           lambda record, fields=fields: {**record, **fields})
-            self.compare(store, list(store.walk(oldest_first=True)))
+            self.compare(store, list(store.walk(oldest_first=True)), chance)
 
     # ---- order ----
 

@@ -35,7 +35,9 @@ class Cluster:
     """Some members, numbered from 0."""
 
     def __init__(self, size=1, *options):
-        self.size, self.options, self.processes = size, options, {}
+        self.size, self.options, self.processes = size, list(options), {}
+        if size == 1:  # it is elected at once, as there are no others to hear
+            self.options += ["--heartbeat-interval=10", "--election-timeout=100"]
         self.folder = tempfile.mkdtemp(prefix="wmi-members-")
         self.clients = [f"http://127.0.0.1:{free_port()}" for _ in range(size)]
         self.peers = [f"http://127.0.0.1:{free_port()}" for _ in range(size)]

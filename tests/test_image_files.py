@@ -723,7 +723,7 @@ def test_memory_stays_flat_and_others_are_served(big, tls):
     counts, answered = [], 0
 
     def fetch(served):
-        while not counts or answered < 3 and len(counts) < 99:  # however long the other client has to wait for a processor
+        while not counts or (answered < 3 and len(counts) < 99):  # however long the other waits for a processor
             with wrap(socket.create_connection((served.host, served.port), SECONDS)) as peer:
                 peer.sendall(GET + CLOSE)
                 counts.append(sum(map(len, iter(lambda: peer.recv(1 << 16), b""))))
