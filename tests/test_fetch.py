@@ -22,7 +22,7 @@ import time
 
 import pytest
 from serving import serving
-from support import ACCOUNT, SECONDS, ignore_surroundings, until
+from support import ACCOUNT, MODULE, SECONDS, ignore_surroundings, until
 from test_client import Scripted
 from test_tls import make_certificate
 
@@ -174,7 +174,7 @@ def test_to_standard_output(own, out, capfdbinary):
 
 def test_a_reader_that_has_seen_enough(own, out):
     """When the reader of standard output goes, as head does, no traceback is printed."""
-    argv = [sys.executable, wmi.__file__, "fetch", "wmi-one", "--url", own, "--account", ACCOUNT, "-O", "-"]
+    argv = [sys.executable, MODULE, "fetch", "wmi-one", "--url", own, "--account", ACCOUNT, "-O", "-"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
         assert command.stdout.read(10) == CONTENT[:10]
         command.stdout.close()
@@ -276,7 +276,7 @@ def test_kill_of_the_server(tmp_path, out, request):
         storage.add(image((tmp_path / "one.raw").as_uri(), CONTENT * 3))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    argv = [sys.executable, wmi.__file__, "serve", "--store", store, "--files", str(tmp_path), "--port", str(port)]
+    argv = [sys.executable, MODULE, "serve", "--store", store, "--files", str(tmp_path), "--port", str(port)]
     servers = []
 
     def start():
@@ -321,7 +321,7 @@ def test_kill_of_the_client(out, request):
     for place in places:
         source = Source(CONTENT, 'ETag: "a"', cuts=[place], hang=True)
         with source, catalog(image(source.uri)) as url:
-            argv = [sys.executable, wmi.__file__, "fetch", "wmi-one", "--url", url, "--account", ACCOUNT, "-O", "x"]
+            argv = [sys.executable, MODULE, "fetch", "wmi-one", "--url", url, "--account", ACCOUNT, "-O", "x"]
             with subprocess.Popen(argv) as command:
                 # Any moment will do: most often the last bytes have not arrived yet.
                 until(functools.partial(holds, out / "x.part", place * 0.9))
@@ -708,7 +708,7 @@ def test_a_read_only_disk(tmp_path, refused, own):
 
 def test_a_limit_of_the_size_of_files(own, out):
     """The same as a full disk, for those who are not root."""
-    argv = [sys.executable, wmi.__file__, "fetch", "wmi-one", "--url", own, "--account", ACCOUNT, "-O", "x"]
+    argv = [sys.executable, MODULE, "fetch", "wmi-one", "--url", own, "--account", ACCOUNT, "-O", "x"]
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1_000_000, hard))
     ended = subprocess.run(argv, preexec_fn=limit, capture_output=True, text=True, timeout=SECONDS)
@@ -733,7 +733,7 @@ def test_places_that_cannot_be(path, said, own, out, refused):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_standard_output_on_a_full_disk(own, out):
     """The line names standard output."""
-    argv = [sys.executable, wmi.__file__, "fetch", "wmi-one", "--url", own, "--account", ACCOUNT, "-O", "-"]
+    argv = [sys.executable, MODULE, "fetch", "wmi-one", "--url", own, "--account", ACCOUNT, "-O", "-"]
     with open("/dev/full", "wb") as full:
         ended = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, timeout=SECONDS)
     assert (ended.returncode, ended.stderr) == (1, "wmi: standard output: No space left on device\n")

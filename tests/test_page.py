@@ -17,6 +17,7 @@ import urllib.parse
 import pytest
 from browser import PROGRAM, Browser
 from serving import SECONDS, parse_answer, read_answer, serving
+from support import MODULE
 
 import wmi
 
@@ -577,7 +578,7 @@ def test_log_in_json():
 def test_start_line(tmp_path, log_format):
     """One line says what is served and where its page is; with --log-format json that line is JSON, too."""
     argv = ["serve", "--store", "memory:", "--port", "0", "--log-format", log_format]
-    child = subprocess.Popen([sys.executable, wmi.__file__, *argv], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, MODULE, *argv], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     try:
         first = child.stderr.readline()
         text = first[len("wmi: ") :].rstrip() if log_format == "text" else json.loads(first)["message"]

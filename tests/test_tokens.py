@@ -19,6 +19,7 @@ import types
 
 import pytest
 from serving import SECONDS, parse_answer, read_answer, serving
+from support import MODULE
 
 import wmi
 
@@ -261,7 +262,7 @@ def test_no_token_in_any_log_or_answer(path, log_format):
 
 def run(*argv, **env):
     """Run the command in a process; return exit code, standard output and standard error."""
-    done = subprocess.run([sys.executable, wmi.__file__, *map(str, argv)], env={**os.environ, **env},
+    done = subprocess.run([sys.executable, MODULE, *map(str, argv)], env={**os.environ, **env},
                           capture_output=True, text=True, timeout=60)  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
@@ -298,7 +299,7 @@ def test_process_list_has_no_token(server, tmp_path):
     """With WMI_TOKEN or --token-file no token is among the words of the process, which others can see."""
     silent = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-    child = subprocess.Popen([sys.executable, wmi.__file__, "list", "--url", url], env={**os.environ, "WMI_TOKEN": ONE})
+    child = subprocess.Popen([sys.executable, MODULE, "list", "--url", url], env={**os.environ, "WMI_TOKEN": ONE})
     try:
         silent.settimeout(60)
         peer, _ = silent.accept()
@@ -674,7 +675,7 @@ def serve(*options):
     storage.add_all(filled().walk(oldest_first=True))
     storage.close()
     argv = ["serve", "--store", "json:images.json", "--port", "0", "--log", "log", *options]
-    child = subprocess.Popen([sys.executable, wmi.__file__, *map(str, argv)], stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, MODULE, *map(str, argv)], stderr=subprocess.PIPE, text=True)
     try:
         said = []
         while not (said and (match := re.search(r"serving .* on http://([0-9.]+):([0-9]+)", said[-1]))):
