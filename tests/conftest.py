@@ -52,7 +52,8 @@ def pytest_collection_modifyitems(config, items):
 def pytest_collection_finish():
     """Keep what pytest itself holds, thousands of tests, out of each search for what is unreachable."""
     gc.collect()
-    gc.freeze()
+    if hasattr(gc, "freeze"):  # PyPy has none
+        gc.freeze()
 
 
 def pytest_report_header():
