@@ -4909,7 +4909,7 @@ def _explain(error: Exception, options: Any) -> str:
         return f"{text[21:]!r} is not an id: an id is wmi- and letters a-z or digits"
     cause: Any = getattr(error.__cause__, "reason", error.__cause__)  # urllib wraps the system's error
     said = getattr(cause, "strerror", "") or cause
-    if getattr(cause, "reason", "") == "WRONG_VERSION_COUNT":
+    if getattr(cause, "reason", "") == "WRONG_VERSION_NUMBER":
         said = "that port does not speak HTTPS, try http://"
     where = getattr(options, "url", None) or getattr(options, "store", "")
     return _EXPLAINED.get(type(error), "{text}").format(text=text, where=where, cause=f": {said}" if said else "")

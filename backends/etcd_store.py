@@ -960,7 +960,11 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
 
     def revision(self) -> str:
         """Return a text that changes with every change. It costs one request to the cluster."""
-        last = self._opened(asking=True).follower.newest()
+        # A server asks once for all that waits. So the replica is waited for here, and not once more by each read.
+        follower = self._opened(asking=True).follower
+        last = follower.newest()
+        if follower.state.replica:
+            follower.at(last.put, patient=False)
         return f"{last.put}.{last.value.decode('latin-1')}"
 
     def at_least(self, revision: str) -> EtcdStorage:

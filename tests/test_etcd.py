@@ -777,7 +777,8 @@ def test_a_copy_can_be_closed_while_it_works(single, opened):
     def work():
         try:
             with replica._reads as db:
-                db.execute("WITH RECURSIVE n(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n) SELECT sum(i) FROM n").fetchall()
+                endless = "WITH RECURSIVE n(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n) SELECT sum(i) FROM n"
+                db.execute(endless).fetchall()
         except OSError as error:
             errors.append(error)
 
