@@ -3737,6 +3737,8 @@ def add_token(account: str, path: str) -> str:
 
     Raises InvalidParameter and OSError.
     """
+    if os.path.isfile(path):
+        Tokens(path)  # raises if the file holds something else, such as a store, which a line of ours could destroy
     token = f"wmi_{os.urandom(32).hex()}"  # the prefix: a token that begins with - would look like an option
     line = f"{check_account('account', account)} {hashlib.sha256(token.encode()).hexdigest()}\n"
     with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b") as file:

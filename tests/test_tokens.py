@@ -391,6 +391,18 @@ def test_line_without_end_stays_one_line(command, path):
     assert len(path.read_text().splitlines()) == 3 and len(wmi.Tokens(str(path))._accounts) == 2
 
 
+@pytest.mark.parametrize("store", ["json", "sqlite"])
+def test_file_that_holds_something_else_stays_as_it_is(command, tmp_path, store):
+    """A slip of the hand: a line of tokens in the file of a store could make the store unreadable."""
+    path = tmp_path / "images"
+    with wmi.open_storage(f"{store}:{path}") as storage:
+        wmi.Catalog(storage).register({"id": "wmi-1", "account_id": "a-one"})
+    before = path.read_bytes()
+    code, out, err = command("token", "a-one", "--tokens", path)
+    assert (code, out, path.read_bytes()) == (1, "", before)
+    assert str(path) in err
+
+
 @pytest.mark.parametrize(
     "argv", [["a-one"], ["A-one", "--tokens", "new"], ["a-", "--tokens", "new"], ["a-one", "--tokens", "no/new"],
              ["a-one", "--tokens", "."], ["a-one", "--tokens", "/dev/full"]]
