@@ -1315,6 +1315,7 @@ MAX_HEAD = 32768  # bytes; four lines of full length, far more than any known cl
 MAX_FIELDS = 64  # header fields; browsers send about 20
 MAX_BODY = 65536  # bytes; the largest is a PUT of a name and a description
 MAX_EMPTY_LINES = 4  # before a request line; some old clients send one after a body (RFC 9112, 2.2)
+MAX_CHUNKS = 1024  # of a body; clients send some KB in each, and a chunk costs as much time as a KB
 MAX_CHUNK_LINE = 256  # bytes; a size, and extensions that nobody uses
 SMALL_HEAD = 1024  # bytes; parsed heads up to this size are cached, at most 256 of them
 
@@ -1588,7 +1589,7 @@ class Reader:
 
     def _read_chunks(self) -> Generator[None, None, bytes]:
         """Return a chunked body, which must follow the grammar to the letter (RFC 9112, 7.1)."""
-        body = bytearray()
+        body, chunks = bytearray(), 0
         while True:
             # 1. A line with the size in hex digits, and perhaps extensions. int() alone would take signs and 0x too.
             while not (line := _CHUNK_LINE.match(self._data, self._at, self._at + MAX_CHUNK_LINE + 2)):
@@ -1597,10 +1598,11 @@ class Reader:
                     raise BadRequest("a chunk does not begin with a line that says its size")
                 yield
             size = int(line[1], 16)
-            if len(body) + size > MAX_BODY:
-                raise ContentTooLarge(f"the body has more than {MAX_BODY} bytes")
             if not size:
                 break
+            chunks += 1
+            if len(body) + size > MAX_BODY or chunks > MAX_CHUNKS:
+                raise ContentTooLarge(f"the body has more than {MAX_BODY} bytes or {MAX_CHUNKS} chunks")
             # 2. As many bytes as the size says, and the end of a line.
             self._at = line.end()
             while len(self._data) - self._at < size + 2:
@@ -2158,6 +2160,7 @@ STORE_SECONDS = 10  # for the work of one turn; the stores here give up earlier,
 LINGER_SECONDS = 1  # for a client to read the last answer
 GRACE_SECONDS = 10  # for running requests to end when the server is told to stop
 TURN_SECONDS = 0.05  # for which work may hold up the leader, before another thread takes the lead
+ACCEPT_AT_ONCE = 64  # connections that are accepted in one round
 CHECK_SECONDS = 0.05  # between two checks of deadlines and other limits
 YIELD_SECONDS = 0.0002  # of work, then other processes may run: the slowest 1 % of answers take a third of the time
 SHARE_SECONDS = 0.002  # for which a new connection is left to workers that have fewer
@@ -2606,7 +2609,11 @@ class Server(http.server.HTTPServer):
                 self._receive_from(connection)
         self.moment, self.clock = time.monotonic(), now()
         if accepting:  # last, as it may close an idle connection, whose input is taken by now
-            self._accept()
+            # A round may take TURN_SECONDS. If it accepted one client only, a burst of them would be served late.
+            for _ in range(ACCEPT_AT_ONCE):
+                if not self._accept() or len(self._connections) >= self._max_connections:
+                    break  # with every place taken, only a client that surely waits may take that of another
+            self.moment = time.monotonic()  # the requests of new connections are taken, too
 
     def _receive_from(self, connection: Connection) -> None:
         result: Result | None = None
@@ -2664,25 +2671,28 @@ class Server(http.server.HTTPServer):
                 self.service.keep()
         self._write_log()
 
-    def _accept(self) -> None:
-        """Accept a connection. If every place is taken, the connection that has been idle longest gives way."""
+    def _accept(self) -> bool:
+        """Accept a connection, and take what it has sent; return whether another one may follow.
+
+        If every place is taken, the connection that has been idle longest gives way.
+        """
         # All workers wait at one listener, and the first to wake up would take every connection. So a worker leaves
         # a new one for SHARE_SECONDS to those that have fewer.
         if self.counts[self.number] > min(self.counts):
             self._offered = self._offered or self.moment
             if self.moment - self._offered < SHARE_SECONDS:
-                return
+                return False
         self._offered = 0.0
         if len(self._connections) >= self._max_connections and not self._evict():
             self._watch(self, 0)
-            return
+            return False
         try:
             stream, address = self.get_request()
         except OSError as error:
             if error.errno in _NO_ROOM and not self._evict():
                 self._watch(self, 0)  # until _check_limits(): the listener stays ready, and the loop would spin
                 self.report(f"accept: {error}")
-            return
+            return False
         try:
             stream.setblocking(False)
             if stream.family in (socket.AF_INET, socket.AF_INET6):
@@ -2690,10 +2700,11 @@ class Server(http.server.HTTPServer):
             connection = (TLSConnection if self.tls else Connection)(stream, address, self)
         except (OSError, ValueError):  # the client is gone already
             stream.close()
-            return
+            return True
         self._connections.add(connection)
         self.counts[self.number] = len(self._connections)
-        self._watch_or_close(connection, READ)
+        self._receive_from(connection)
+        return True
 
     def _evict(self) -> bool:
         """Close the connection that has been idle longest, or else stalled longest; return whether there was one.
@@ -4008,7 +4019,7 @@ def fetch_image(client: Client, id: str, path: str | None, progress: Progress) -
         url, source = urllib.parse.quote(uri.partition("#")[0], safe="!$%&'()*+,/:;=?@[]~"), client._stranger(uri)
     elif not uri.startswith("file:"):
         raise FetchError(f"{id} has no file to fetch: its source is {brief(shown)}")
-    path, tries = path or safe_name(uri) or id, 0
+    path, tries = path or unused_name(image), 0
     # 2. Ask for what is missing until all of it is here. Only tries in a row that brought nothing are counted, so a
     #    line that breaks now and then delays a large file but does not stop it.
     with _Arrival(path, url, image.get("md5sum")) as arrival:
@@ -4029,6 +4040,15 @@ def fetch_image(client: Client, id: str, path: str | None, progress: Progress) -
         # 3. Check the file, and give it its name.
         arrival.finish()
     return path
+
+
+def unused_name(image: Record) -> str:
+    """Return the name of the file in an image's source, or else its id. Raises FetchError if that file exists here."""
+    # Whoever registered the image has chosen the name. It must not replace a file of the user.
+    name = safe_name(str((image.get("source") or {}).get("uri", ""))) or str(image["id"])
+    if os.path.lexists(name):
+        raise FetchError(f"{name} exists already; to replace it, or to use another name, give -O FILE")
+    return name
 
 
 class _Arrival:
@@ -4567,7 +4587,7 @@ def _add(options: Any, boot_dev_type: int, location: str) -> None:
 def _describe_file(path: str, fields: dict[str, Any]) -> None:
     """Set the source and the checksum of an image whose file is on this machine. Raises InvalidParameter."""
     if not os.path.isfile(path):
-        raise InvalidParameter(f"{path}: no such file; give the path of a file, or a URI such as file:///…")
+        raise InvalidParameter(f"{path} is not a file here; give the path of a file, or a URI such as file:///…")
     fields["source"] = {"uri": "file://" + urllib.parse.quote(os.path.abspath(path))}
     image_record(fields)  # raises for a wrong field now, and not after the MD5 of a large file
     if "md5sum" not in fields:
@@ -4607,8 +4627,11 @@ def _client(options: Any, version: str = DOCUMENT) -> Client:
 
 
 def _fetch(options: Any) -> None:
+    client = _client(options)
+    path = options.output_file or unused_name(client.show(options.id))
+    _refuse_store_file(path, os.environ.get("WMI_STORE") or "sqlite:images.db")  # its journal need not exist now
     with _Progress("fetched", 1 << 20, " MiB") as progress:
-        path = _client(options).fetch(options.id, options.output_file, progress)
+        client.fetch(options.id, path, progress)
     if path != "-":
         _write(path + "\n")
 

@@ -653,7 +653,7 @@ MISTAKES = [  # what was typed, and the whole line that answers it
     ("modify wmi-0 --arch arm", 'arch: \'arm\' is not allowed; expected "x86" or "x86_64"'),
     ("features wmi-0", "nothing to change: give --virtio, --no-virtio, --acpi or --no-acpi"),
     ("add local lucid.raw -a a-x",
-     "lucid.raw: no such file; give the path of a file, or a URI such as file:///…"),
+     "lucid.raw is not a file here; give the path of a file, or a URI such as file:///…"),
     ("add volume snap-1", "account_id: is missing; say whose image it is, such as a-shpoolxx"),
     ("add volume lucid -a a-x", "source.snapshot_id: 'lucid' is not allowed; expected snap- and letters a-z or digits"),
     ("add volume snap-1 -a a-x -u wmi-0", "wmi-0 is registered already"),

@@ -63,6 +63,23 @@ def test_the_loop_looks_after_the_leader_by_default():
     assert default == wmi.TURN_SECONDS == 0.05
 
 
+def test_a_burst_of_new_clients_is_accepted_at_once(monkeypatch):
+    """A round may take long, so new clients are not accepted one a round, and what they sent is answered in it."""
+    rounds = []
+    receive = wmi.Server._receive
+    monkeypatch.setattr(wmi.Server, "_receive", lambda server: rounds.append(1) or receive(server))
+    with wmi.MemoryStorage() as storage, serving(storage) as served, contextlib.ExitStack() as stack:
+        with held(served):
+            stack.enter_context(connect(served)).sendall(GET)  # serving it waits for held()
+            until(lambda: connections(served) == 1)
+            peers = [stack.enter_context(connect(served)) for _ in range(wmi.ACCEPT_AT_ONCE)]
+            for peer in peers:
+                peer.sendall(GET)
+            rounds.clear()
+        assert {read_answer(peer)[0] for peer in peers} == {200}
+        assert len(rounds) < wmi.ACCEPT_AT_ONCE / 4
+
+
 @pytest.mark.parametrize("slow", [1, 3])
 def test_a_slow_store_delays_nobody_else(slow, log):
     """While requests wait for the store, others are answered; then all of them are, and one thread serves again."""

@@ -243,6 +243,33 @@ def test_a_file_that_is_there_is_replaced_at_the_end_only(own, out):
 # ---- interruptions ----
 
 
+def test_the_name_of_the_source_replaces_no_file(own, out, refused):
+    """The name was chosen by whoever registered the image, so a file of this name is not replaced without -O."""
+    (out / "one.raw").write_bytes(b"mine")
+    assert refused(own, None) == "wmi: one.raw exists already; to replace it, or to use another name, give -O FILE\n"
+    with pytest.raises(wmi.FetchError, match="exists already"):
+        wmi.Client(own, ACCOUNT).fetch("wmi-one")
+    assert (out / "one.raw").read_bytes() == b"mine" and left(out) == ["one.raw"]
+
+
+@pytest.mark.parametrize("name", ["images.db", "images.db-journal", "images.db-wal", "other.json", "other.json.lock"])
+def test_no_store_is_replaced(name, out, refused, monkeypatch):
+    """Neither under the name of the source nor with -O: a journal beside a store would be part of it."""
+    url = "sqlite:images.db"  # the default
+    if name.startswith("other"):
+        monkeypatch.setenv("WMI_STORE", url := "json:other.json")
+    with wmi.open_storage(url) as storage:
+        storage.add(wmi.image_record({"id": "wmi-mine", "account_id": ACCOUNT}))
+    before = left(out)
+    with catalog(image(f"file:///{name}")) as served:
+        assert "is a file of the store itself" in refused(served, name)
+        if name not in before:
+            assert "is a file of the store itself" in refused(served, None)
+    assert left(out) == before
+    with wmi.open_storage(url) as storage:
+        assert storage.get("wmi-mine")
+
+
 @pytest.mark.parametrize("path", ["x", "-"])
 @pytest.mark.parametrize("lines", [['ETag: "a"'], ["Last-Modified: " + LM, "Date: Tue, 14 Nov 2023 22:13:22 GMT"]])
 def test_cut_connections(path, lines, out, capfdbinary):

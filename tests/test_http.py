@@ -465,20 +465,47 @@ def cost(text, size):
     return time.thread_time() - began
 
 
-@pytest.mark.parametrize(
-    "text, factor",
-    [
-        (CHUNKED + b"1\r\na\r\n" * 65536 + b"0\r\n\r\n", 16),
-        ((b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 100), 64),
-    ],
-    ids=["chunks", "pipelined"],
-)
-def test_cost_grows_with_the_bytes(text, factor):
-    """HARDENING: twice the bytes cost about twice the time, in pieces as they arrive, however small the chunks."""
-    small = CHUNKED + b"1\r\na\r\n" * (65536 // factor) + b"0\r\n\r\n" if b"chunked" in text else text
-    large = text if b"chunked" in text else text * factor
-    least = min(cost(small, 16384) for _ in range(5))
-    assert min(cost(large, 16384) for _ in range(3)) < 3 * factor * least
+def chunks(count):
+    """Return a body of so many chunks of one byte each."""
+    return b"1\r\na\r\n" * count + b"0\r\n\r\n"
+
+
+def test_chunks_are_bounded():
+    """A chunk costs as much as a KB, however few bytes it has."""
+    assert body_of(CHUNKED, chunks(wmi.MAX_CHUNKS - 1)) == b"a" * (wmi.MAX_CHUNKS - 1)
+    assert body_of(CHUNKED, chunks(wmi.MAX_CHUNKS)) == b"a" * wmi.MAX_CHUNKS
+    with pytest.raises(wmi.ContentTooLarge):
+        body_of(CHUNKED, chunks(wmi.MAX_CHUNKS + 1))
+
+
+def test_cost_of_chunks():
+    """HARDENING: 65,536 chunks of one byte cost at most three times as much as a body of that size in one piece."""
+    with wmi.MemoryStorage() as storage:
+        storage.add(image("wmi-one"))
+        service = wmi.Service(storage)
+
+        def seconds(text):
+            pieces = [text[start : start + wmi.PIECE] for start in range(0, len(text), wmi.PIECE)]
+            began = time.thread_time()
+            try:
+                status = service.answer(next(filter(None, read_requests(pieces)))).status
+            except wmi.Error as error:
+                status = service.refuse(error).status
+            return time.thread_time() - began, status
+
+        whole = b"display_name=" + b"a" * (wmi.MAX_BODY - len(b"display_name="))
+        put = f"PUT /api/12.03/images/wmi-one HTTP/1.1\r\nHost: a\r\nX-VDC-ACCOUNT-UUID: {ACCOUNT}\r\n".encode()
+        least = min(seconds(put + b"Content-Length: 65536\r\n\r\n" + whole) for _ in range(20))
+        most = min(seconds(put + b"Transfer-Encoding: chunked\r\n\r\n" + chunks(65536)) for _ in range(20))
+        assert (least[1], most[1]) == (200, 413)
+        assert most[0] < 3 * least[0], (most, least)
+
+
+def test_cost_grows_with_the_bytes():
+    """HARDENING: pipelined requests cost what they cost one by one."""
+    text = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 100
+    least = min(cost(text, 16384) for _ in range(5))
+    assert min(cost(text * 64, 16384) for _ in range(3)) < 3 * 64 * least
 
 
 @pytest.mark.parametrize(
