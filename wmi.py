@@ -25,6 +25,10 @@ Glossary:
     the document  the description of the image API that DCMGR published; served under /api/images
     11.12, 12.03  the two releases of DCMGR that were deployed; each has its own path and small differences
     the originals the servers of these two releases, in Ruby; where the document is silent, they decide
+    account       who owns an image, or who calls, such as a-shpoolxx; an image is public, or for its account alone
+    operator      who works on a store directly, without an account, and may do everything
+    record        an image as a store keeps it: a dict with all fields; each version of the API shows some of them
+    index         the list of images, as the API answers it: one page of it, inside an envelope with the total
     tombstone     the record of a deleted image, which has a `deleted_at`; 12.03 still shows it
     revision      a text that names one state of a store; every change gives the store a new one
 
@@ -263,8 +267,8 @@ class HTTPVersionNotSupported(Error):
 # YAML
 ####################################################################################################
 # The originals show `source` and `features` as a YAML document inside a text, and answer in YAML when the path ends
-# in .yml. This part writes mappings with Ruby symbols as keys, sequences and scalars, such that the YAML libraries of
-# Ruby and Python read the same data back. It reads one flat mapping, which is what `source` and `features` are. Tags
+# in .yml. This part writes mappings (their keys as Ruby symbols), sequences and scalars, such that the YAML libraries
+# of Ruby and Python read the same data back. It reads one flat mapping, which is what `source` and `features` are. Tags
 # and anchors are not read: no text can make this module instantiate anything.
 
 # Text stays unquoted only if every reader of YAML 1.1 takes it for text, and not for a number, a date or a boolean.
@@ -429,7 +433,7 @@ def _matching(pattern: str, allowed: str) -> Check:
 
 
 def _one_of(*allowed: Any) -> Check:
-    typed = {(type(choice), choice) for choice in allowed}  # with its type: 1 == True, but they are different JSON
+    typed = {(type(choice), choice) for choice in allowed}  # with its type: 1 == True, but JSON tells them apart
 
     def check(field: str, value: Any) -> Any:
         if isinstance(value, (str, int)) and (type(value), value) in typed:
@@ -537,11 +541,11 @@ _ALWAYS_EMPTY = ("volumes", "vifs", "labels")  # 12.03 shows them as []: so [] i
 def image_record(fields: Mapping[str, Any]) -> Record:
     """Return a complete, checked record made from some fields of an image.
 
-    The names are those of FIELDS, and `uuid` is another name of `id`. Only account_id is required. The default
-    of id is a random one, that of created_at the present, and that of updated_at created_at. Raises InvalidParameter,
-    which names the field, the value and what is allowed.
+    The names are those of FIELDS, and `uuid` is another name of `id`. Only account_id is required. By default, id is
+    random, created_at is the present time, and updated_at is the same as created_at. Raises InvalidParameter, which
+    names the field, the value and what is allowed.
     """
-    # 1. Resolve `uuid`, so that what any version showed can be registered again: all of them show both names.
+    # 1. Resolve `uuid`, so that an image as any version shows it can be registered again: they all show both names.
     given = {name: value for name, value in fields.items() if name not in _ALWAYS_EMPTY or value != []}
     uuid = given.pop("uuid", None)
     if uuid is not None and given.setdefault("id", uuid) != uuid:
@@ -586,7 +590,7 @@ def check_agreement(record: Record) -> Record:
 
 
 def _fields(names: str, **shown: Callable[[Record], Any]) -> Mapping[str, Callable[[Record], Any]]:
-    """Return for each named field a function that returns what the field shows; by default, the value as kept."""
+    """Return, for each named field, a function from a record to what the field shows; by default, the value as kept."""
     shown["uuid"] = operator.itemgetter("id")
     shown["created_at"] = lambda record: Timestamp(record["created_at"])
     shown["updated_at"] = lambda record: Timestamp(record["updated_at"])
@@ -742,7 +746,7 @@ class Storage(Protocol):
         """
 
     def at_least(self, revision: str) -> Storage:
-        """Return this store for reads that need not be newer than a revision that it had.
+        """Return this store for reads that show a revision which it has had, or a newer one.
 
         A store in a cluster answers such reads without asking the cluster.
         """
@@ -778,6 +782,7 @@ class MemoryStorage:
         self._closed = False
 
     def _opened(self) -> threading.RLock:
+        """Return the lock of the store. Raises ValueError if the store is closed."""
         if self._closed:
             raise ValueError("the store is closed")
         return self._lock
@@ -898,10 +903,10 @@ def register_backend(scheme: str, opener: Opener) -> None:
 
 
 def open_storage(url: str) -> Storage:
-    """Return the store that a URL such as sqlite:images.db, json:images.json or memory: names, opened.
+    """Open the store that a URL names, such as sqlite:images.db, json:images.json or memory:, and return it.
 
     The scheme is looked up among the registered ones, then as backends/SCHEME_store.py beside this file, then among
-    the entry points of the group wmi.backends. Raises InvalidParameter if it is nowhere, and DatabaseError if the
+    the entry points of the group wmi.backends. Raises InvalidParameter if it is not found, and DatabaseError if the
     store cannot be opened.
     """
     # A backend is imported, and installed packages are searched, only when a URL asks for them. The scheme becomes
@@ -971,8 +976,8 @@ _STORE_SAYS = {  # what the caller is told about an OSError of a store, by its e
 ####################################################################################################
 # Catalog
 ####################################################################################################
-# The rules on a store: who sees what, who may delete, how a list is paged, filtered and sorted. There is no HTTP here
-# and no file. Where the versions of the API differ, the rules ask the table VERSIONS.
+# The rules of the API, applied to a store: who sees what, who may delete, how a list is paged, filtered and sorted.
+# There is no HTTP here and no file. Where the versions of the API differ, the rules ask the table VERSIONS.
 #
 # The index has three ways to its images. The first that applies is taken:
 #
@@ -988,7 +993,7 @@ _STORE_SAYS = {  # what the caller is told about an OSError of a store, by its e
 PAGE_AT_ONCE = 50  # images read in one piece, each up to 150 KB; a longer list is walked, in bounded memory
 IMAGES_A_CALL = 1000  # the limit with which images() calls an index
 SORTED_AT_MOST = 10_000  # the highest start + limit with sort_by, since this many keys are held in memory
-SORTED_BY = 255  # leading characters by which a text is sorted; MySQL took the first 1024 bytes
+SORTED_BY = 255  # leading characters by which a text is sorted; MySQL, under the originals, took the first 1024 bytes
 PULSE = 1000  # records between two calls of a catalog's pulse, in a walk with filters
 
 
@@ -1018,7 +1023,7 @@ class Catalog:
         self.version = find_version(version)
 
     def at_least(self, revision: str) -> Catalog:
-        """Return this catalog for reads that need not be newer than a revision that the store had."""
+        """Return this catalog for reads that show a revision which the store has had, or a newer one."""
         storage = self.storage.at_least(revision)
         if storage is self.storage:  # on this machine the newest costs nothing
             return self
@@ -1057,7 +1062,7 @@ class Catalog:
     def matching(
         self, public: bool, deleted: bool | None, conditions: Sequence[Condition], oldest_first: bool = False
     ) -> Iterator[Record]:
-        """Yield the images in a scope of the store for which all conditions hold; all of the scope is looked at."""
+        """Yield the images in a scope of the store for which all conditions hold; the whole scope is read."""
         walk = self.storage.walk(self.account, public=public, deleted=deleted, oldest_first=oldest_first)
         for number, record in enumerate(walk, 1):
             if number % PULSE == 0:
@@ -1066,7 +1071,7 @@ class Catalog:
                 yield record
 
     def _sorted(self, matching: Callable[..., Iterator[Record]], sort_by: str, start: int, limit: int | None) -> Page:
-        """Return a sorted page; images with equal keys stand in order of registration, for desc the newest first."""
+        """Return a sorted page; images with equal keys are in order of registration, or newest first for desc."""
         # nsmallest and nlargest leave equal keys in the order in which they came, so the walk goes in the order that
         # equal keys should have. Entries are compared by their keys alone, since ids must not decide a tie.
         field, _, order = sort_by.partition(".")
@@ -1294,7 +1299,7 @@ def _sort_key(version: Version, field: str, record: Record) -> tuple[bool, Any]:
         return False, ""
     value = version.fields[field](record)
     text = json.dumps(value) if isinstance(value, (dict, list)) else value
-    return value is not None, text[:SORTED_BY].upper() if isinstance(text, str) else text  # as in utf8_general_ci
+    return value is not None, text[:SORTED_BY].upper() if isinstance(text, str) else text  # as MySQL's utf8_general_ci
 
 
 ####################################################################################################
@@ -1486,7 +1491,7 @@ def check_partial(head: bytes | bytearray, checked: int = 0) -> None:
 
 
 def check_characters(text: bytes | bytearray, checked: int) -> None:
-    """Raise for too many bytes, and for a character that heads and trailers may not hold, past `checked` bytes."""
+    """Raise if the text is too long, or has a character, past `checked` bytes, that heads and trailers may not hold."""
     if _NEVER_IN_HEAD.search(text, max(0, checked - 1)):
         raise BadRequest("there is a bare CR, a bare LF or a control character")
     if len(text) > MAX_HEAD:
@@ -1496,10 +1501,10 @@ def check_characters(text: bytes | bytearray, checked: int) -> None:
 class Reader:
     """The requests in the bytes of one connection: feed() what arrives, then read() until it returns None.
 
-    Reading is a generator, which yields a request, or None where it needs more bytes. So the code has the order of
-    the grammar, although the bytes come in any pieces. A position marks what has been read, and the buffer is cut there
-    only when more arrives. So the cost of a request grows with its bytes, however many chunks they come in. When the
-    buffer was cut after each chunk, 65,536 chunks of one byte took 0.6 s.
+    Reading is a generator, which yields a request, or None where it needs more bytes. So the code follows the grammar
+    from top to bottom, whatever the pieces in which the bytes come. A position marks what has been read, and the buffer
+    is cut there only when more arrives. So the cost of a request grows with its bytes, however many chunks they come
+    in. When the buffer was cut after each chunk, 65,536 chunks of one byte took 0.6 s.
     """
 
     def __init__(self) -> None:
@@ -1862,9 +1867,9 @@ class Service:
             return self.refuse(Error("internal error"), request)
 
     def kept_answer(self, request: Request, arrived: float) -> Answer | None:
-        """Return a kept answer if no look at the store is needed to know that it is up to date, else None."""
+        """Return the kept answer if the last look at the store is enough to know that it is up to date, else None."""
         # Called for nearly every request, so it takes no lock: dict and tuple are read in one step each, and _NOT_KEPT
-        # stands for an entry that another thread has dropped in between. Steps 3 and 4 of the argument above.
+        # stands for an entry that another thread has dropped in between. See steps 3 and 4 at the top of this part.
         if request.cache_key not in self._kept or request.method not in ("GET", "HEAD"):
             return None
         (moment, known), (revision, answer, _) = self._known, self._kept.get(request.cache_key, _NOT_KEPT)
@@ -1937,8 +1942,8 @@ class Service:
         # A changed file of tokens is noticed here too, before any request of the round is identified.
         if self.tokens and (fault := self.tokens.refresh()):
             self._report(f"tokens: {fault}; the last good ones stay in force")
-        # If the store is slow, the thread that looks is held up, and another one serves. Its look began too early for
-        # the requests that come now. They wait for the next look, and need no threads for that.
+        # If the store is slow, the thread that looks is held up, and another one serves. The look under way began too
+        # early for the requests that come now. They wait for the next look, and need no threads for that.
         if not self.looking:
             self.looking = True
             with contextlib.suppress(Exception):
@@ -1970,8 +1975,8 @@ class Service:
 
     def read_images(self, request: Request, route: Route, arrived: float, pulse: Pulse) -> Answer:
         """Answer GET and HEAD of one image or of an index."""
-        # 1. The revision comes first: see step 2 of the argument above. A cluster is asked for it once per round; with
-        #    at_least(), the images are then read from this server's own copy.
+        # 1. The revision comes first: see step 2 at the top of this part. A cluster is asked for it once per round;
+        #    with at_least(), the images are then read from this server's own copy.
         version, id, format, _ = route
         catalog, revision = self.catalog(request, version), self.revision(arrived)
         body: bytes | Body
@@ -2019,7 +2024,7 @@ class Service:
     def _was_asked(self, key: CacheKey) -> bool:
         """Return whether a request with this key came before, and remember the key."""
         # Keeping an answer costs a tenth of making it, which is wasted if nobody asks for it again. Two keys with the
-        # same hash do no harm: one answer is kept too early.
+        # same hash do no harm: the answer to one of them is kept too early.
         if hash(key) in self._asked:
             return True
         if len(self._asked) >= ASKED_AT_MOST:
@@ -2029,7 +2034,7 @@ class Service:
 
     def keep(self) -> None:
         """Keep the answers made since the last call, if the store has not changed since before they were read."""
-        # Steps 1 and 2 of the argument above. An entry that replaces one with the same key also replaces its size.
+        # Steps 1 and 2 at the top of this part. An entry that replaces one with the same key also replaces its size.
         fresh, self.fresh = self.fresh, []
         with storage_errors():
             revision = self.storage.revision()
@@ -2145,9 +2150,9 @@ def parse_update(request: Request, known: Sequence[str]) -> dict[str, Any]:
 #     `_lines`                                   any thread appends; the one that has `_log_lock` takes and writes them
 #     `stopping`                                 any thread sets it; nobody clears it
 #
-# From HTTPServer of http.server we take what people know: the constructor, serve_forever, shutdown, server_close,
-# server_address, service_actions, handle_error, and the table of reasons. Two things are replaced: its loop, which
-# serves one client at a time, and its handler, which accepts most of what RFC 9112 forbids.
+# Server keeps what people know of http.server.HTTPServer: the constructor, serve_forever, shutdown, server_close,
+# server_address, service_actions, handle_error, and the reason phrases. Two things are replaced: the loop, which serves
+# one client at a time, and the handler, which accepts most of what RFC 9112 forbids.
 
 MAX_CONNECTIONS = 1000  # per process; each costs a few KB and a descriptor
 IDLE_SECONDS = 15  # between two requests; Apache waits 5 s, nginx 75 s
@@ -2162,7 +2167,7 @@ GRACE_SECONDS = 10  # for running requests to end when the server is told to sto
 TURN_SECONDS = 0.05  # for which work may hold up the leader, before another thread takes the lead
 ACCEPT_AT_ONCE = 64  # connections that are accepted in one round
 CHECK_SECONDS = 0.05  # between two checks of deadlines and other limits
-YIELD_SECONDS = 0.0002  # of work, then other processes may run: the slowest 1 % of answers take a third of the time
+YIELD_SECONDS = 0.0002  # of work, then other processes may run: cuts the time of the slowest 1 % of answers to a third
 SHARE_SECONDS = 0.002  # for which a new connection is left to workers that have fewer
 STALLED_SECONDS = 2  # after which an unfinished request gives way to a new connection, if every place is taken
 POLL_SECONDS = 0.005  # between two looks for the results of threads that are held up
@@ -2206,7 +2211,7 @@ class Connection:
         self.socket, self.server = stream, server
         self.client = address[0] if isinstance(address, tuple) else "unix"
         self.watched = 0  # what the selector watches for: READ, WRITE, or 0 while another thread works for it
-        self.queued = 0.0  # since when it waits for a turn or for work; 0: it does not. The selector is ignored then
+        self.queued = 0.0  # since when it waits for a turn or work, and the selector is ignored; 0: it does not wait
         # Input. Nothing is received while an answer is made or sent.
         self.reader = Reader()
         self.receiving = True
@@ -2608,7 +2613,7 @@ class Server(http.server.HTTPServer):
             elif not connection.queued:
                 self._receive_from(connection)
         self.moment, self.clock = time.monotonic(), now()
-        if accepting:  # last, as it may close an idle connection, whose input is taken by now
+        if accepting:  # last, since it may close an idle connection: what has arrived there must have been taken
             # A round may take TURN_SECONDS. If it accepted one client only, a burst of them would be served late.
             for _ in range(ACCEPT_AT_ONCE):
                 if not self._accept() or len(self._connections) >= self._max_connections:
@@ -2876,9 +2881,9 @@ def address_of(listener: socket.socket, scheme: str = "http") -> str:
 #                        worker, and waits until all have ended        GRACE_SECONDS at most, and exits
 #     SIGINT             the same as SIGTERM                           a worker ignores it: Ctrl-C in a terminal goes to
 #                                                                      all processes, and the parent tells the workers
-#     a second of them   sends SIGKILL to each worker                  the only process exits at once; a worker goes on,
+#     either one again   sends SIGKILL to each worker                  the only process exits at once; a worker goes on,
 #                                                                      because systemd and the parent may both tell it
-#     SIGALRM            the same as a second one; the parent sets     -
+#     SIGALRM            the same as SIGTERM again; the parent sets    -
 #                        it for the end of the grace, in case a
 #                        worker hangs
 #     SIGHUP             renews what it read at the start, such as     renews it for new connections
@@ -2905,8 +2910,8 @@ def block_signals(block: bool) -> None:
 def memory_trimmer() -> Callable[[], object]:
     """Return a function that makes the C library give freed memory back to the system, in about a millisecond.
 
-    Without it a process keeps the memory that an attack once took: 62 MB a minute later, instead of 46. To let all
-    threads share one arena saves 3 to 4 MB more; only one thread runs at a time anyway.
+    Without it a process keeps the memory that an attack once took: 62 MB a minute later, instead of 46. If all threads
+    share one arena (a pool of malloc), that saves 3 to 4 MB more; only one thread runs at a time anyway.
     """
     try:
         import ctypes  # here: a program that embeds a server decides about memory by itself, and needs no ctypes
@@ -2964,12 +2969,12 @@ def run_server(
         while len(children) < workers and not signals:
             block_signals(True)
             number = min({*range(workers)} - {*children.values()})
-            if not signals:  # one may have come before they were blocked
+            if not signals:  # one may have come just before the signals were blocked
                 children[os.fork() or _exit_as_worker(make_server, renew, (parent, counts, number))] = number
             block_signals(False)
-        # 2. Wait until one of them ends. If that comes soon, it may be unable to start: then do not fork in a spin.
+        # 2. Wait until one of them ends. If it ends soon, it may be unable to start: then wait a second before a fork.
         waited = time.monotonic()
-        if children:  # none, if the first signal came just before they were blocked
+        if children:  # there are none if the first signal came just before the signals were blocked
             children.pop(os.wait()[0], None)
         if not signals and time.monotonic() - waited < 1:
             time.sleep(1)
@@ -3346,8 +3351,8 @@ class TLSConnection(Connection):
     is part of the first read.
     """
 
-    # No decrypted bytes stay in OpenSSL, where the selector would not see them: a record holds at most PIECE bytes, and
-    # receive() asks for PIECE bytes.
+    # No decrypted bytes stay in OpenSSL, where the selector would not see them: a record of TLS holds at most PIECE
+    # bytes, and receive() asks for PIECE bytes.
 
     def __init__(self, stream: socket.socket, address: Any, server: Server) -> None:
         assert server.tls
@@ -3410,7 +3415,7 @@ def tls_context(certificate: str, key: str | None = None) -> ssl.SSLContext:
         raise InvalidParameter("--tls-cert: this Python has no ssl module")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)  # each would cost us work, but the client nothing
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)  # to renegotiate costs the server far more than a client
     try:
         context.load_cert_chain(certificate, key)
     except (OSError, ValueError) as error:
@@ -3447,7 +3452,7 @@ class FileBody:
     `status` is the status of the file for which the ETag was made. If the file changes later, the answer is cut.
     """
 
-    # The head names the bytes by their ETag, so no answer may end well with bytes of two versions of the file. The size
+    # The head names the bytes by their ETag, so no complete answer may mix bytes of two versions of the file. The size
     # and the time of change are compared after each piece. sendfile() has already sent the piece by then, so the last
     # piece is always copied: it is read, the file is compared, and only then is it sent. A client that gets all of
     # Content-Length thus has bytes of one version, as far as the clock of the file system tells two versions apart.
@@ -3498,7 +3503,7 @@ def open_image_file(folder: str, record: Record) -> BinaryIO:
     absent = NotFound(f"there is no file of {record['id']} here")
     if not match:
         raise absent
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # the last: to open a FIFO waits for a writer
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # else opening a FIFO would wait for a writer
     with contextlib.ExitStack() as opened:
         try:
             # 2. Resolve all links in the path. The result must be below the folder.
@@ -3662,7 +3667,7 @@ class Tokens:
 
         If the file has a fault, the tokens that were read last stay in force.
         """
-        # Called before every round of requests, so usually it costs one stat.
+        # Called before every round of requests, so it has to be cheap: usually it costs one stat.
         #
         # 1. If another thread is reading, perhaps from a network that is slow, go on with the tokens as they are.
         if not self._lock.acquire(blocking=False):
@@ -3684,7 +3689,7 @@ class Tokens:
             fault = f"{self._path}: {getattr(error, 'strerror', '') or error}"
         finally:
             self._lock.release()
-        # 4. Report each fault once, and not in every round until somebody mends the file.
+        # 4. Report each fault once, instead of in every round until somebody mends the file.
         told, self._fault = self._fault, fault
         return "" if fault == told else fault
 
@@ -4359,7 +4364,7 @@ def _load(options: Any) -> None:
                 yield line
 
     with standard if path == "-" else open(path, "rb") as file, open_storage(options.store) as storage:
-        # All or none is one batch. With --keep-going each line is a batch, so that a bad one undoes no other.
+        # All or nothing: the lines are one batch. With --keep-going each line is a batch, so a bad one undoes no other.
         batches: Iterable[Iterator[Record]] = [_progressing("loaded", map(_parse_line, lines()))]
         if options.keep_going:
             batches = (map(_parse_line, [line]) for line in lines())
@@ -4388,7 +4393,7 @@ def _refuse_store_file(path: str, url: str) -> None:
 
 
 def _open_existing(url: str) -> Storage:
-    """Open a store that exists: a typing error in its name must not create a store. Raises InvalidParameter."""
+    """Open a store that exists: a typo in its name must not create a store. Raises InvalidParameter."""
     scheme, _, location = url.partition(":")
     if scheme in ("json", "sqlite") and location and not os.path.exists(location):
         raise InvalidParameter(f"there is no store {url}; `add` or `load` makes one")
@@ -4431,7 +4436,7 @@ def _replacing(path: str) -> Iterator[TextIO]:
             if os.path.exists(target):
                 os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
             yield out
-            # On the disk before the rename: otherwise a power failure could leave an empty file in place of the old.
+            # Sync it before the rename: otherwise a power failure could leave an empty file in place of the old one.
             out.flush()
             os.fsync(out.fileno())
         os.replace(temporary, target)
@@ -4756,14 +4761,14 @@ _OPTIONS: dict[str, dict[str, _Option]] = {  # by the title of their group in --
         "output": ("-o", "table (the default), json, yaml or id", {"choices": _OUTPUTS, "default": "table"}),
         "output_file": ("-O", "write to FILE, - for stdout (default: named by its source)", {"metavar": "FILE"}),
         "start": ("", "number of images to skip (default: 0)", {"default": "0"}),
-        "limit": ("", "number of images to list at most", {}),
+        "limit": ("", "list at most this many images", {}),
         "keep_going": ("", "report bad lines and load the others", _SWITCH),
         "repair": ("", "rebuild what can be derived from the images", _SWITCH),
         "virtio": ("", "set or clear this feature", _TOGGLE),
         "acpi": ("", "set or clear this feature", _TOGGLE),
         "sample": ("", "fill an empty store with a few images", _SWITCH),
         "files": ("", "serve the image files below this directory", {"metavar": "DIR"}),
-        "tokens": ("", "file of tokens; with it, serve answers their holders only", {"metavar": "FILE"}),
+        "tokens": ("", "file of tokens; only their holders are served", {"metavar": "FILE"}),
         "unversioned": ("", "version of /api/images: %(choices)s", {"choices": VERSIONS, "default": DOCUMENT}),
         "log": ("", "append the log to FILE, not to stderr; - for no log", {"metavar": "FILE"}),
         "log_format": ("", "text (the default) or json", {"choices": LOG_FORMATS, "default": "text"}),
@@ -4830,7 +4835,7 @@ _COMMANDS: list[tuple[str, Callable[[Any], object], str, str, str]] = [
      "download the file of an image, resume if interrupted, check its MD5", "wmi-lucid0 --url http://127.0.0.1:9001"),
     ("token", _token, "ACCOUNT tokens",
      "make a token for an account and print it; it is not shown again", "a-shpoolxx --tokens tokens"),
-    ("load", _load, "[FILE] store keep_going", "load images from JSON lines, all or none", "images.jsonl"),
+    ("load", _load, "[FILE] store keep_going", "load images from JSON lines, all or nothing", "images.jsonl"),
     ("dump", _dump, "[FILE] store", "write all images as JSON lines", "images.jsonl"),
     ("copy", _copy, "SOURCE TARGET", "copy a store into an empty one that is not in use", "json:a sqlite:b"),
     ("check", _check, "[URL] store repair", "read a whole store and print its faults", "sqlite:images.db --repair"),
@@ -4856,7 +4861,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"wmi: {_visible(_explain(error, options))}", file=sys.stderr)
         try:
             sys.stdout.flush()
-        except OSError:  # drop the rest, or the interpreter tries to write it once more when it ends
+        except OSError:  # drop the rest: otherwise the interpreter tries to write it once more when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except KeyboardInterrupt:
