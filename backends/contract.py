@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     Base = unittest.TestCase
 else:
-    Base = object  # a mixin: as it stands it is not collected
+    Base = object  # a mixin, which test runners do not collect by itself
 
 Record = dict[str, Any]
 ALICE, BOB, CAROL = "a-00000001", "a-00000002", "a-00000003"
@@ -118,7 +118,7 @@ class StorageContract(Base):
         self.assertEqual(json.dumps(got), json.dumps(image(1, **strange)))
 
     def test_hostile_texts_are_kept(self) -> None:
-        """No text harms a store, and none is changed by it, neither as a value nor as a key."""
+        """No text harms a store, and the store changes none, neither as a value nor as a key."""
         store = self.open()
         for n, text in enumerate(HOSTILE):
             store.add(image(n, description=text, extra={text: [text]}))
@@ -245,7 +245,7 @@ class StorageContract(Base):
         self.assertEqual(list(store.walk(oldest_first=True)), [image(0), new, image(2)])
 
     def test_replace_gives_change_a_copy(self) -> None:
-        """`change` gets the record as it is stored; to alter that copy without returning it does nothing."""
+        """`change` gets a copy of the record; altering this copy has no effect unless it is returned."""
         store, seen = self.open(), []
         store.add(image(1))
 
@@ -308,7 +308,7 @@ class StorageContract(Base):
     # ---- order ----
 
     def test_order_is_that_of_registration(self) -> None:
-        """It does not matter if the clock steps back, nor in which order the ids are."""
+        """Neither a clock that steps back nor the order of the ids matters."""
         store = self.open()
         for n in (5, 3, 9, 1):
             store.add(image(n, created_at=f"201{9 - n}-01-01T00:00:00Z"))
@@ -338,7 +338,7 @@ class StorageContract(Base):
         self.assertEqual(store.page(ALICE, 8, 3), (10, [image(1), image(0)]))
 
     def test_a_page_beyond_the_end_is_empty(self) -> None:
-        """The total is the same as ever; start and limit may be arbitrarily large."""
+        """The total is still that of the scope; start and limit may be arbitrarily large."""
         store = self.open()
         store.add_all(image(n) for n in range(3))
         for start, limit in ((3, 1), (4, 0), (0, 0), (10**30, 1), (2**63, 2**63)):
@@ -346,7 +346,7 @@ class StorageContract(Base):
         self.assertEqual(len(store.page(ALICE, 1, 10**30)[1]), 2)
 
     def test_negative_numbers_are_refused(self) -> None:
-        """They raise ValueError, in a walk before its first record."""
+        """They raise ValueError; a walk does so before its first record."""
         store = self.open()
         store.add(image(1))
         for start, limit in ((-1, 1), (0, -1), (-(10**30), 0)):
@@ -366,7 +366,7 @@ class StorageContract(Base):
         self.assertEqual(store.page(None, 0, 0)[0], 4)
 
     def test_tombstones_are_left_out_of_pages(self) -> None:
-        """So it is by default; `deleted` asks for tombstones alone, or for both."""
+        """This is the default; `deleted` asks for tombstones alone, or for both."""
         store = self.open()
         store.add_all([image(1), dead(image(2))])
         self.assertEqual(ids(store.page(ALICE, 0, 9)[1]), ["wmi-00000001"])
@@ -409,7 +409,7 @@ class StorageContract(Base):
             model.remove(old)
 
     def compare(self, store: Any, model: list[Record], chance: random.Random | None = None) -> None:
-        """Compare pages and walks of every scope with the model, from each of some starts, or from two by chance."""
+        """Compare pages and walks of every scope with the model, from several starts, or two of them by `chance`."""
         for account, public, deleted in SCOPES:
             scope = {"public": public, "deleted": deleted}
             want = [r for r in reversed(model) if belongs(r, account, public, deleted)]
@@ -423,7 +423,7 @@ class StorageContract(Base):
             self.assertEqual(list(store.walk(account, frozen=True, **scope)), want)
 
     def test_many_records_page_as_they_walk(self) -> None:
-        """Pages put together are the same as the walk, also where a store counts by blocks of serials."""
+        """Pages put together are the same as the walk, even in a store that counts by blocks of serials."""
         store = self.open()
         store.add_all(image(n, BOB if n % 3 else ALICE, is_public=n % 5 == 0) for n in range(700))
         for n in range(0, 700, 7):
@@ -437,7 +437,7 @@ class StorageContract(Base):
     # ---- walks ----
 
     def test_a_walk_goes_both_ways(self) -> None:
-        """The newest or the oldest comes first; `start` skips from where the walk begins."""
+        """The newest or the oldest comes first; `start` skips records at the end where the walk begins."""
         store = self.open()
         store.add_all(image(n) for n in range(5))
         for frozen in (True, False):
@@ -449,7 +449,7 @@ class StorageContract(Base):
         self.disturb(oldest_first=False)
 
     def test_a_walk_from_the_oldest_under_change_keeps_its_promise(self) -> None:
-        """It meets what is added during it, and promises the same."""
+        """It may yield what is added meanwhile, and promises the same."""
         self.disturb(oldest_first=True)
 
     def disturb(self, oldest_first: bool) -> None:
@@ -523,7 +523,7 @@ class StorageContract(Base):
         self.assertEqual(store.revision(), revision)
 
     def test_every_change_changes_the_revision(self) -> None:
-        """Each method that changes something does, and no revision comes back, even if the content does."""
+        """Each method that changes something makes a new revision. None ever returns, even if the content does."""
         store = self.open()
         seen = [store.revision()]
         changes: list[Callable[[], object]] = [
@@ -548,7 +548,7 @@ class StorageContract(Base):
         self.assertEqual(len(seen), len(set(seen)))
 
     def test_reads_at_least_as_new_as_a_revision(self) -> None:
-        """Each shows all that was done when the revision was taken, by every verb that reads."""
+        """Every method that reads shows all that was done before the revision was taken."""
         store = self.open()
         others = [store, self.open()] if self.shared else [store]
         for n in range(20):
@@ -564,7 +564,7 @@ class StorageContract(Base):
         with self.assertRaisesRegex(ValueError, "closed"):
             store.at_least(revision).get("wmi-00000001")
 
-    # ---- all or none ----
+    # ---- all or nothing ----
 
     def test_add_all_keeps_the_order(self) -> None:
         """The last record is the newest; the number of records is returned, and may be 0."""

@@ -24,8 +24,8 @@ Theory of operation:
    also compares a session, a key that only this change uses at the moment, and puts a random name there. If the answer
    is lost, the session is read. If it has the name, the change was made. Otherwise the session is deleted, and if the
    change arrives after that, its comparison fails. If the session can be neither read nor deleted, nobody can tell what
-   happened, and the error is EINPROGRESS. (A refusal because of the quota counts as a lost answer, because etcd also
-   refuses a change that it has made, if this change exceeded the quota.)
+   happened, and the error is EINPROGRESS. (A refusal because the quota of space is exceeded counts as a lost answer:
+   etcd has made the change that exceeds the quota, and still refuses it.)
 4. Loads. Many records do not fit into one transaction. They are put as intents, values with the name of their load.
    Putting load/L makes all of them visible at once. Until then each key means what it meant `before`, or nothing. If
    somebody else changes an image on which a load has put an intent, the same transaction deletes the session of the
@@ -81,7 +81,7 @@ SESSION_S, LOAD_S = 3600, 120
 AT_ONCE, BYTES_AT_ONCE, NESTED_AT_ONCE = 100, 500_000, 16
 PAGE_S, PAGE, PAGE_BYTES = 4.0, 5000, 4_000_000  # seconds, images and bytes of one request that reads many images
 FOLDER, LEFT_S = "wmi-etcd-", 60  # a folder of this age in seconds that nobody locks was left by a killed process
-EXHAUSTED, UNDECIDED = 8, (1, 2, 4, 13, 14, 15)  # gRPC's codes; after UNDECIDED it may have been done
+EXHAUSTED, UNDECIDED = 8, (1, 2, 4, 13, 14, 15)  # gRPC's codes of errors; after UNDECIDED a change may have been made
 CLOSED = "closed: the store in etcd"
 OTHERS = "etcd: others change the same images meanwhile; nothing was changed: try again"
 FORM_PATTERN = r"(https?://[^/,@?#]+(?:,https?://[^/,@?#]+)*)/+([^?#]*[^?#/])/*(?:\?cafile=(.+))?"
@@ -141,7 +141,7 @@ class _Channel:
 
     def __init__(self, url: str, context: ssl.SSLContext | None, seconds: float) -> None:
         parts = urlsplit(url)
-        self.url, self.kept, self._host = url, False, parts.netloc
+        self.url, self.kept, self._host = url, False, parts.netloc  # kept: it can be used for another request
         self.socket = socket.create_connection((parts.hostname, parts.port or 2379), seconds)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if context:
@@ -303,7 +303,7 @@ class _Cluster:
             pairs = [_pair(each) for each in self.call("/v3/kv/range", body, seconds=PAGE_S).get("kvs", ())]
             yield from pairs
             start = pairs[-1].key + b"\0" if len(pairs) == limit else b""
-            # As many as would have made PAGE_BYTES: records may have 100 bytes or 100,000.
+            # The next page has as many as would have filled PAGE_BYTES now: records may have 100 bytes or 100,000.
             limit = max(16, min(PAGE, limit * PAGE_BYTES // (1 + sum(len(pair.value) for pair in pairs))))
 
     def names(self, kind: str, revision: int) -> dict[str, int]:
@@ -428,6 +428,7 @@ def _images(cluster: _Cluster, revision: int) -> Iterator[_Image]:
 
 
 def _value(record: str, **fields: Any) -> bytes:
+    """Return the value of the key of an image, from the JSON of its record and the other fields: see "Keys"."""
     return f'{_encode(fields)[:-1]}, "record": {record}}}'.encode()
 
 
@@ -510,12 +511,13 @@ class _Changes:
     def _begin_session(self, name: str, seconds: int) -> _Session:
         key = self._key("session/", name)
         lease = self._cluster.call("/v3/lease/grant", {"TTL": seconds})["ID"]
-        # May be sent twice: then the revision may be that of the first put, the comparison fails, and nothing is done.
+        # The put may be sent twice, and the revision be that of the first. Then the comparison of the change that uses
+        # this session fails, nothing is done, and commit() tries another session.
         return _Session(key, lease, self._cluster.transact([], [_put(key, b"", lease)])[2])
 
     def _defeat(self, images: Iterable[_Image]) -> tuple[list[Record], list[Record]]:
         """Return comparisons and operations that make the loads fail which have intents on these images."""
-        # The load must not be done yet (no load/L), and without its session it never will be.
+        # Comparisons: the load is not done yet (no load/L). Operations: without its session, it never will be.
         loads = sorted({image.load for image in images} - {""})
         return ([_is_at(self._key("load/", load), 0) for load in loads],
                 [_delete(self._key("session/", load)) for load in loads])
@@ -671,7 +673,7 @@ class _Replica(SqliteStorage):
             db.execute(REACHED, (events[-1].put,))
 
     def _publish(self, db: Any, load: str) -> None:
-        for record, in db.execute("SELECT record FROM intent WHERE load = ? ORDER BY n", (load,)):  # perhaps a million
+        for record, in db.execute("SELECT record FROM intent WHERE load = ? ORDER BY n", (load,)):  # may be a million
             db.execute(ADD.format("image"), _row(json.loads(record)))
         db.execute("DELETE FROM intent WHERE load = ?", (load,))
 
@@ -681,7 +683,7 @@ class _Replica(SqliteStorage):
             return bool(db.execute(LIVE, (id,)).fetchall())
 
     def compare(self, cluster: _Cluster, revision: int) -> Iterator[str]:
-        """Yield each difference from etcd as it was at a revision, or at that of this replica, if it is newer."""
+        """Yield each difference from etcd, at the given revision or at that of this replica, whichever is newer."""
         with self._private() as db:
             # 1. Copy the images and their revision. Meanwhile no events can be applied, afterwards they can.
             db.execute("BEGIN")
@@ -747,7 +749,7 @@ class _Follower:
     def at(self, revision: int, patient: bool) -> _Replica:
         """Return the replica as soon as it has reached a revision. Raises OSError.
 
-        A patient caller waits as long as the making of a replica goes on, others at most for CALL_S.
+        A patient caller gives up if something failed and nothing has arrived for CALL_S. Others wait CALL_S at most.
         """
         began = time.monotonic()
         self.start()
@@ -769,12 +771,12 @@ class _Follower:
         return state.replica
 
     def renew(self) -> None:
-        """Let the replica be made again."""
+        """Have the replica made again."""
         self._stale = True
         self._cluster.cut_watch()
 
     def newest(self) -> _Pair:
-        """Return the last change in the cluster. If the replica shows another history, let it be made again."""
+        """Return the last change in the cluster. If the replica shows another history, have it made again."""
         seen = self.state  # taken before the request: afterwards it may be ahead of the answer
         _, last = self._cluster.find(self._cluster.change)
         if last.put <= seen.applied and last != seen.last and seen.replica is self.state.replica:
@@ -801,7 +803,7 @@ class _Follower:
                 work()
             except Exception as error:  # of any kind: the thread must go on, and readers that give up are told why
                 self._stale |= isinstance(error, (_Rewritten, _Refused))
-                self._why = str(error) or repr(error)  # not the error, which would keep a replica that failed
+                self._why = str(error) or repr(error)  # not the error itself, which would keep a failed replica alive
                 time.sleep(PAUSE_S if self.state.replica else DOWN_S)
 
     def _make(self) -> None:
@@ -829,7 +831,7 @@ class _Follower:
         """Apply the events of the watch until it ends. Raises _Rewritten."""
         state, events = self._resume(self.state), list[_Pair]()
         for answer in self._cluster.watch(state.applied + 1):
-            # An answer ends with a whole revision, unless it is a fragment: then the next one may go on with its last.
+            # An answer ends with a whole revision. But the last revision of a fragment may go on in the next answer.
             events += [_pair(event["kv"]) for event in answer.get("events", ())]
             whole = [pair for pair in events if not answer.get("fragment") or pair.put < events[-1].put]
             if whole and state.replica:
@@ -844,8 +846,8 @@ class _Follower:
 
     def _resume(self, state: _State) -> _State:
         """Return the state from which a watch can go on. Raises _Rewritten, and _Refused if it has been compacted."""
-        # The last change may still be the same. Otherwise, the replica goes on only if `change` was, at its revision,
-        # what the replica says.
+        # If the last change is still the one that the replica knows, it has missed nothing. Otherwise, it goes on only
+        # if, at its own revision, `change` had the value that the replica knows.
         revision, last = self._cluster.find(self._cluster.change)
         if last != state.last:
             revision, (_, last) = state.applied, self._cluster.find(self._cluster.change, revision=state.applied)
@@ -870,7 +872,7 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
     """A store in etcd. Threads may share it; a forked process makes a client of its own."""
 
     def __init__(self, location: str, client: _Client | None = None, floor: str = "") -> None:
-        """Open the store. A floor is a revision: reads need not be newer than it. Raises ValueError."""
+        """Open the store. A floor is a revision: reads show it or a newer one. Raises ValueError."""
         self._location, self._floor, self._client = location, floor, client or _Client(location)
 
     def _opened(self, asking: bool = False) -> _Client:
@@ -906,8 +908,8 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
 
     def add_all(self, records: Iterable[Record]) -> int:
         """Register all in this order, or none if one fails or the iterable raises; return how many."""
-        # What fits into one transaction needs no load. A duplicate that the replica shows ends the work early; the
-        # transactions find the others.
+        # What fits into one transaction needs no load. An id that the replica shows to be taken ends the work early;
+        # the transactions find the others.
         replica, count = self._replica(), 0
 
         def batches() -> Iterator[list[Row]]:
@@ -960,7 +962,7 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
 
     def revision(self) -> str:
         """Return a text that changes with every change. It costs one request to the cluster."""
-        # A server asks once for all that waits. So the replica is waited for here, and not once more by each read.
+        # A server asks once for all requests that wait. So the replica is waited for here, once, and not in each read.
         follower = self._opened(asking=True).follower
         last = follower.newest()
         if follower.state.replica:
@@ -978,7 +980,7 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
         """
         client, faults = self._opened(), 0
         yield from client.changes.check(repair)
-        # The replica is as new as the first revision here, or newer. So it has what etcd had at the newer one of both.
+        # The replica shows every change up to this revision, and perhaps newer ones: see compare().
         revision, _ = self._opened().cluster.find(client.cluster.change)
         replica = self._replica()
         for faults, fault in enumerate(chain(replica.check(), replica.compare(client.cluster, revision)), 1):

@@ -9,8 +9,8 @@ How it works:
    no lock; a walk stays with the state that it began with.
 4. A change copies the table of lines, alters the copy, and writes all of it to a new file. That file is synced to the
    disk, renamed over the old one, and the directory is synced. Only then is the change done.
-5. Writers in all processes take a lock (flock) of the file itself. They try again and again, instead of waiting in the
-   system, because waiting there has no limit: whoever may read the file may hold this lock forever.
+5. Writers in all processes take a lock (flock) of the file itself. They try again and again, instead of waiting inside
+   flock(), which has no time limit: whoever may read the file may hold this lock forever.
 6. Each call looks once at the times of the file (`stat`), and so notices what another process or an editor has written.
    The file of the state in memory stays open, so that no other file can get its inode number. Two edits
    within one tick of the file system's clock look the same to `stat`; so until the file is older than a tick, its
@@ -92,9 +92,9 @@ class JsonStorage:
     def __init__(self, path: str) -> None:
         """Open and read the file. Raises OSError if it is there, but not a store of images."""
         self._path = os.path.realpath(path)  # the target of a symbolic link is replaced, not the link
-        self._closed = self._drafting = False
-        self._loading, self._writing = threading.Lock(), threading.RLock()
-        self._pin: int | None = None
+        self._closed = self._drafting = False  # drafting: inside a change, where another one is refused
+        self._loading, self._writing = threading.Lock(), threading.RLock()  # one thread reads the file, one changes it
+        self._pin: int | None = None  # the file of the current state, kept open: see 6
         self._state: _State | None = None
         self._current()
         self._remove_leftover()
@@ -170,7 +170,7 @@ class JsonStorage:
         return self
 
     def check(self, repair: bool = False) -> Iterator[str]:
-        """Read the file again and yield what is wrong. Nothing is derived from the records that could be repaired."""
+        """Read the file again and yield what is wrong. There is nothing to repair: all that is kept is the records."""
         if self._closed:
             raise ValueError(f"closed: {self._path}")
         try:
@@ -210,7 +210,7 @@ class JsonStorage:
         return bool(state and state.settled and state.identity == _identify(self._path))
 
     def _remove_leftover(self) -> None:
-        """Remove the new file of a change that a crash interrupted. Whoever is writing one holds the lock."""
+        """Remove the new file of a change that a crash interrupted; one that is being written is under the lock."""
         if os.path.lexists(self._path + ".new"):
             with suppress(OSError):  # somebody is writing, or the file may only be read
                 lock = _lock(self._path, time.monotonic())
@@ -300,14 +300,14 @@ def _decode(line: bytes) -> Record:
 
 
 def _naming_file(step: Callable[..., T]) -> Callable[..., T]:
-    """Make errors of the system name the file of the store, which is the first argument of the step."""
+    """Return the step, a function whose first argument is a path, so that errors of the system name this path."""
 
     @functools.wraps(step)
     def wrapped(path: str, *rest: Any) -> T:
         try:
             return step(path, *rest)
         except OSError as error:
-            if error.errno is None:  # one of this file, which names path, line and column
+            if error.errno is None:  # raised by this module, and names the path already
                 raise
             raise OSError(f"{path}: {error.strerror}") from error
 
@@ -329,7 +329,7 @@ def _identity(found: os.stat_result) -> tuple[int, ...]:
 
 @_naming_file
 def _load(path: str, known: _State | None = None) -> tuple[int | None, _State]:
-    """Return the file, open if it has to stay so, and its state. A missing or empty file is an empty store."""
+    """Return the file, if it has to stay open, and its state. A missing or empty file is an empty store."""
     now = time.time_ns()
     try:
         file = os.open(path, os.O_RDONLY | BINARY)
@@ -352,8 +352,8 @@ def _load(path: str, known: _State | None = None) -> tuple[int | None, _State]:
 def _is_settled(identity: tuple[int, ...], now: int) -> bool:
     """Return whether any change of the file after the moment `now` will show in its times.
 
-    It may not as long as the clock that stamps files has not ticked since the last change. If a time of the file is
-    not a whole number of milliseconds, that clock ticks often, and less patience is enough.
+    A change does not show if the clock that stamps files has not ticked since the change before. If a time of the file
+    is not a whole number of milliseconds, that clock ticks often, and a shorter wait is enough.
     """
     last = max(identity[-2:])  # anybody can set mtime back, but not ctime
     quick = POSIX and identity[-1] % 10**6  # on Windows ctime is the time of creation
@@ -423,7 +423,7 @@ def _is_at(path: str, file: int) -> bool:
 
 @_naming_file
 def _save(path: str, lock: int, rows: dict[str, _Row], change: int) -> tuple[int | None, _State]:
-    """Write all rows such that after a crash the file has either the old content or the new one."""
+    """Write all rows, so that after a crash the file has either the old content or the new one."""
     text = HEAD.format(change).encode() + b",\n".join([r.line for r in rows.values()]) + TAIL
     new = path + ".new"  # always the same name, so that the next change finds what a crash left behind
     pin: int | None = None
@@ -496,7 +496,7 @@ def _parse(path: str, text: bytes) -> tuple[dict[str, _Row], int]:
         try:
             id, row = _encode(record)
             if id in rows:
-                raise ValueError(f"the id {id!r} stands here a second time")
+                raise ValueError(f"the id {id!r} appears here a second time")
         except ValueError as error:
             raise _fault(path, _before(text.decode(), n), str(error)) from error
         rows[id] = row
@@ -513,7 +513,7 @@ def _head_fault(whole: Any) -> str:
     if type(change) is not int or change < 0 or type(whole.get("images")) is not list:
         return '"change" must be a whole number and "images" a list'
     if len(whole) > 4:
-        return "only format, version, change and images may stand here, or a change loses it"
+        return "only format, version, change and images may stand here: the next change would lose anything else"
     return ""
 
 

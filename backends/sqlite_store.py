@@ -4,9 +4,9 @@ How it works:
 
 1. Each image is a row: a serial number in order of registration, the columns that decide who sees it, and the whole
    record as JSON. `json_extract(record, '$.arch')` reaches the other fields.
-2. A scope is a union of keys (account, is_public, deleted) which exclude each other: "own and public" is the private
-   images of the account plus the public ones of everybody. Each key has an index that ends in the serial, so SQLite
-   merges a page from indexes and sorts nothing.
+2. A scope (see wmi.Storage) is a union of keys (account, is_public, deleted) which exclude each other: "own and public"
+   is the private images of the account plus the public ones of everybody. Each key has an index that ends in the
+   serial, so SQLite merges a page from indexes and sorts nothing.
 3. The table `tally` counts the images of each key, by blocks of serials. Triggers update the counts in the transaction
    that makes the change, whoever makes it. See "Counts" below.
 4. A trigger draws a new random revision for every change, even one that is made with the sqlite3 shell.
@@ -16,8 +16,8 @@ How it works:
 6. A process has two connections, one to read and one to write, each under a lock. They are opened again after a fork,
    and when another file stands at the path. One deadline per call bounds the wait for that lock and for the locks of
    the file.
-7. A file that nobody writes is read through a third connection, which takes no locks of the file: they cost more than
-   the search. One `stat` afterwards tells whether the file was still the same.
+7. While nobody writes the file, single images are read through a third connection, which takes no locks of the file:
+   locking costs more than the search. One `stat` afterwards tells whether the file was still the same.
 8. Many records at once first go into a temporary table, so that no lock is held while their source is slow.
 
 Counts. OFFSET alone would step over every image before a page: for the last page of a million images, over a million.
@@ -51,12 +51,12 @@ from typing import Any
 from urllib.parse import quote
 
 BUSY_S = 8.0  # for which a call waits for locks, in all; a server gives up after 10 s
-CACHE_KIB, LOAD_CACHE_KIB = 1000, 64_000  # little in a server; to load, an index of a million images fits in it
+CACHE_KIB, LOAD_CACHE_KIB = 1000, 64_000  # small in a server; for a load, so large that a million images' index fits
 CHUNK, CHUNK_TEXT = 256, 32 * 1024  # rows of a walk that are read at once, and characters; no lock is held in between
 LARGE, SMALL = 14, 7  # a block of counts covers 2**14 or 2**7 serials; the SQL below spells them out
 LAST = 2**63 - 1  # the highest serial that SQLite can give
 EVERYBODY = b""  # in place of an account, in `tally`: a blob equals no text, not even an empty one
-SETTLED_NS = 3 * 10**9  # the next write gives a file of this age another time, on any file system
+SETTLED_NS = 3 * 10**9  # age at which the next write is sure to give the file another time, on any file system
 LOCKED = "database is locked"  # in the words of SQLite, and in ours:
 BUSY = "locked by another program for {:g} s; nothing was changed: try again, or end that program"
 NEEDED, WAL_SAFE = (3, 24, 0), (3, 51, 3)  # the first with upsert; the first in which a WAL of many writers is safe
@@ -128,7 +128,7 @@ Span = tuple[int, int]
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 _parse_json: Callable[[str], Record] = json.JSONDecoder().decode  # json.loads() would look at its options first
 _making = threading.Lock()
-_inherited: list[Any] = []  # connections of a parent process: to close them in the child could harm its files
+_inherited: list[Any] = []  # connections of a parent process, kept: closing them in the child could harm its files
 
 
 def open_storage(location: str) -> SqliteStorage:
@@ -185,7 +185,7 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
                 if db.execute(LIVE, (row[0],)).fetchall():
                     raise FileExistsError(row[0])
                 _insert(db, "staged", row)
-            # 2. Register them, with time to wait for locks: the source may have taken more than one call may.
+            # 2. Register them, with a new deadline: the source may have taken longer than a call may wait for locks.
             db.begin(_deadline())
             try:
                 db.execute(PUBLISH)
@@ -336,7 +336,7 @@ class _Database(sqlite3.Connection):
     path, deadline, allowed = "", 0.0, -1
 
     def allow(self) -> None:
-        """Let the next statement wait for as long as is left."""
+        """Let the next statement wait for locks until the deadline."""
         # fetchall(), here and wherever nobody needs the rows: PyPy resets an unfinished statement later, from another
         # thread, and crashes.
         if (left := max(0, round(1000 * (self.deadline - time.monotonic())))) != self.allowed:
@@ -344,7 +344,7 @@ class _Database(sqlite3.Connection):
             self.allowed = left
 
     def begin(self, deadline: float = 0.0) -> None:
-        """Begin a change. Raises OSError if the file is in WAL mode, and to write it is not safe."""
+        """Begin a change. Raises OSError if the file is in WAL mode, and writing to it is not safe."""
         self.deadline = deadline or self.deadline
         self.allow()
         self.execute("BEGIN IMMEDIATE")
@@ -373,7 +373,7 @@ class _Connection:
     def __init__(self, path: str) -> None:
         self._path, self._lock, self._closed, self._changed = path, threading.RLock(), False, False
         self._db: _Database | None = None
-        self._seen: tuple[int, ...] = ()
+        self._seen: tuple[int, ...] = ()  # what _identify() returned last; `_changed`: it was something else before
 
     def __enter__(self) -> _Database:
         deadline = _deadline()
@@ -426,9 +426,9 @@ class _Connection:
 class _LockFreeReader:
     """A connection that reads one state of the file without taking its locks.
 
-    SQLite neither locks an "immutable" file nor looks for changes in it, which is right as long as nobody writes. If a
-    file has settled (see SETTLED_NS), a write changes its times before others can read what was written. So what was
-    read is good if the times are the same afterwards.
+    SQLite neither locks an "immutable" file nor looks for changes in it, which is right as long as nobody writes. Once
+    a file has settled (see SETTLED_NS), a write changes its times before others can read what was written. So what was
+    read is right if the times are the same afterwards.
     """
 
     def __init__(self, path: str, state: tuple[int, ...]) -> None:
@@ -454,7 +454,7 @@ class _LockFreeReader:
 
 
 def _close(db: sqlite3.Connection, pid: int) -> None:
-    """Close a connection, unless another process opened it: to close it here could harm its files."""
+    """Close a connection, unless another process opened it: closing it here could harm its files."""
     if pid == os.getpid():
         db.close()
     else:
@@ -481,8 +481,7 @@ def _query(keys: list[Key], order: str, serials: Span, limit: int, skip: int) ->
 
 def _seek(db: _Database, keys: list[Key], start: int, order: str) -> tuple[int, Span, int]:
     """Return the total, a span of serials, and how many images to skip in it to be at offset `start`."""
-    # 1. The total, from the large blocks. To begin with the first image, nothing has to be found. The span of an
-    #    offset past the end is empty.
+    # 1. The total, from the large blocks. An offset of 0 needs no search. The span of an offset past the end is empty.
     counts = _count(db, keys, LARGE, 0, LAST)
     total = sum(counts.values())
     if not 0 < start < total:  # from the first one on, or nothing
@@ -610,7 +609,7 @@ def _version(db: _Database) -> int:
 
 
 def _faults(db: _Database, repair: bool) -> Iterator[str]:
-    """Yield a line for each fault, and repair them in this order, since each step needs the one before."""
+    """Yield a line for each fault, and mend it if `repair` is true; each step relies on the one before."""
     # 1. Indexes, from the tables.
     indexes = [fault for (fault,) in db.execute("PRAGMA integrity_check") if fault != "ok"]
     yield from indexes
