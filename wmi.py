@@ -634,7 +634,7 @@ class _V1112(Version):
 
 class _V1203(Version):
     # 12.03 lists an account's own images, tombstones included, and with is_public=true also the public ones of others.
-    # To a caller without permission it answers 404, as if there were no such image; the other versions answer 403.
+    # A caller without permission gets 404, as if there were no such image; in the other versions, 403.
     name = "12.03"
     path = "/api/12.03/images"
     prefix = "Dcmgr::Endpoints::Errors::"
@@ -1252,7 +1252,7 @@ def filter_scope(version: Version, filters: Mapping[str, Any]) -> tuple[bool, bo
 
 
 def filter_conditions(filters: Mapping[str, Any]) -> list[Condition]:
-    """Return the other part of the filters, as conditions that each record has to meet. Raises InvalidParameter."""
+    """Return the filters that filter_scope() leaves, as conditions on each record. Raises InvalidParameter."""
     conditions: list[Condition] = []
     if _spelled(filters.get("is_public")) in ("false", "0"):
         conditions.append(lambda record: not record["is_public"])
@@ -1267,7 +1267,7 @@ def filter_conditions(filters: Mapping[str, Any]) -> list[Condition]:
         if since or until:
             conditions.append(functools.partial(_is_between, f"{field}_at", since or "", until or "~"))
     tests = filters.get("filter", [])
-    distinct = {tests} if isinstance(tests, str) else set(tests)  # so that repeating a test costs nothing
+    distinct = {tests} if isinstance(tests, str) else set(tests)  # so that a test which is repeated costs nothing
     return conditions + [functools.partial(_is_null, *test.split(".")) for test in distinct]
 
 
@@ -1310,9 +1310,9 @@ def _sort_key(version: Version, field: str, record: Record) -> tuple[bool, Any]:
 # RFC 9112 gets an error, and nothing that follows it on the connection is served. The reader of the standard library
 # is not used: it accepts most of what the RFC forbids.
 #
-# parse_head() makes a request from a whole head; each function below it reads one thing that a head says. Reader finds
-# the heads and bodies in the bytes of one connection. A request leaves it only when head and body are whole, so what
-# answers requests never waits for a client.
+# parse_head() makes a request from a whole head (the request line and the header fields); each function below it reads
+# one thing that a head says. Reader finds the heads and bodies in the bytes of one connection. A request leaves it only
+# when head and body are whole, so what answers requests never waits for a client.
 
 MAX_REQUEST_LINE = 8192  # bytes; RFC 9112, 3 asks for at least 8000
 MAX_FIELD_LINE = 8192  # bytes; the limit of nginx and Apache
@@ -1643,8 +1643,8 @@ class Reader:
 #        kept only if both are the same: then nothing changed in between, and the answer shows just this revision.
 #     3. A kept answer is served only if a look at the store that began after the request had arrived shows the same
 #        revision. So it is what the store held at a moment after the arrival, and what a new read would have returned.
-#     4. A look thus serves every request that arrived before it. The server looks once before a round of requests,
-#        and once after a round that made new answers to keep, however many requests there are.
+#     4. A look thus serves every request that arrived before it. The server works in rounds, one for all requests that
+#        have just arrived. It looks once before a round, and once after a round that made new answers to keep.
 #
 # The key of a kept answer holds all that the answer depends on: see CacheKey. What depends on anything else, such as a
 # page or a file, is not kept.
@@ -1777,7 +1777,7 @@ def gather(texts: Iterator[str], size: int) -> bytes:
 
 
 class TextBody:
-    """A long index as a body. `check` is called before each piece and may raise; `closed` is called at the end."""
+    """A long index as a body. `check` is called before each piece and may raise; close() calls `closed`."""
 
     length: int | None = None
 
@@ -1803,8 +1803,8 @@ class TextBody:
 class Service:
     """The API over one store: takes requests and returns answers. Threads may share a service.
 
-    `report` is called with a line of text for each failure on our side. The server sets `waiting` to the number of
-    requests that wait for the store at the moment.
+    `report` is called with a line of text for each failure that is not the client's. The server sets `waiting` to the
+    number of requests that wait for the store at the moment.
     """
 
     def __init__(
@@ -2318,11 +2318,11 @@ class Connection:
         raise Unreachable("the client has hung up")
 
     def expired(self) -> Exception:
-        """Return the result with which advance() closes an idle connection, or refuses a request, at its deadline."""
+        """Return the result that makes advance() close an idle connection, or refuse a request, at its deadline."""
         return ConnectionAbortedError() if self.is_idle else RequestTimeout("the request, or its reader, took too long")
 
     def _take_piece(self, result: bytes | int | Exception) -> None:
-        """Take a piece of a body, or a failure. Raises the failure if it is too late to tell the client."""
+        """Take a piece of a body, or the size of one that was sent. Raise a failure if it is too late to send it."""
         if isinstance(result, Exception):
             if self.status or not isinstance(result, Error):
                 raise result
@@ -2450,7 +2450,7 @@ class Server(http.server.HTTPServer):
         self.service.secure = tls is not None
         self.stopping = False
         self.parent = 0  # the process that supervises this one; 0: none
-        self.moment = time.monotonic()  # when the input of this round was taken, or a change made: see Service
+        self.moment = time.monotonic()  # when this round's input was taken, or later a change was made: see Service
         super().__init__(listener.getsockname(), http.server.BaseHTTPRequestHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener  # bound already: server_bind would ask the DNS for our own name
@@ -2638,7 +2638,7 @@ class Server(http.server.HTTPServer):
         self._turns.append((connection, result))
 
     def _take_turn(self, connection: Connection, result: Result | None) -> None:
-        """Let a connection do what it can; one that wants work is queued behind the others."""
+        """Let a connection do what it can; if it wants work, queue it behind the others."""
         if isinstance(result, Postponed):  # not watched: input that is not taken would wake the selector all the time
             self._watch(connection, 0)
             self._postponed.append(connection)
@@ -3886,7 +3886,7 @@ def read_page(service: Service, request: Request, route: Route, arrived: float, 
 
 
 def error_page(error: Error, request: Request) -> Answer:
-    """Return an error as a page for people."""
+    """Return an error as an HTML page."""
     account = re.search("(?:^|&)account=(a-[a-z0-9]+)(?:&|$)", request.query)
     text = _PAGE_ERRORS.get(error.status, "{error}").format(error=error)
     main = f"<h1>{_REASONS[error.status]}</h1>\n<p><bdi>{_html(text)}</bdi></p>"
