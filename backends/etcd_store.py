@@ -33,7 +33,8 @@ Theory of operation:
 5. Reads. etcd has no offsets, and finds keys only by their names. So a process that needs pages keeps a replica: a
    private SQLite file that follows the cluster by a watch. A read asks the cluster for the revision, waits until the
    replica has reached it, and is answered from the replica. Every change that was reported as done before the read
-   began is in the answer. A process that only gets and changes single images asks etcd, and has no replica.
+   began is in the answer. A process that only gets and changes single images asks etcd, and has no replica. `check`
+   compares the replica with etcd, both at the same revision, whatever others change meanwhile.
 6. Other histories. If the cluster was wiped, or restored from a snapshot, the replica shows what never happened. This
    is noticed by the key `change`: at a revision that the replica has reached, it has another value or another
    mod_revision than it had. Then a new replica is made from all keys.

@@ -742,29 +742,76 @@ def test_a_copy_that_is_removed_is_made_again(single, opened):
     assert view.page(None, 0, 0)[0] == store.page(None, 0, 0)[0] == 3
 
 
-def test_a_long_gap_is_caught_up_in_short_answers(single, opened, hasty, monkeypatch):
-    """Readers that wait do not make the watch begin anew for ever, and no answer holds more than a few revisions."""
-    sizes, watch = [], etcd_store._Channel.watch
+def test_a_long_gap_is_caught_up_in_short_answers(single, opened, monkeypatch):
+    """The watch does not get all in one answer, for which no reader would wait; each revision is applied as a whole."""
+    sizes, spans, watch, apply = [], [], etcd_store._Channel.watch, etcd_store._Replica.apply
 
-    def measured(*args):
+    def measured_watch(*args):
         for line in watch(*args):
             sizes.append(len(line))
             yield line
 
-    monkeypatch.setattr(etcd_store._Channel, "watch", measured)
+    def measured_apply(replica, events, *args):
+        spans.append((replica, events[0].put, events[-1].put))
+        apply(replica, events, *args)
+
+    monkeypatch.setattr(etcd_store._Channel, "watch", measured_watch)
+    monkeypatch.setattr(etcd_store._Replica, "apply", measured_apply)
     with Relay(single.clients[0]) as relay:
         prefix = single.location().partition("/t/")[2]
         store, other = opened(f"{relay.url}/t/{prefix}"), opened(f"{single.clients[0]}/t/{prefix}")
         store.add(image(1))
         assert store.page(None, 0, 0)[0] == 1
+        copy = store._client.follower.state.replica
         relay.target, target = ("127.0.0.1", 9), relay.target
         relay.cut()
-        for n in range(10, 130):
-            other.add(image(n, description="x" * 100_000))
+        for first in range(10, 170, 4):
+            other.add_all(image(first + n, description="x" * 90_000) for n in range(4))
         relay.target = target
         until(lambda: works(store.revision))
-        assert store.page(None, 0, 0)[0] == 121
+        assert store.page(None, 0, 0)[0] == other.page(None, 0, 0)[0] == 161
     assert len(sizes) > 5 and max(sizes) < 4_000_000
+    ours = [span for replica, *span in spans if replica is copy]
+    assert len(ours) > 5 and all(last < first for (_, last), (first, _) in zip(ours, ours[1:]))
+
+
+def test_a_copy_to_be_made_again_does_not_wait_for_silence(single, opened):
+    """Not even if the watch was just being started when that was decided, and others never stop changing images."""
+    location = single.location()
+    store, writer, stop = opened(location), opened(location), threading.Event()
+    writer.add(image(1))
+    store.page(None, 0, 0)
+    copy = store._client.follower.state.replica
+
+    def write():
+        deadline = time.monotonic() + 10
+        while not stop.is_set() and time.monotonic() < deadline:
+            writer.replace(ID, lambda record: {**record, "n": time.monotonic()})
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    store._client.follower._stale = True  # and no watch that could be cut
+    began = time.monotonic()
+    store.page(None, 0, 0)
+    stop.set()
+    thread.join()
+    assert time.monotonic() - began < 5 and store._client.follower.state.replica is not copy
+
+
+def test_a_key_that_is_not_ours_does_no_lasting_harm(single, opened):
+    """Its name need not even be a text; it is reported, and all is well again when it is removed."""
+    location = single.location()
+    store, key = opened(location), f"/t/{location.partition('/t/')[2]}/image/".encode() + b"\xff"
+    store.add(image(1))
+    store.page(None, 0, 0)
+    single.ask("/v3/kv/put", {"key": encode(key), "value": encode(json.dumps({"record": image(2)}))})
+    assert any("xff" in fault for fault in store.check())
+    single.ask("/v3/kv/deleterange", {"key": encode(key)})
+    store.add(image(3))
+    assert store.at_least(store.revision()).page(None, 0, 0)[0] == 2
+
+
+ENDLESS = "WITH RECURSIVE n(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n) SELECT sum(i) FROM n"
 
 
 def test_a_copy_can_be_closed_while_it_works(single, opened):
@@ -777,8 +824,7 @@ def test_a_copy_can_be_closed_while_it_works(single, opened):
     def work():
         try:
             with replica._reads as db:
-                endless = "WITH RECURSIVE n(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n) SELECT sum(i) FROM n"
-                db.execute(endless).fetchall()
+                db.execute(ENDLESS).fetchall()
         except OSError as error:
             errors.append(error)
 
