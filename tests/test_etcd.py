@@ -22,7 +22,7 @@ import unittest
 import members
 import pytest
 from members import Cluster, Relay, encode
-from serving import parse_answer, raw, serving
+from serving import parse_answer, raw, read_answer, serving
 from support import free_port, until
 
 import wmi
@@ -439,6 +439,43 @@ def attack_a_member(whole, opened, signum, role):
                 whole.signal(victim, signum)
             writer.replace(ID, lambda record, number=number: {**record, "description": str(number)})
             check(number)
+
+
+def test_no_read_of_many_clients_fails_when_the_leader_dies(whole, opened):
+    """32 clients on connections that are kept, more than a server has threads: each read waits, and is answered 200."""
+    leader = whole.leader()
+    store = opened(whole.location(leader, (leader + 1) % 3, (leader + 2) % 3))  # the one that is asked first
+    store.add_all(wmi.image_record({"id": f"wmi-{n}", "account_id": ALICE}) for n in range(10))
+    stop, answers, failures = threading.Event(), [0] * 32, []
+
+    def read(number):
+        with socket.create_connection((served.host, served.port), timeout=20) as peer:
+            for n in itertools.count(number):
+                target = f"/api/images/wmi-{n % 12}" if n % 12 < 10 else "/api/images"
+                head = f"GET {target} HTTP/1.1\r\nHost: {served.host}\r\nX-VDC-ACCOUNT-UUID: {ALICE}\r\n\r\n"
+                peer.sendall(head.encode())
+                status, _, body = read_answer(peer)
+                answers[number] += 1
+                if status != 200:
+                    failures.append((status, body))
+                if stop.is_set():
+                    return
+
+    with serving(store) as served:
+        until(lambda: served.request("GET", "/api/images", {"X-VDC-ACCOUNT-UUID": ALICE})[0] == 200)
+        threads = [threading.Thread(target=read, args=[number]) for number in range(32)]
+        for thread in threads:
+            thread.start()
+        try:
+            until(lambda: min(answers) > 3)
+            whole.kill(leader)
+            before = list(answers)
+            until(lambda: all(now > then + 10 for now, then in zip(answers, before)))  # a new leader serves all of them
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+    assert failures == [], (len(failures), sum(answers), failures[0])
 
 
 # ---- compaction ----
