@@ -60,7 +60,7 @@ import threading
 import time
 import weakref
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, suppress
 from glob import escape, glob
 from itertools import chain, islice
@@ -196,8 +196,8 @@ class _Cluster:
             raise ValueError("not etcd:http[s]://HOST:PORT[,...]/PREFIX[?cafile=FILE], without a password")
         self._urls, self._prefix = match[1].split(","), f"/{match[2]}/".encode()
         self._context = ssl.create_default_context(cafile=match[3]) if "https:" in location else None
-        self.change = self.key("change")
-        self._field, self.at = "", 0  # the Authorization field, if etcd wants it; the index of the member to ask
+        # The Authorization field, if etcd wants it; the index of the member to ask; the key `change`.
+        self._field, self.at, self.change = "", 0, self.key("change")
         self._idle: list[_Channel] = []
         self._watching: _Channel | None = None
         self._failure: Exception | None = None  # of the last call, if no member answered it
@@ -318,7 +318,7 @@ class _Cluster:
         found = [_first(each.get("response_range", {}).get("kvs")) for each in answer.get("responses", ())]
         return answer.get("succeeded", False), found, int(answer["header"]["revision"])
 
-    def watch(self, start: int) -> Iterator[Record]:
+    def watch(self, start: int) -> Generator[Record, None, None]:
         """Yield the answers of a watch from a revision on, with the events of `change`, images and loads."""
         # In fragments of 2 MB: otherwise, a watch that has to catch up gets a thousand revisions in one answer.
         create = {"key": _text(self.change), "range_end": _text(self.key("m")), "start_revision": start,
@@ -714,7 +714,7 @@ def _make_folder() -> tuple[str, int]:
 
 def _remove_folder(folder: str, lock: int, pid: int, connection: Any) -> None:
     if pid == os.getpid():
-        if connection._db:  # it may be adding a million images
+        with suppress(AttributeError):  # it is not open, or this is PyPy; otherwise it may be adding a million images
             connection._db.interrupt()
         connection.close()
         shutil.rmtree(folder, ignore_errors=True)
@@ -831,19 +831,20 @@ class _Follower:
     def _follow(self) -> None:
         """Apply the events of the watch until it ends. Raises _Rewritten."""
         state, events = self._resume(self.state), list[_Pair]()
-        for answer in self._cluster.watch(state.applied + 1):
-            # An answer ends with a whole revision. But the last revision of a fragment may go on in the next answer.
-            events += [_pair(event["kv"]) for event in answer.get("events", ())]
-            whole = [pair for pair in events if not answer.get("fragment") or pair.put < events[-1].put]
-            if whole and state.replica:
-                try:
-                    state.replica.apply(whole, self._cluster.split)
-                except Exception as error:
-                    raise _Rewritten from error
-                # Not the revision in the header of the answer, which may be ahead of the events.
-                last = [state.last, *(pair for pair in whole if pair.key == self._cluster.change)][-1]
-                state = self._advance(_State(state.replica, whole[-1].put, last))
-                del events[:len(whole)]
+        with closing(self._cluster.watch(state.applied + 1)) as answers:
+            for answer in answers:
+                # An answer ends with a whole revision. But the last revision of a fragment may go on in the next answer.
+                events += [_pair(event["kv"]) for event in answer.get("events", ())]
+                whole = [pair for pair in events if not answer.get("fragment") or pair.put < events[-1].put]
+                if whole and state.replica:
+                    try:
+                        state.replica.apply(whole, self._cluster.split)
+                    except Exception as error:
+                        raise _Rewritten from error
+                    # Not the revision in the header of the answer, which may be ahead of the events.
+                    last = [state.last, *(pair for pair in whole if pair.key == self._cluster.change)][-1]
+                    state = self._advance(_State(state.replica, whole[-1].put, last))
+                    del events[:len(whole)]
 
     def _resume(self, state: _State) -> _State:
         """Return the state from which a watch can go on. Raises _Rewritten, and _Refused if it has been compacted."""

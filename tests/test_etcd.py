@@ -851,6 +851,7 @@ def test_a_key_that_is_not_ours_does_no_lasting_harm(single, opened):
 ENDLESS = "WITH RECURSIVE n(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n) SELECT sum(i) FROM n"
 
 
+@pytest.mark.skipif(not hasattr(sqlite3.Connection, "interrupt"), reason="PyPy cannot interrupt SQLite")
 def test_a_copy_can_be_closed_while_it_works(single, opened):
     """To apply a large load takes a minute; who ends the program does not wait for it."""
     store = opened(single.location())
