@@ -2562,6 +2562,7 @@ class Server(http.server.HTTPServer):
         try:
             if held:  # not watched until its result comes: input that is not taken would wake the selector all the time
                 self._watch(held, 0)
+            self._watch(self, 0 if self.stopping else READ)  # now, and not only after the first CHECK_SECONDS
             while self._leader is me and not (self.stopping and not self._connections):
                 self._serve_round(me)
             if self._leader is me:

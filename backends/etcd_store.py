@@ -352,9 +352,8 @@ def _no_quorum(failure: Exception) -> OSError:
 def _error(answer: Record) -> OSError:
     """Return the error in an answer of etcd, to a request or in a watch."""
     code: int = {"code": answer.get("grpc_code", 2), **answer}["code"]
-    text = str(answer.get("message") or answer.get("error") or answer)
     kind = OSError if code in UNDECIDED else _Exhausted if code == EXHAUSTED else _Refused
-    return kind(f"etcd: {text}")
+    return kind(f"etcd: {answer.get('message') or answer.get('error') or answer}")
 
 
 def _first(pairs: list[Record] | None) -> _Pair:
@@ -776,13 +775,15 @@ class _Follower:
         self._stale = True
         self._cluster.cut_watch()
 
-    def newest(self) -> _Pair:
-        """Return the last change in the cluster. If the replica shows another history, have it made again."""
+    def revision(self) -> str:
+        """Return the revision of the cluster, when the replica has reached it; renew one of another history."""
         seen = self.state  # taken before the request: afterwards it may be ahead of the answer
         _, last = self._cluster.find(self._cluster.change)
         if last.put <= seen.applied and last != seen.last and seen.replica is self.state.replica:
             self.renew()
-        return last
+        if self.state.replica:  # a server asks once for all requests that wait, and their reads need not wait again
+            self.at(last.put, patient=False)
+        return f"{last.put}.{last.value.decode('latin-1')}"
 
     def close(self) -> None:
         """End the thread and remove the replica."""
@@ -833,7 +834,7 @@ class _Follower:
         state, events = self._resume(self.state), list[_Pair]()
         with closing(self._cluster.watch(state.applied + 1)) as answers:
             for answer in answers:
-                # An answer ends with a whole revision. But the last revision of a fragment may go on in the next answer.
+                # An answer ends with a whole revision. But the last one of a fragment may go on in the next answer.
                 events += [_pair(event["kv"]) for event in answer.get("events", ())]
                 whole = [pair for pair in events if not answer.get("fragment") or pair.put < events[-1].put]
                 if whole and state.replica:
@@ -964,12 +965,7 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
 
     def revision(self) -> str:
         """Return a text that changes with every change. It costs one request to the cluster."""
-        # A server asks once for all requests that wait. So the replica is waited for here, once, and not in each read.
-        follower = self._opened(asking=True).follower
-        last = follower.newest()
-        if follower.state.replica:
-            follower.at(last.put, patient=False)
-        return f"{last.put}.{last.value.decode('latin-1')}"
+        return self._opened(asking=True).follower.revision()
 
     def at_least(self, revision: str) -> EtcdStorage:
         """Return this store for reads from the replica, without a request to the cluster."""

@@ -48,7 +48,6 @@ def serving(
     """
     options.setdefault("host_names", None)
     server = wmi.Server(storage, port=0, log=lambda text: [log(line) for line in text.splitlines()], **options)
-    server._watch(server, wmi.READ)  # from its first round on, or it would look for clients CHECK_SECONDS later
     with server:
         if send_buffer:
             server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
