@@ -44,8 +44,9 @@ The parts (``grep -A1 '^####' wmi.py``). Each uses only what stands above it, ex
     Connections   the server's engine: sockets, deadlines, one loop
     Processes     a parent that forks workers, and their signals
     Client        the verbs and errors of the catalog, over HTTP
-    Optional      parts that the rest works without: HTTPS, image files, tokens, the page, fetch, whole stores
+    Terminal      what people see of the command: harmless text, progress, tables
     Command line  a function for each subcommand, and main()
+    Optional      parts that the rest works without: HTTPS, image files, tokens, the page, fetch, whole stores
 
 Left out on purpose: everything of DCMGR that is not an image; the rest of YAML; async; scanning for plug-ins. A
 store is one file in backends/ with one function, open_storage(location).
@@ -94,8 +95,8 @@ except ImportError:  # in a Python that was built without it, everything but TLS
 
 __version__ = "1.1.0"
 __all__ = [  # and the errors, which are the subclasses of Error
-    "VERSIONS", "Catalog", "Client", "Error", "MemoryStorage", "Page", "Server", "Storage", "Tokens", "image_record",
-    "listen", "main", "open_storage", "register_backend", "run_server", "tls_context",
+    "VERSIONS", "Catalog", "Client", "Error", "MemoryStorage", "Page", "Server", "Storage", "image_record", "listen",
+    "main", "open_storage", "register_backend", "run_server",
 ]  # fmt: skip
 
 # wmi is one file, yet a backend is imported as wmi.NAME_store: with __path__ a module counts as a package. The folder
@@ -3336,11 +3337,602 @@ def _shown_record(shown: Any) -> Record:
 
 
 ####################################################################################################
+# Terminal
+####################################################################################################
+# What people see of the command: text that cannot harm a terminal, the progress of long work, and tables of images.
+
+# ---- what is printed ----
+
+
+def _visible(value: Any) -> str:
+    """Return a value as text that cannot move the cursor of a terminal or begin a new line."""
+    return re.sub("[^ -~]", _escape, value if isinstance(value, str) else json.dumps(value))
+
+
+def _escape(char: re.Match[str]) -> str:
+    """Return a printable character as it is, and any other as an escape of JSON."""
+    units = char[0].encode("utf-16-be", "surrogatepass").hex()
+    return char[0] if char[0].isprintable() else re.sub("(....)", r"\\u\1", units)
+
+
+def _write(text: str, out: TextIO | None = None) -> None:
+    """Write text to standard output or another file."""
+    # Names and descriptions come from strangers. On a terminal, whatever could move the cursor is printed as an escape;
+    # a file or a pipe gets the text as it is.
+    out = out or sys.stdout
+    with _naming("standard output"):  # for another file, _replacing() names that one
+        out.write(re.sub(r"[^\n -~]", _escape, text) if out.isatty() else text)
+
+
+@contextlib.contextmanager
+def _naming(file: str) -> Iterator[None]:
+    """Add the name of a file to an OSError: errors of read() and write() come without it."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = file
+        raise
+
+
+def _remove(path: str) -> None:
+    """Remove a file, if it is there and may be removed."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+class _Progress(contextlib.AbstractContextManager["_Progress"]):
+    """A line on a terminal that shows the progress of long work: count, total, rate and time left."""
+
+    def __init__(self, what: str, unit: int = 1, name: str = "") -> None:
+        self._what, self._unit, self._name = what, unit, name
+        self._first: tuple[int, float] | None = None  # count and time at the first call
+        self._shown = time.monotonic() if sys.stderr.isatty() else float("inf")
+
+    def __call__(self, done: int, total: int | None = None) -> None:
+        """Show the line, at most five times a second."""
+        moment = time.monotonic()
+        self._first = self._first or (done, moment)
+        if moment - self._shown < 0.2:
+            return
+        self._shown, (count, began) = moment, self._first
+        rate = (done - count) / max(moment - began, 0.001)  # the first call may be the one that shows
+        text = f"{self._what} {self._amount(done)}"
+        text += f" of {self._amount(total)}" if total else ""
+        text += f"{self._name}, {self._amount(rate)}{self._name}/s"
+        if total and rate:
+            minutes, seconds = divmod(round(max(0, total - done) / rate), 60)
+            text += f", {minutes}:{seconds:02} left"
+        print(f"\r{text}", end="\x1b[K", file=sys.stderr, flush=True)
+
+    def _amount(self, count: float) -> str:
+        return f"{count:,.0f}" if self._unit == 1 else f"{count / self._unit:,.1f}"
+
+    def __exit__(self, *exc: object) -> None:
+        if sys.stderr.isatty():
+            print(end="\r\x1b[K", file=sys.stderr, flush=True)
+
+
+def _progressing(what: str, items: Iterable[Any], total: int | None = None) -> Iterator[Any]:
+    """Yield the items, and show the progress on a terminal."""
+    with _Progress(what) as progress:
+        for count, item in enumerate(items, 1):
+            progress(count, total)
+            yield item
+
+
+def _tell(options: Any, text: str) -> None:
+    """Print a line to standard error, in the form of the log."""
+    is_json = getattr(options, "log_format", "text") == "json"
+    print(json.dumps({"time": now(), "message": text}) if is_json else f"wmi: {text}", file=sys.stderr, flush=True)
+
+
+# ---- how an image is printed ----
+
+
+def _table(image: Record) -> str:
+    return "".join(f"{_visible(name) + ':':<21}{_visible(value)}\n" for name, value in image.items())
+
+
+_COLUMNS = ("ID", "ACCOUNT", "ARCH", "BOOT", "PUBLIC", "STATE", "NAME")
+
+
+def _table_lines(images: Iterator[Record]) -> Iterator[str]:
+    """Yield the lines of a table."""
+    # The list may be long, so only the first 100 images decide how wide the columns are; a longer cell further down
+    # pushes its row to the right. On a terminal, the name is cut at the edge.
+    first = [_COLUMNS, *map(_cells, itertools.islice(images, 100))]
+    widths = [max(map(_width, column)) for column in zip(*first)][:-1]
+    columns = os.get_terminal_size(1).columns if sys.stdout.isatty() else 0
+    room = (columns or sys.maxsize) - sum(widths) - len(widths)
+    for *cells, name in itertools.chain(first, map(_cells, images)):
+        padded = (cell + " " * (width - _width(cell)) for cell, width in zip(cells, widths))
+        yield " ".join((*padded, _clipped(name, max(room, len("NAME"))))).rstrip() + "\n"
+
+
+def _cells(image: Record) -> tuple[str, ...]:
+    boot = "volume" if image.get("boot_dev_type") == BOOT_DEV_SAN else "local"
+    name = image.get("display_name") or image.get("description") or ""
+    return tuple(map(_visible, (*map(image.get, ("id", "account_id", "arch")), boot,
+                                *map(image.get, ("is_public", "state")), name)))  # fmt: skip
+
+
+def _width(text: str) -> int:
+    """Return how many columns a text takes on a terminal: a wide character takes two, a combining one takes none."""
+    if text.isascii():
+        return len(text)
+    import unicodedata  # here: most text is ASCII and does not need it
+
+    return sum(0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
+
+
+def _clipped(text: str, room: int) -> str:
+    """Return a text, cut to `room` columns if it is longer; a cut text ends with …."""
+    if len(text) <= room and _width(text) <= room:
+        return text
+    ends = itertools.accumulate(map(_width, text))
+    return text[: sum(1 for _ in itertools.takewhile(lambda end: end < room, ends))] + "…"
+
+
+def _json_list(images: Iterator[Record]) -> Iterator[str]:
+    yield "["
+    for number, image in enumerate(images):
+        yield (",\n" if number else "") + to_json(image)
+    yield "]\n"
+
+
+def _id_line(image: Record) -> str:
+    return _visible(image["id"]) + "\n"
+
+
+# How one image and how a list of them is printed, by the value of --output.
+_OUTPUTS: dict[str, tuple[Callable[[Record], str], Callable[[Iterator[Record]], Iterator[str]]]] = {
+    "table": (_table, _table_lines),
+    "json": (lambda image: json.dumps(image, ensure_ascii=False, indent=2) + "\n", _json_list),
+    "yaml": (to_yaml, lambda images: ("".join(yaml_lines([image], "")) for image in images)),
+    "id": (_id_line, lambda images: map(_id_line, images)),
+}
+
+
+####################################################################################################
+# Command line
+####################################################################################################
+# Each subcommand is one function, which makes a few calls to the parts above. A command works on a store (--store) or,
+# if the API allows it, on a server (--url). Standard output has the result and nothing else, so that it can be piped.
+# An error is one line on standard error, in words for people, and exit code 1.
+
+_SAMPLE = [  # the names of Wakame-vdc's own demo data
+    ("wmi-lucid0", "x86", "ubuntu-10.04_local_kvm_i386.raw", "Ubuntu 10.04 LTS, 32 bit"),
+    ("wmi-lucid1", "x86_64", "ubuntu-10.04_local_kvm_x86_64.raw", "Ubuntu 10.04 LTS, 64 bit"),
+    ("wmi-centos1d", "x86_64", "centos-6.4_x86_64_kvm_md.raw", "CentOS 6.4 with a metadata drive"),
+    ("wmi-lbnode1d", "x86_64", "lbnode-stud_x86_64_kvm_md.raw", "load balancer node (haproxy, stud)"),
+]
+
+
+# ---- what a command does ----
+
+_STORE_FILES = ("", ".new", ".lock", "-journal", "-wal", "-shm")  # endings of the files of json and sqlite stores
+
+
+
+def _serve(options: Any) -> int:
+    def make_context() -> Any:
+        return tls_context(options.tls_cert, options.tls_key) if options.tls_cert else None
+
+    _check_processes(options)
+    log, context = _log_writer(options), make_context()
+
+    def make_server() -> Server:
+        ours = storage if options.workers == 1 else open_storage(options.store)
+        return Server(ours, listener=listener, unversioned=options.unversioned, host_names=options.host_name,
+                      max_connections=options.max_connections, tls=context, log=log, log_format=options.log_format,
+                      files=options.files, tokens=Tokens(options.tokens) if options.tokens else None)  # fmt: skip
+
+    def renew(server: Server | None) -> None:  # None: called in the parent, for workers that are forked later
+        nonlocal context
+        context = make_context()
+        if server:
+            server.tls = context
+
+    # The order matters. Whatever can be wrong (certificate, log, store, tokens, address) is found out before a worker
+    # is forked, so that the user gets one line and exit code 1. But no worker may inherit an open store: with several
+    # workers, the store is closed again and each worker opens its own.
+    with contextlib.ExitStack() as cleanup:
+        block_signals(True)  # a SIGTERM before the server handles it would leave the Unix socket behind
+        cleanup.callback(block_signals, False)
+        storage = cleanup.enter_context(open_storage(options.store))
+        if options.sample:
+            _add_sample(storage)
+        if options.workers > 1:
+            storage.close()
+        if options.tokens:
+            Tokens(options.tokens)  # raises if the file has a fault
+            _warn_if_exposed(options, options.tokens)
+        listener = listen(options.host, options.port, options.unix_socket)
+        address = address_of(listener, "https" if context else "http")
+        if address == f"unix:{options.unix_socket}":
+            cleanup.callback(_remove, options.unix_socket)
+        announce = functools.partial(_announce, options, address)
+        return run_server(make_server, options.workers, listener, announce, renew if context else None)
+
+
+def _check_processes(options: Any) -> None:
+    if options.workers < 1 or options.max_connections < 1:
+        raise InvalidParameter("--workers and --max-connections must be at least 1")
+    if options.files and not os.path.isdir(options.files):
+        raise InvalidParameter(f"--files: {options.files} is not a directory")
+    if options.workers > 1 and not hasattr(os, "fork"):
+        raise InvalidParameter("--workers: this system cannot fork; use 1")
+    if options.workers > 1 and options.store.startswith("memory:"):
+        raise InvalidParameter("--workers: a store in memory belongs to one process; use 1, or another store")
+
+
+def _add_sample(storage: Storage) -> None:
+    """Put the images of _SAMPLE into an empty store."""
+    with storage_errors():
+        if not _count(storage):
+            storage.add_all(image_record({
+                "id": id, "account_id": "a-shpoolxx", "arch": arch, "is_public": True, "description": description,
+                "source": {"uri": f"file:///var/lib/wakame-vdc/images/{file}"}, "features": {"virtio": True},
+                "md5sum": hashlib.md5(file.encode(), usedforsecurity=False).hexdigest(),
+                "created_at": "2013-02-01T09:00:00Z",
+            }) for id, arch, file, description in _SAMPLE)  # fmt: skip
+
+
+def _log_writer(options: Any) -> Callable[[str], object]:
+    """Return a function that appends text to the log in one write, so that lines of several processes never mix."""
+    if options.log == "-":
+        return lambda text: None
+    file = 2
+    if options.log:
+        _refuse_store_file(options.log, options.store)
+        file = os.open(options.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    return lambda text: os.write(file, text.encode("ascii", "backslashreplace"))
+
+
+def _announce(options: Any, address: str) -> None:
+    if not address.startswith("unix:") and not re.match(_LOOPBACK, address):
+        if not options.tokens:
+            _tell(options, f"warning: {address} is open to others, and callers may claim to be any account")
+        elif not options.tls_cert:
+            _tell(options, f"warning: {address} is open to others, who may read tokens on their way; use --tls-cert")
+    page = "" if address.startswith("unix:") else f" (page: {address}/)"
+    _tell(options, f"serving {options.store} on {address}/api/images{page}")
+
+
+def _add(options: Any, boot_dev_type: int, location: str) -> None:
+    fields = {**_given_fields(options), "boot_dev_type": boot_dev_type}
+    if "WMI_ACCOUNT" in os.environ:
+        fields.setdefault("account_id", os.environ["WMI_ACCOUNT"])
+    if location.startswith("bo-"):  # vdc-manage of 12.03 took the id of a backup object here
+        fields["backup_object_id"] = location
+    elif boot_dev_type == BOOT_DEV_SAN:
+        fields["source"] = {"snapshot_id": location}
+    elif re.match("[A-Za-z][A-Za-z0-9+.-]*://", location):
+        fields["source"] = {"uri": location}
+    else:
+        _refuse_store_file(location, options.store)
+        _describe_file(location, fields)
+    with open_storage(options.store) as storage:
+        _write(Catalog(storage).register(fields) + "\n")
+
+
+def _describe_file(path: str, fields: dict[str, Any]) -> None:
+    """Set the source and the checksum of an image whose file is on this machine. Raises InvalidParameter."""
+    if not os.path.isfile(path):
+        raise InvalidParameter(f"{path} is not a file here; give the path of a file, or a URI such as file:///…")
+    fields["source"] = {"uri": "file://" + urllib.parse.quote(os.path.abspath(path))}
+    image_record(fields)  # raises for a wrong field now, and not after the MD5 of a large file
+    if "md5sum" not in fields:
+        digest = hashlib.md5(usedforsecurity=False)  # the API's checksum; no secret depends on it
+        with open(path, "rb") as file, _Progress(f"md5 of {path}:", 1 << 20, " MiB") as progress:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+                progress(file.tell(), os.fstat(file.fileno()).st_size)
+        fields["md5sum"] = digest.hexdigest()
+
+
+def _given_fields(options: Any) -> dict[str, Any]:
+    fields = {name: getattr(options, name, None) for name in _FIELDS.split()}
+    if names := fields.pop("feature"):
+        fields["features"] = dict.fromkeys(names, True)
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _refuse_store_file(path: str, url: str) -> None:
+    """Raise InvalidParameter if a path leads to a file of the store, however the path is spelled."""
+    # Files that exist are compared by inode, which sees through links; files that do not exist yet by their real path.
+    location = url.partition(":")[2]
+    for file in [os.path.realpath(location) + ending for ending in _STORE_FILES if location]:
+        same = os.path.exists(path) and os.path.exists(file) and os.path.samefile(path, file)
+        if same or os.path.realpath(path) == file:
+            raise InvalidParameter(f"{path} is a file of the store itself, {url}; give another one")
+
+
+def _open_existing(url: str) -> Storage:
+    """Open a store that exists: a typo in its name must not create a store. Raises InvalidParameter."""
+    scheme, _, location = url.partition(":")
+    if scheme in ("json", "sqlite") and location and not os.path.exists(location):
+        raise InvalidParameter(f"there is no store {url}; `add` or `load` makes one")
+    return open_storage(url)
+
+
+def _count(storage: Storage) -> int:
+    return storage.page(None, 0, 0, deleted=None)[0]
+
+
+@contextlib.contextmanager
+def _catalog(options: Any, version: str = DOCUMENT) -> Iterator[Any]:
+    """Yield a Client for --url, otherwise a Catalog on --store. Both have the same verbs."""
+    if not options.url:
+        with _open_existing(options.store) as storage:
+            yield Catalog(storage, options.account, version)
+    else:
+        yield _client(options, version)
+
+
+def _client(options: Any, version: str = DOCUMENT) -> Client:
+    token = _read_token(options)
+    if not options.url:
+        raise InvalidParameter("files are fetched from a server: give --url http://HOST:PORT or set WMI_URL")
+    if not options.account and not token:
+        raise InvalidParameter("a server needs to know your account: give --account A or set WMI_ACCOUNT")
+    return Client(options.url, options.account, version=version, cafile=options.cacert, token=token,
+                  plain_token=options.plain_token)  # fmt: skip
+
+
+def _read_token(options: Any) -> str:
+    """Return the token of --token-file, or of --token or WMI_TOKEN; an empty text if there is none."""
+    if not options.token_file:
+        return options.token or ""
+    with open(options.token_file, encoding="ascii", errors="replace") as file:
+        token = file.read(8192).strip()
+    if not token:
+        raise InvalidParameter(f"{options.token_file}: holds no token")
+    _warn_if_exposed(options, options.token_file)
+    return token
+
+
+def _warn_if_exposed(options: Any, path: str) -> None:
+    if os.stat(path).st_mode & (stat.S_IROTH | stat.S_IWOTH):
+        _tell(options, f"warning: {path} is open to others on this machine; use chmod o= {path}")
+
+
+def _list(options: Any) -> None:
+    with _catalog(options) as catalog:
+        for text in _OUTPUTS[options.output][1](iter(catalog.index(options.start, options.limit).images)):
+            _write(text)
+
+
+def _show(options: Any) -> None:
+    with _catalog(options) as catalog:
+        _write(_OUTPUTS[options.output][0](catalog.show(options.id)))
+
+
+def _delete(options: Any) -> None:
+    with _catalog(options) as catalog:
+        for id in options.id:
+            _write(catalog.destroy(id) + "\n")
+
+
+def _modify(options: Any) -> None:
+    fields = _given_fields(options)
+    if not fields:
+        raise InvalidParameter("nothing to change: give a field, such as --description TEXT")
+    with _catalog(options, "12.03") as catalog:
+        # An account, or a server, may set only what PUT of 12.03 sets. The operator of a store may change every field.
+        change = catalog.update if options.url or options.account else catalog.modify
+        _write(_OUTPUTS[options.output][0](change(options.id, **fields)))
+
+
+def _set_features(options: Any) -> None:
+    given = {name: getattr(options, name) for name in ("virtio", "acpi") if getattr(options, name) is not None}
+    if not given:
+        raise InvalidParameter("nothing to change: give --virtio, --no-virtio, --acpi or --no-acpi")
+    with _open_existing(options.store) as storage:
+        Catalog(storage).set_features(options.id, **given)
+
+
+# ---- options and commands ----
+
+# The options by name: the short form, which is vdc-manage's; the help text; and further arguments for argparse.
+_Option = tuple[str, str, dict[str, Any]]
+_SWITCH, _TOGGLE = {"action": "store_true"}, {"action": "toggle"}  # --NAME, and --NAME or --no-NAME
+_MANY: Any = {"action": "append", "metavar": "NAME"}
+_COUNT: Any = {"type": int, "metavar": "N"}
+_OPTIONS: dict[str, dict[str, _Option]] = {  # by the title of their group in --help
+    "options": {
+        "output": ("-o", "table (the default), json, yaml or id", {"choices": _OUTPUTS, "default": "table"}),
+        "start": ("", "number of images to skip (default: 0)", {"default": "0"}),
+        "limit": ("", "list at most this many images", {}),
+        "virtio": ("", "set or clear this feature", _TOGGLE),
+        "acpi": ("", "set or clear this feature", _TOGGLE),
+        "sample": ("", "fill an empty store with a few images", _SWITCH),
+        "unversioned": ("", "version of /api/images: %(choices)s", {"choices": VERSIONS, "default": DOCUMENT}),
+        "log": ("", "append the log to FILE, not to stderr; - for no log", {"metavar": "FILE"}),
+        "log_format": ("", "text (the default) or json", {"choices": LOG_FORMATS, "default": "text"}),
+    },
+    "where the images are": {  # the environment has defaults: WMI_STORE, WMI_URL, …
+        "store": ("", "SCHEME:LOCATION (default: %(default)s)", {"metavar": "URL", "default": "sqlite:images.db"}),
+        "url": ("", "use the server at http://HOST:PORT, not a store", {"metavar": "URL"}),
+        "cacert": ("", "certificates to trust for https (PEM)", {"metavar": "FILE"}),
+        "account": ("", "your account (default on a store: the operator)", {"metavar": "A"}),
+        "token": ("", "your token; others can see it here, WMI_TOKEN is safer", {"metavar": "T"}),
+        "token_file": ("", "read the token from FILE", {"metavar": "FILE"}),
+        "plain_token": ("", "allow the token over http, where others may read it", _SWITCH),
+    },
+    "where to listen": {
+        "host": ("", "address to listen on (default: %(default)s)", {"default": "127.0.0.1"}),
+        "port": ("", "port; 0 takes a free one (default: %(default)s)", {**_COUNT, "default": 9001}),
+        "unix_socket": ("", "listen on a Unix socket instead", {"metavar": "PATH"}),
+        "host_name": ("", "on loopback, accept this Host too; may be repeated", {**_MANY, "default": []}),
+        "workers": ("", "number of processes (default: %(default)s)", {**_COUNT, "default": 1}),
+        "max_connections": ("", "connections a process (default: %(default)s)", {**_COUNT, "default": MAX_CONNECTIONS}),
+    },
+    "fields": {
+        "uuid": ("-u", "id of the image (default: a random one)", {}),
+        "account_id": ("-a", "owner (default for add: WMI_ACCOUNT)", {}),
+        "arch": ("-r", "x86 or x86_64", {}),
+        "md5sum": ("-m", "MD5 of the file (default for add PATH: computed)", {}),
+        "description": ("-d", "any text", {}),
+        "state": ("-s", "one of " + ", ".join(STATES[:-1]), {}),
+        "is_public": ("-p", "every account may see the image", _TOGGLE),
+        "file_format": ("", "such as raw", {}),
+        "feature": ("", "virtio or acpi; may be repeated", _MANY),
+        "root_device": ("", "such as label:root", {}),
+        "is_cacheable": ("", "hosts may keep a copy of the file", _TOGGLE),
+        "instance_model_name": ("", "such as kvm", {}),
+        "service_type": ("", "std or lb", {}),
+        "parent_image_id": ("", "id of the image that this one was made from", {}),
+        "display_name": ("", "a short name", {}),
+        "backup_object_id": ("", "id of a backup object, bo-…", {}),
+        "os_type": ("", "linux or windows", {}),
+    },
+}
+
+_, _PLACES, _LISTENING, _FIELDS = map(" ".join, _OPTIONS.values())
+# The subcommands: name, function, arguments (positional ones in capitals, as in a usage line), help text, example.
+_COMMANDS: list[tuple[str, Callable[[Any], object], str, str, str]] = [
+    ("serve", _serve,
+     f"store sample files tokens unversioned log log_format {_LISTENING} tls_cert tls_key",
+     "serve the images of a store over HTTP", "--sample --port 9001"),
+    ("add local", lambda options: _add(options, BOOT_DEV_LOCAL, options.path_or_uri), f"PATH_OR_URI store {_FIELDS}",
+     "register an image file", "lucid.raw -a a-shpoolxx -d 'Ubuntu 10.04' --is-public"),
+    ("add volume", lambda options: _add(options, BOOT_DEV_SAN, options.snapshot_id), f"SNAPSHOT_ID store {_FIELDS}",
+     "register a volume snapshot", "snap-lucid1 -a a-shpoolxx"),
+    ("list", _list, f"{_PLACES} output start limit", "list images, newest first", "--limit 20 -o json"),
+    ("show", _show, f"ID {_PLACES} output", "show one image", "wmi-lucid0 -o yaml"),
+    ("delete", _delete, f"ID... {_PLACES} output", "delete images and print their ids", "wmi-lucid0 wmi-lucid1"),
+    ("del", _delete, f"ID... {_PLACES} output", "vdc-manage's name for delete", "wmi-lucid0"),
+    ("modify", _modify, f"ID {_PLACES} output {_FIELDS.replace('uuid ', '')}",
+     "change fields of an image (on a server: display name, description)", "wmi-lucid0 --arch x86 --no-is-public"),
+    ("features", _set_features, "ID store virtio acpi",
+     "set or clear features and leave the others as they are", "wmi-lucid0 --virtio --no-acpi"),
+]  # fmt: skip
+
+
+# ---- running a command ----
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 done, 1 error, 2 wrong usage, 130 interrupted."""
+    _prepare_streams()
+    options: Any = None
+    try:
+        try:
+            options = _parse_arguments(sys.argv[1:] if argv is None else argv)
+            return options.run(options) or 0
+        finally:
+            with _naming("standard output"):
+                sys.stdout.flush()
+    except (Error, OSError) as error:
+        if not isinstance(error, BrokenPipeError):  # no message if the reader, such as head, has seen enough
+            print(f"wmi: {_visible(_explain(error, options))}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # drop the rest: otherwise the interpreter tries to write it once more when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _prepare_streams() -> None:
+    """Open standard descriptors that are closed, and write UTF-8 in any locale."""
+    # Otherwise the next file that is opened would get the number of a closed one, and a message on standard error could
+    # end up in a store. Input is opened for writing and output for reading, so that using them still fails.
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDONLY if name == "stdout" else os.O_WRONLY)
+            setattr(sys, name, os.fdopen(null, "w" if number else "r", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _parse_arguments(argv: Sequence[str]) -> Any:
+    import argparse  # here: a program that only imports this module does not need it
+
+    style: Any = {"formatter_class": functools.partial(argparse.HelpFormatter, width=100, max_help_position=43)}
+    parser = argparse.ArgumentParser("wmi", description=(__doc__ or "").partition("\n")[0], **style)
+    parser.add_argument("--version", action="version", version=f"wmi {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    add = commands.add_parser("add", help="register an image and print its id", **style)
+    parents = {"": commands, "add": add.add_subparsers(metavar="local|volume", required=True)}
+    for words, run, arguments, help, example in _COMMANDS:
+        parent, _, name = words.rpartition(" ")
+        command = parents[parent].add_parser(
+            name, help=help, description=help, add_help=False, epilog=f"example: wmi {words} {example}", **style,
+            usage=" ".join(["%(prog)s [OPTION ...]", *filter(str.isupper, arguments.split())]),
+        )  # fmt: skip
+        command.register("action", "toggle", argparse.BooleanOptionalAction)
+        command.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+        command.set_defaults(run=run, file="-")  # without FILE: standard input or output
+        command.set_defaults(files=None, tokens=None, tls_cert=None)  # which the part Optional adds
+        _add_arguments(command, arguments.split())
+    # As in vdc-manage, --account_id is the same as --account-id; what follows "--" is left as it is.
+    end = [*argv, "--"].index("--")
+    dashed = [re.sub("^--[^=]*", lambda match: match[0].replace("_", "-"), word) for word in argv[:end]]
+    return parser.parse_args([*dashed, *argv[end:]])
+
+
+def _add_arguments(command: Any, names: Sequence[str]) -> None:
+    """Add the options with these names in _OPTIONS, and a positional argument for each name in capitals."""
+    for name in filter(str.isupper, names):
+        nargs = "?" if name[0] == "[" else "+" if name[-1] == "." else None
+        command.add_argument(name.strip("[].").lower(), metavar=name, nargs=nargs)
+    for title, options in _OPTIONS.items():
+        group = command.add_argument_group(title)
+        for name, (short, help, settings) in options.items():
+            if name in names:
+                if "action" not in settings:
+                    settings = {"metavar": name.split("_")[-1].upper(), **settings}
+                    if name in _PLACES.split():
+                        settings["default"] = os.environ.get(f"WMI_{name.upper()}") or settings.get("default")
+                group.add_argument(f"--{name.replace('_', '-')}", *short.split(), help=help, **settings)
+
+
+_CONTRADICTION = "the token is another account's"
+
+
+def _explain(error: Exception, options: Any) -> str:
+    """Return a message that tells a person what is wrong and what to do about it."""
+    # Errors carry the API's words, which old clients expect over HTTP and which say little to a person.
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError):
+        text = error.strerror or text
+        return f"{error.filename}: {text}" if isinstance(error.filename, str) else text
+    if text in ("start", "limit") and hasattr(options, text):
+        return f"--{text}: {getattr(options, text)!r} is not a whole number of at most 18 digits"
+    if getattr(error, "status", 0) == 401:
+        return f"{options.url} needs a valid token: set WMI_TOKEN, or give --token-file FILE"
+    if text == _CONTRADICTION:
+        return f"not permitted: {text}; leave --account out"
+    if text.startswith("Invalid UUID Syntax: "):
+        return f"{text[21:]!r} is not an id: an id is wmi- and letters a-z or digits"
+    cause: Any = getattr(error.__cause__, "reason", error.__cause__)  # urllib wraps the system's error
+    said = getattr(cause, "strerror", "") or cause
+    if getattr(cause, "reason", "") == "WRONG_VERSION_NUMBER":
+        said = "that port does not speak HTTPS, try http://"
+    where = getattr(options, "url", None) or getattr(options, "store", "")
+    return _EXPLAINED.get(type(error), "{text}").format(text=text, where=where, cause=f": {said}" if said else "")
+
+
+_EXPLAINED: dict[type[Exception], str] = {
+    UnknownUUIDResource: "no such image: {text} in {where}",
+    OperationNotPermitted: "not permitted: the image belongs to another account",
+    DatabaseError: "{text}{cause}",
+    NotFound: "there are no images at {where}; give the URL of an image server, such as http://HOST:PORT",
+    BadAnswer: "{where}: {text}; is this an image server?",
+    Unreachable: "cannot reach {where}{cause}; is the server running?",
+}
+
+
+####################################################################################################
 # Optional
 ####################################################################################################
-# Nobody needs this part in order to understand the others. The server and the client would work without it: they call
-# it from a few places, if an option asks for it. It adds its paths to ROUTES, and its format to LOG_FORMATS.
-# The command line uses it to print, and some subcommands are defined here.
+# Nobody needs this part in order to understand the others, which work without it; a test deletes it. They call it in a
+# few places, if an option asks for it. It adds its paths to ROUTES, its format to LOG_FORMATS, and its options and
+# subcommands to the tables of the command line.
 
 # ---- HTTPS ----
 
@@ -3636,15 +4228,8 @@ class JSONLog(TextLog):
 LOG_FORMATS["json"] = JSONLog
 
 
-def _tell(options: Any, text: str) -> None:
-    """Print a line to standard error, in the form of the log."""
-    is_json = getattr(options, "log_format", "text") == "json"
-    print(json.dumps({"time": now(), "message": text}) if is_json else f"wmi: {text}", file=sys.stderr, flush=True)
-
-
 # ---- tokens ----
 
-_CONTRADICTION = "the token is another account's"
 
 
 class Tokens:
@@ -3767,21 +4352,10 @@ def add_token(account: str, path: str) -> str:
     return token
 
 
-def _read_token(options: Any) -> str:
-    """Return the token of --token-file, or of --token or WMI_TOKEN; an empty text if there is none."""
-    if not options.token_file:
-        return options.token or ""
-    with open(options.token_file, encoding="ascii", errors="replace") as file:
-        token = file.read(8192).strip()
-    if not token:
-        raise InvalidParameter(f"{options.token_file}: holds no token")
-    _warn_if_exposed(options, options.token_file)
-    return token
-
-
-def _warn_if_exposed(options: Any, path: str) -> None:
-    if os.stat(path).st_mode & (stat.S_IROTH | stat.S_IWOTH):
-        _tell(options, f"warning: {path} is open to others on this machine; use chmod o= {path}")
+def _token(options: Any) -> None:
+    if not options.tokens:
+        raise InvalidParameter("give the file that `serve --tokens` reads: --tokens FILE")
+    _write(add_token(options.account, options.tokens) + "\n")
 
 
 # ---- the page, and /health ----
@@ -4243,89 +4817,19 @@ def _open_alone(path: str) -> Iterator[BinaryIO]:
                     return
 
 
-# ---- what is printed ----
+def _fetch(options: Any) -> None:
+    client = _client(options)
+    path = options.output_file or unused_name(client.show(options.id))
+    _refuse_store_file(path, os.environ.get("WMI_STORE") or "sqlite:images.db")  # its journal need not exist now
+    with _Progress("fetched", 1 << 20, " MiB") as progress:
+        client.fetch(options.id, path, progress)
+    if path != "-":
+        _write(path + "\n")
 
 
-def _visible(value: Any) -> str:
-    """Return a value as text that cannot move the cursor of a terminal or begin a new line."""
-    return re.sub("[^ -~]", _escape, value if isinstance(value, str) else json.dumps(value))
-
-
-def _escape(char: re.Match[str]) -> str:
-    """Return a printable character as it is, and any other as an escape of JSON."""
-    units = char[0].encode("utf-16-be", "surrogatepass").hex()
-    return char[0] if char[0].isprintable() else re.sub("(....)", r"\\u\1", units)
-
-
-def _write(text: str, out: TextIO | None = None) -> None:
-    """Write text to standard output or another file."""
-    # Names and descriptions come from strangers. On a terminal, whatever could move the cursor is printed as an escape;
-    # a file or a pipe gets the text as it is.
-    out = out or sys.stdout
-    with _naming("standard output"):  # for another file, _replacing() names that one
-        out.write(re.sub(r"[^\n -~]", _escape, text) if out.isatty() else text)
-
-
-@contextlib.contextmanager
-def _naming(file: str) -> Iterator[None]:
-    """Add the name of a file to an OSError: errors of read() and write() come without it."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = file
-        raise
-
-
-def _remove(path: str) -> None:
-    """Remove a file, if it is there and may be removed."""
-    with contextlib.suppress(OSError):
-        os.unlink(path)
-
-
-class _Progress(contextlib.AbstractContextManager["_Progress"]):
-    """A line on a terminal that shows the progress of long work: count, total, rate and time left."""
-
-    def __init__(self, what: str, unit: int = 1, name: str = "") -> None:
-        self._what, self._unit, self._name = what, unit, name
-        self._first: tuple[int, float] | None = None  # count and time at the first call
-        self._shown = time.monotonic() if sys.stderr.isatty() else float("inf")
-
-    def __call__(self, done: int, total: int | None = None) -> None:
-        """Show the line, at most five times a second."""
-        moment = time.monotonic()
-        self._first = self._first or (done, moment)
-        if moment - self._shown < 0.2:
-            return
-        self._shown, (count, began) = moment, self._first
-        rate = (done - count) / max(moment - began, 0.001)  # the first call may be the one that shows
-        text = f"{self._what} {self._amount(done)}"
-        text += f" of {self._amount(total)}" if total else ""
-        text += f"{self._name}, {self._amount(rate)}{self._name}/s"
-        if total and rate:
-            minutes, seconds = divmod(round(max(0, total - done) / rate), 60)
-            text += f", {minutes}:{seconds:02} left"
-        print(f"\r{text}", end="\x1b[K", file=sys.stderr, flush=True)
-
-    def _amount(self, count: float) -> str:
-        return f"{count:,.0f}" if self._unit == 1 else f"{count / self._unit:,.1f}"
-
-    def __exit__(self, *exc: object) -> None:
-        if sys.stderr.isatty():
-            print(end="\r\x1b[K", file=sys.stderr, flush=True)
-
-
-def _progressing(what: str, items: Iterable[Any], total: int | None = None) -> Iterator[Any]:
-    """Yield the items, and show the progress on a terminal."""
-    with _Progress(what) as progress:
-        for count, item in enumerate(items, 1):
-            progress(count, total)
-            yield item
-
-
-# ---- whole stores, and files beside them ----
+# ---- whole stores ----
 
 MAX_LINE = 1 << 20  # bytes of a line that `load` accepts; `dump` writes shorter ones, see MAX_TEXT
-_STORE_FILES = ("", ".new", ".lock", "-journal", "-wal", "-shm")  # endings of the files of json and sqlite stores
 
 
 def _read_lines(file: BinaryIO) -> Iterator[bytes]:
@@ -4383,24 +4887,6 @@ def _load(options: Any) -> None:
     print(f"wmi: loaded {loaded}, refused 0", file=sys.stderr)
 
 
-def _refuse_store_file(path: str, url: str) -> None:
-    """Raise InvalidParameter if a path leads to a file of the store, however the path is spelled."""
-    # Files that exist are compared by inode, which sees through links; files that do not exist yet by their real path.
-    location = url.partition(":")[2]
-    for file in [os.path.realpath(location) + ending for ending in _STORE_FILES if location]:
-        same = os.path.exists(path) and os.path.exists(file) and os.path.samefile(path, file)
-        if same or os.path.realpath(path) == file:
-            raise InvalidParameter(f"{path} is a file of the store itself, {url}; give another one")
-
-
-def _open_existing(url: str) -> Storage:
-    """Open a store that exists: a typo in its name must not create a store. Raises InvalidParameter."""
-    scheme, _, location = url.partition(":")
-    if scheme in ("json", "sqlite") and location and not os.path.exists(location):
-        raise InvalidParameter(f"there is no store {url}; `add` or `load` makes one")
-    return open_storage(url)
-
-
 def _dump(options: Any) -> None:
     path, standard = options.file, contextlib.nullcontext(sys.stdout)
     _refuse_store_file("/dev/stdout" if path == "-" else path, options.store)
@@ -4413,10 +4899,6 @@ def _walk(storage: Storage, what: str, **order: Any) -> Iterator[Record]:
     """Yield all records, tombstones too, and show the progress on a terminal."""
     with storage_errors():
         yield from _progressing(what, storage.walk(**order), _count(storage))
-
-
-def _count(storage: Storage) -> int:
-    return storage.page(None, 0, 0, deleted=None)[0]
 
 
 @contextlib.contextmanager
@@ -4470,368 +4952,21 @@ def _wrong_records(storage: Storage) -> Iterator[str]:
             yield f"{record.get('id')}: {error}"
 
 
-####################################################################################################
-# Command line
-####################################################################################################
-# Each subcommand is one function, which makes a few calls to the parts above. A command works on a store (--store) or,
-# if the API allows it, on a server (--url). Standard output has the result and nothing else, so that it can be piped.
-# An error is one line on standard error, in words for people, and exit code 1.
-
-_SAMPLE = [  # the names of Wakame-vdc's own demo data
-    ("wmi-lucid0", "x86", "ubuntu-10.04_local_kvm_i386.raw", "Ubuntu 10.04 LTS, 32 bit"),
-    ("wmi-lucid1", "x86_64", "ubuntu-10.04_local_kvm_x86_64.raw", "Ubuntu 10.04 LTS, 64 bit"),
-    ("wmi-centos1d", "x86_64", "centos-6.4_x86_64_kvm_md.raw", "CentOS 6.4 with a metadata drive"),
-    ("wmi-lbnode1d", "x86_64", "lbnode-stud_x86_64_kvm_md.raw", "load balancer node (haproxy, stud)"),
-]
-
-
-# ---- what a command does ----
-
-
-def _serve(options: Any) -> int:
-    def make_context() -> Any:
-        return tls_context(options.tls_cert, options.tls_key) if options.tls_cert else None
-
-    _check_processes(options)
-    log, context = _log_writer(options), make_context()
-
-    def make_server() -> Server:
-        ours = storage if options.workers == 1 else open_storage(options.store)
-        return Server(ours, listener=listener, unversioned=options.unversioned, host_names=options.host_name,
-                      max_connections=options.max_connections, tls=context, log=log, log_format=options.log_format,
-                      files=options.files, tokens=Tokens(options.tokens) if options.tokens else None)  # fmt: skip
-
-    def renew(server: Server | None) -> None:  # None: called in the parent, for workers that are forked later
-        nonlocal context
-        context = make_context()
-        if server:
-            server.tls = context
-
-    # The order matters. Whatever can be wrong (certificate, log, store, tokens, address) is found out before a worker
-    # is forked, so that the user gets one line and exit code 1. But no worker may inherit an open store: with several
-    # workers, the store is closed again and each worker opens its own.
-    with contextlib.ExitStack() as cleanup:
-        block_signals(True)  # a SIGTERM before the server handles it would leave the Unix socket behind
-        cleanup.callback(block_signals, False)
-        storage = cleanup.enter_context(open_storage(options.store))
-        if options.sample:
-            _add_sample(storage)
-        if options.workers > 1:
-            storage.close()
-        if options.tokens:
-            Tokens(options.tokens)  # raises if the file has a fault
-            _warn_if_exposed(options, options.tokens)
-        listener = listen(options.host, options.port, options.unix_socket)
-        address = address_of(listener, "https" if context else "http")
-        if address == f"unix:{options.unix_socket}":
-            cleanup.callback(_remove, options.unix_socket)
-        announce = functools.partial(_announce, options, address)
-        return run_server(make_server, options.workers, listener, announce, renew if context else None)
-
-
-def _check_processes(options: Any) -> None:
-    if options.workers < 1 or options.max_connections < 1:
-        raise InvalidParameter("--workers and --max-connections must be at least 1")
-    if options.files and not os.path.isdir(options.files):
-        raise InvalidParameter(f"--files: {options.files} is not a directory")
-    if options.workers > 1 and not hasattr(os, "fork"):
-        raise InvalidParameter("--workers: this system cannot fork; use 1")
-    if options.workers > 1 and options.store.startswith("memory:"):
-        raise InvalidParameter("--workers: a store in memory belongs to one process; use 1, or another store")
-
-
-def _add_sample(storage: Storage) -> None:
-    """Put the images of _SAMPLE into an empty store."""
-    with storage_errors():
-        if not _count(storage):
-            storage.add_all(image_record({
-                "id": id, "account_id": "a-shpoolxx", "arch": arch, "is_public": True, "description": description,
-                "source": {"uri": f"file:///var/lib/wakame-vdc/images/{file}"}, "features": {"virtio": True},
-                "md5sum": hashlib.md5(file.encode(), usedforsecurity=False).hexdigest(),
-                "created_at": "2013-02-01T09:00:00Z",
-            }) for id, arch, file, description in _SAMPLE)  # fmt: skip
-
-
-def _log_writer(options: Any) -> Callable[[str], object]:
-    """Return a function that appends text to the log in one write, so that lines of several processes never mix."""
-    if options.log == "-":
-        return lambda text: None
-    file = 2
-    if options.log:
-        _refuse_store_file(options.log, options.store)
-        file = os.open(options.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    return lambda text: os.write(file, text.encode("ascii", "backslashreplace"))
-
-
-def _announce(options: Any, address: str) -> None:
-    if not address.startswith("unix:") and not re.match(_LOOPBACK, address):
-        if not options.tokens:
-            _tell(options, f"warning: {address} is open to others, and callers may claim to be any account")
-        elif not options.tls_cert:
-            _tell(options, f"warning: {address} is open to others, who may read tokens on their way; use --tls-cert")
-    page = "" if address.startswith("unix:") else f" (page: {address}/)"
-    _tell(options, f"serving {options.store} on {address}/api/images{page}")
-
-
-def _add(options: Any, boot_dev_type: int, location: str) -> None:
-    fields = {**_given_fields(options), "boot_dev_type": boot_dev_type}
-    if "WMI_ACCOUNT" in os.environ:
-        fields.setdefault("account_id", os.environ["WMI_ACCOUNT"])
-    if location.startswith("bo-"):  # vdc-manage of 12.03 took the id of a backup object here
-        fields["backup_object_id"] = location
-    elif boot_dev_type == BOOT_DEV_SAN:
-        fields["source"] = {"snapshot_id": location}
-    elif re.match("[A-Za-z][A-Za-z0-9+.-]*://", location):
-        fields["source"] = {"uri": location}
-    else:
-        _refuse_store_file(location, options.store)
-        _describe_file(location, fields)
-    with open_storage(options.store) as storage:
-        _write(Catalog(storage).register(fields) + "\n")
-
-
-def _describe_file(path: str, fields: dict[str, Any]) -> None:
-    """Set the source and the checksum of an image whose file is on this machine. Raises InvalidParameter."""
-    if not os.path.isfile(path):
-        raise InvalidParameter(f"{path} is not a file here; give the path of a file, or a URI such as file:///…")
-    fields["source"] = {"uri": "file://" + urllib.parse.quote(os.path.abspath(path))}
-    image_record(fields)  # raises for a wrong field now, and not after the MD5 of a large file
-    if "md5sum" not in fields:
-        digest = hashlib.md5(usedforsecurity=False)  # the API's checksum; no secret depends on it
-        with open(path, "rb") as file, _Progress(f"md5 of {path}:", 1 << 20, " MiB") as progress:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-                progress(file.tell(), os.fstat(file.fileno()).st_size)
-        fields["md5sum"] = digest.hexdigest()
-
-
-def _given_fields(options: Any) -> dict[str, Any]:
-    fields = {name: getattr(options, name, None) for name in _FIELDS.split()}
-    if names := fields.pop("feature"):
-        fields["features"] = dict.fromkeys(names, True)
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-@contextlib.contextmanager
-def _catalog(options: Any, version: str = DOCUMENT) -> Iterator[Any]:
-    """Yield a Client for --url, otherwise a Catalog on --store. Both have the same verbs."""
-    if not options.url:
-        with _open_existing(options.store) as storage:
-            yield Catalog(storage, options.account, version)
-    else:
-        yield _client(options, version)
-
-
-def _client(options: Any, version: str = DOCUMENT) -> Client:
-    token = _read_token(options)
-    if not options.url:
-        raise InvalidParameter("files are fetched from a server: give --url http://HOST:PORT or set WMI_URL")
-    if not options.account and not token:
-        raise InvalidParameter("a server needs to know your account: give --account A or set WMI_ACCOUNT")
-    return Client(options.url, options.account, version=version, cafile=options.cacert, token=token,
-                  plain_token=options.plain_token)  # fmt: skip
-
-
-def _fetch(options: Any) -> None:
-    client = _client(options)
-    path = options.output_file or unused_name(client.show(options.id))
-    _refuse_store_file(path, os.environ.get("WMI_STORE") or "sqlite:images.db")  # its journal need not exist now
-    with _Progress("fetched", 1 << 20, " MiB") as progress:
-        client.fetch(options.id, path, progress)
-    if path != "-":
-        _write(path + "\n")
-
-
-def _token(options: Any) -> None:
-    if not options.tokens:
-        raise InvalidParameter("give the file that `serve --tokens` reads: --tokens FILE")
-    _write(add_token(options.account, options.tokens) + "\n")
-
-
-def _list(options: Any) -> None:
-    with _catalog(options) as catalog:
-        for text in _OUTPUTS[options.output][1](iter(catalog.index(options.start, options.limit).images)):
-            _write(text)
-
-
-def _show(options: Any) -> None:
-    with _catalog(options) as catalog:
-        _write(_OUTPUTS[options.output][0](catalog.show(options.id)))
-
-
-def _delete(options: Any) -> None:
-    with _catalog(options) as catalog:
-        for id in options.id:
-            _write(catalog.destroy(id) + "\n")
-
-
-def _modify(options: Any) -> None:
-    fields = _given_fields(options)
-    if not fields:
-        raise InvalidParameter("nothing to change: give a field, such as --description TEXT")
-    with _catalog(options, "12.03") as catalog:
-        # An account, or a server, may set only what PUT of 12.03 sets. The operator of a store may change every field.
-        change = catalog.update if options.url or options.account else catalog.modify
-        _write(_OUTPUTS[options.output][0](change(options.id, **fields)))
-
-
-def _set_features(options: Any) -> None:
-    given = {name: getattr(options, name) for name in ("virtio", "acpi") if getattr(options, name) is not None}
-    if not given:
-        raise InvalidParameter("nothing to change: give --virtio, --no-virtio, --acpi or --no-acpi")
-    with _open_existing(options.store) as storage:
-        Catalog(storage).set_features(options.id, **given)
-
-
-# ---- how an image is printed ----
-
-
-def _table(image: Record) -> str:
-    return "".join(f"{_visible(name) + ':':<21}{_visible(value)}\n" for name, value in image.items())
-
-
-_COLUMNS = ("ID", "ACCOUNT", "ARCH", "BOOT", "PUBLIC", "STATE", "NAME")
-
-
-def _table_lines(images: Iterator[Record]) -> Iterator[str]:
-    """Yield the lines of a table."""
-    # The list may be long, so only the first 100 images decide how wide the columns are; a longer cell further down
-    # pushes its row to the right. On a terminal, the name is cut at the edge.
-    first = [_COLUMNS, *map(_cells, itertools.islice(images, 100))]
-    widths = [max(map(_width, column)) for column in zip(*first)][:-1]
-    columns = os.get_terminal_size(1).columns if sys.stdout.isatty() else 0
-    room = (columns or sys.maxsize) - sum(widths) - len(widths)
-    for *cells, name in itertools.chain(first, map(_cells, images)):
-        padded = (cell + " " * (width - _width(cell)) for cell, width in zip(cells, widths))
-        yield " ".join((*padded, _clipped(name, max(room, len("NAME"))))).rstrip() + "\n"
-
-
-def _cells(image: Record) -> tuple[str, ...]:
-    boot = "volume" if image.get("boot_dev_type") == BOOT_DEV_SAN else "local"
-    name = image.get("display_name") or image.get("description") or ""
-    return tuple(map(_visible, (*map(image.get, ("id", "account_id", "arch")), boot,
-                                *map(image.get, ("is_public", "state")), name)))  # fmt: skip
-
-
-def _width(text: str) -> int:
-    """Return how many columns a text takes on a terminal: a wide character takes two, a combining one takes none."""
-    if text.isascii():
-        return len(text)
-    import unicodedata  # here: most text is ASCII and does not need it
-
-    return sum(0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
-
-
-def _clipped(text: str, room: int) -> str:
-    """Return a text, cut to `room` columns if it is longer; a cut text ends with …."""
-    if len(text) <= room and _width(text) <= room:
-        return text
-    ends = itertools.accumulate(map(_width, text))
-    return text[: sum(1 for _ in itertools.takewhile(lambda end: end < room, ends))] + "…"
-
-
-def _json_list(images: Iterator[Record]) -> Iterator[str]:
-    yield "["
-    for number, image in enumerate(images):
-        yield (",\n" if number else "") + to_json(image)
-    yield "]\n"
-
-
-def _id_line(image: Record) -> str:
-    return _visible(image["id"]) + "\n"
-
-
-# How one image and how a list of them is printed, by the value of --output.
-_OUTPUTS: dict[str, tuple[Callable[[Record], str], Callable[[Iterator[Record]], Iterator[str]]]] = {
-    "table": (_table, _table_lines),
-    "json": (lambda image: json.dumps(image, ensure_ascii=False, indent=2) + "\n", _json_list),
-    "yaml": (to_yaml, lambda images: ("".join(yaml_lines([image], "")) for image in images)),
-    "id": (_id_line, lambda images: map(_id_line, images)),
-}
-
-
-# ---- options and commands ----
-
-# The options by name: the short form, which is vdc-manage's; the help text; and further arguments for argparse.
-_Option = tuple[str, str, dict[str, Any]]
-_SWITCH, _TOGGLE = {"action": "store_true"}, {"action": "toggle"}  # --NAME, and --NAME or --no-NAME
-_MANY: Any = {"action": "append", "metavar": "NAME"}
-_COUNT: Any = {"type": int, "metavar": "N"}
-_OPTIONS: dict[str, dict[str, _Option]] = {  # by the title of their group in --help
-    "options": {
-        "output": ("-o", "table (the default), json, yaml or id", {"choices": _OUTPUTS, "default": "table"}),
-        "output_file": ("-O", "write to FILE, - for stdout (default: named by its source)", {"metavar": "FILE"}),
-        "start": ("", "number of images to skip (default: 0)", {"default": "0"}),
-        "limit": ("", "list at most this many images", {}),
-        "keep_going": ("", "report bad lines and load the others", _SWITCH),
-        "repair": ("", "rebuild what can be derived from the images", _SWITCH),
-        "virtio": ("", "set or clear this feature", _TOGGLE),
-        "acpi": ("", "set or clear this feature", _TOGGLE),
-        "sample": ("", "fill an empty store with a few images", _SWITCH),
-        "files": ("", "serve the image files below this directory", {"metavar": "DIR"}),
-        "tokens": ("", "file of tokens; only their holders are served", {"metavar": "FILE"}),
-        "unversioned": ("", "version of /api/images: %(choices)s", {"choices": VERSIONS, "default": DOCUMENT}),
-        "log": ("", "append the log to FILE, not to stderr; - for no log", {"metavar": "FILE"}),
-        "log_format": ("", "text (the default) or json", {"choices": LOG_FORMATS, "default": "text"}),
-    },
-    "where the images are": {  # the environment has defaults: WMI_STORE, WMI_URL, …
-        "store": ("", "SCHEME:LOCATION (default: %(default)s)", {"metavar": "URL", "default": "sqlite:images.db"}),
-        "url": ("", "use the server at http://HOST:PORT, not a store", {"metavar": "URL"}),
-        "cacert": ("", "certificates to trust for https (PEM)", {"metavar": "FILE"}),
-        "account": ("", "your account (default on a store: the operator)", {"metavar": "A"}),
-        "token": ("", "your token; others can see it here, WMI_TOKEN is safer", {"metavar": "T"}),
-        "token_file": ("", "read the token from FILE", {"metavar": "FILE"}),
-        "plain_token": ("", "allow the token over http, where others may read it", _SWITCH),
-    },
-    "where to listen": {
-        "host": ("", "address to listen on (default: %(default)s)", {"default": "127.0.0.1"}),
-        "port": ("", "port; 0 takes a free one (default: %(default)s)", {**_COUNT, "default": 9001}),
-        "unix_socket": ("", "listen on a Unix socket instead", {"metavar": "PATH"}),
-        "host_name": ("", "on loopback, accept this Host too; may be repeated", {**_MANY, "default": []}),
-        "tls_cert": ("", "serve HTTPS with this certificate chain (PEM)", {"metavar": "FILE"}),
-        "tls_key": ("", "key of the certificate (default: in the same file)", {"metavar": "FILE"}),
-        "workers": ("", "number of processes (default: %(default)s)", {**_COUNT, "default": 1}),
-        "max_connections": ("", "connections a process (default: %(default)s)", {**_COUNT, "default": MAX_CONNECTIONS}),
-    },
-    "fields": {
-        "uuid": ("-u", "id of the image (default: a random one)", {}),
-        "account_id": ("-a", "owner (default for add: WMI_ACCOUNT)", {}),
-        "arch": ("-r", "x86 or x86_64", {}),
-        "md5sum": ("-m", "MD5 of the file (default for add PATH: computed)", {}),
-        "description": ("-d", "any text", {}),
-        "state": ("-s", "one of " + ", ".join(STATES[:-1]), {}),
-        "is_public": ("-p", "every account may see the image", _TOGGLE),
-        "file_format": ("", "such as raw", {}),
-        "feature": ("", "virtio or acpi; may be repeated", _MANY),
-        "root_device": ("", "such as label:root", {}),
-        "is_cacheable": ("", "hosts may keep a copy of the file", _TOGGLE),
-        "instance_model_name": ("", "such as kvm", {}),
-        "service_type": ("", "std or lb", {}),
-        "parent_image_id": ("", "id of the image that this one was made from", {}),
-        "display_name": ("", "a short name", {}),
-        "backup_object_id": ("", "id of a backup object, bo-…", {}),
-        "os_type": ("", "linux or windows", {}),
-    },
-}
-
-_, _PLACES, _LISTENING, _FIELDS = map(" ".join, _OPTIONS.values())
-# The subcommands: name, function, arguments (positional ones in capitals, as in a usage line), help text, example.
-_COMMANDS: list[tuple[str, Callable[[Any], object], str, str, str]] = [
-    ("serve", _serve,
-     f"store sample files tokens unversioned log log_format {_LISTENING}",
-     "serve the images of a store over HTTP", "--sample --port 9001"),
-    ("add local", lambda options: _add(options, BOOT_DEV_LOCAL, options.path_or_uri), f"PATH_OR_URI store {_FIELDS}",
-     "register an image file", "lucid.raw -a a-shpoolxx -d 'Ubuntu 10.04' --is-public"),
-    ("add volume", lambda options: _add(options, BOOT_DEV_SAN, options.snapshot_id), f"SNAPSHOT_ID store {_FIELDS}",
-     "register a volume snapshot", "snap-lucid1 -a a-shpoolxx"),
-    ("list", _list, f"{_PLACES} output start limit", "list images, newest first", "--limit 20 -o json"),
-    ("show", _show, f"ID {_PLACES} output", "show one image", "wmi-lucid0 -o yaml"),
-    ("delete", _delete, f"ID... {_PLACES} output", "delete images and print their ids", "wmi-lucid0 wmi-lucid1"),
-    ("del", _delete, f"ID... {_PLACES} output", "vdc-manage's name for delete", "wmi-lucid0"),
-    ("modify", _modify, f"ID {_PLACES} output {_FIELDS.replace('uuid ', '')}",
-     "change fields of an image (on a server: display name, description)", "wmi-lucid0 --arch x86 --no-is-public"),
-    ("features", _set_features, "ID store virtio acpi",
-     "set or clear features and leave the others as they are", "wmi-lucid0 --virtio --no-acpi"),
+# ---- options and subcommands ----
+
+__all__ += ["Tokens", "tls_context"]
+_OPTIONS["options"].update({
+    "output_file": ("-O", "write to FILE, - for stdout (default: named by its source)", {"metavar": "FILE"}),
+    "keep_going": ("", "report bad lines and load the others", _SWITCH),
+    "repair": ("", "rebuild what can be derived from the images", _SWITCH),
+    "files": ("", "serve the image files below this directory", {"metavar": "DIR"}),
+    "tokens": ("", "file of tokens; only their holders are served", {"metavar": "FILE"}),
+})
+_OPTIONS["where to listen"].update({
+    "tls_cert": ("", "serve HTTPS with this certificate chain (PEM)", {"metavar": "FILE"}),
+    "tls_key": ("", "key of the certificate (default: in the same file)", {"metavar": "FILE"}),
+})
+_COMMANDS += [
     ("fetch", _fetch, f"ID {_PLACES.replace('store ', '')} output_file",
      "download the file of an image, resume if interrupted, check its MD5", "wmi-lucid0 --url http://127.0.0.1:9001"),
     ("token", _token, "ACCOUNT tokens",
@@ -4841,119 +4976,6 @@ _COMMANDS: list[tuple[str, Callable[[Any], object], str, str, str]] = [
     ("copy", _copy, "SOURCE TARGET", "copy a store into an empty one that is not in use", "json:a sqlite:b"),
     ("check", _check, "[URL] store repair", "read a whole store and print its faults", "sqlite:images.db --repair"),
 ]  # fmt: skip
-
-
-# ---- running a command ----
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 1 error, 2 wrong usage, 130 interrupted."""
-    _prepare_streams()
-    options: Any = None
-    try:
-        try:
-            options = _parse_arguments(sys.argv[1:] if argv is None else argv)
-            return options.run(options) or 0
-        finally:
-            with _naming("standard output"):
-                sys.stdout.flush()
-    except (Error, OSError) as error:
-        if not isinstance(error, BrokenPipeError):  # no message if the reader, such as head, has seen enough
-            print(f"wmi: {_visible(_explain(error, options))}", file=sys.stderr)
-        try:
-            sys.stdout.flush()
-        except OSError:  # drop the rest: otherwise the interpreter tries to write it once more when it ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-
-
-def _prepare_streams() -> None:
-    """Open standard descriptors that are closed, and write UTF-8 in any locale."""
-    # Otherwise the next file that is opened would get the number of a closed one, and a message on standard error could
-    # end up in a store. Input is opened for writing and output for reading, so that using them still fails.
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            null = os.open(os.devnull, os.O_RDONLY if name == "stdout" else os.O_WRONLY)
-            setattr(sys, name, os.fdopen(null, "w" if number else "r", closefd=False))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-
-
-def _parse_arguments(argv: Sequence[str]) -> Any:
-    import argparse  # here: a program that only imports this module does not need it
-
-    style: Any = {"formatter_class": functools.partial(argparse.HelpFormatter, width=100, max_help_position=43)}
-    parser = argparse.ArgumentParser("wmi", description=(__doc__ or "").partition("\n")[0], **style)
-    parser.add_argument("--version", action="version", version=f"wmi {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    add = commands.add_parser("add", help="register an image and print its id", **style)
-    parents = {"": commands, "add": add.add_subparsers(metavar="local|volume", required=True)}
-    for words, run, arguments, help, example in _COMMANDS:
-        parent, _, name = words.rpartition(" ")
-        command = parents[parent].add_parser(
-            name, help=help, description=help, add_help=False, epilog=f"example: wmi {words} {example}", **style,
-            usage=" ".join(["%(prog)s [OPTION ...]", *filter(str.isupper, arguments.split())]),
-        )  # fmt: skip
-        command.register("action", "toggle", argparse.BooleanOptionalAction)
-        command.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
-        command.set_defaults(run=run, file="-")  # without FILE: standard input or output
-        _add_arguments(command, arguments.split())
-    # As in vdc-manage, --account_id is the same as --account-id; what follows "--" is left as it is.
-    end = [*argv, "--"].index("--")
-    dashed = [re.sub("^--[^=]*", lambda match: match[0].replace("_", "-"), word) for word in argv[:end]]
-    return parser.parse_args([*dashed, *argv[end:]])
-
-
-def _add_arguments(command: Any, names: Sequence[str]) -> None:
-    """Add the options with these names in _OPTIONS, and a positional argument for each name in capitals."""
-    for name in filter(str.isupper, names):
-        nargs = "?" if name[0] == "[" else "+" if name[-1] == "." else None
-        command.add_argument(name.strip("[].").lower(), metavar=name, nargs=nargs)
-    for title, options in _OPTIONS.items():
-        group = command.add_argument_group(title)
-        for name, (short, help, settings) in options.items():
-            if name in names:
-                if "action" not in settings:
-                    settings = {"metavar": name.split("_")[-1].upper(), **settings}
-                    if name in _PLACES.split():
-                        settings["default"] = os.environ.get(f"WMI_{name.upper()}") or settings.get("default")
-                group.add_argument(f"--{name.replace('_', '-')}", *short.split(), help=help, **settings)
-
-
-def _explain(error: Exception, options: Any) -> str:
-    """Return a message that tells a person what is wrong and what to do about it."""
-    # Errors carry the API's words, which old clients expect over HTTP and which say little to a person.
-    text = str(error) or type(error).__name__
-    if isinstance(error, OSError):
-        text = error.strerror or text
-        return f"{error.filename}: {text}" if isinstance(error.filename, str) else text
-    if text in ("start", "limit") and hasattr(options, text):
-        return f"--{text}: {getattr(options, text)!r} is not a whole number of at most 18 digits"
-    if getattr(error, "status", 0) == 401:
-        return f"{options.url} needs a valid token: set WMI_TOKEN, or give --token-file FILE"
-    if text == _CONTRADICTION:
-        return f"not permitted: {text}; leave --account out"
-    if text.startswith("Invalid UUID Syntax: "):
-        return f"{text[21:]!r} is not an id: an id is wmi- and letters a-z or digits"
-    cause: Any = getattr(error.__cause__, "reason", error.__cause__)  # urllib wraps the system's error
-    said = getattr(cause, "strerror", "") or cause
-    if getattr(cause, "reason", "") == "WRONG_VERSION_NUMBER":
-        said = "that port does not speak HTTPS, try http://"
-    where = getattr(options, "url", None) or getattr(options, "store", "")
-    return _EXPLAINED.get(type(error), "{text}").format(text=text, where=where, cause=f": {said}" if said else "")
-
-
-_EXPLAINED: dict[type[Exception], str] = {
-    UnknownUUIDResource: "no such image: {text} in {where}",
-    OperationNotPermitted: "not permitted: the image belongs to another account",
-    DatabaseError: "{text}{cause}",
-    NotFound: "there are no images at {where}; give the URL of an image server, such as http://HOST:PORT",
-    BadAnswer: "{where}: {text}; is this an image server?",
-    Unreachable: "cannot reach {where}{cause}; is the server running?",
-}
 
 
 if __name__ == "__main__":
