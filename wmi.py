@@ -3868,7 +3868,8 @@ def _parse_arguments(argv: Sequence[str]) -> Any:
         command.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
         command.set_defaults(run=run, file="-")  # without FILE: standard input or output
         command.set_defaults(files=None, tokens=None, tls_cert=None)  # which the part Optional adds
-        _add_arguments(command, arguments.split())
+        if name in argv:  # to add those of every command would take longer than most commands do
+            _add_arguments(command, arguments.split())
     # As in vdc-manage, --account_id is the same as --account-id; what follows "--" is left as it is.
     end = [*argv, "--"].index("--")
     dashed = [re.sub("^--[^=]*", lambda match: match[0].replace("_", "-"), word) for word in argv[:end]]

@@ -389,8 +389,8 @@ def test_promised_size():
 @pytest.mark.parametrize(
     "names",
     [
-        "golden image deployed_clients http",
-        pytest.param("yaml versions catalog connections deadlines hosts log processes stopping", marks=pytest.mark.long),
+        "golden image deployed_clients hosts log",
+        pytest.param("yaml versions catalog http connections deadlines processes stopping", marks=pytest.mark.long),
     ],
     ids=["some", "more"],
 )
