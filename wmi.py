@@ -46,7 +46,7 @@ The parts (``grep -A1 '^####' wmi.py``). Each uses only what stands above it, ex
     Client        the verbs and errors of the catalog, over HTTP
     Terminal      what people see of the command: harmless text, progress, tables
     Command line  a function for each subcommand, and main()
-    Optional      parts that the rest works without: HTTPS, image files, tokens, the page, fetch, whole stores
+    Optional      what the rest works without: HTTPS, image files, tokens, the page, fetch, load, dump, copy, check
 
 Left out on purpose: everything of DCMGR that is not an image; the rest of YAML; async; scanning for plug-ins. A
 store is one file in backends/ with one function, open_storage(location).
@@ -747,9 +747,9 @@ class Storage(Protocol):
         """
 
     def at_least(self, revision: str) -> Storage:
-        """Return this store for reads that show a revision which it has had, or a newer one.
+        """Return a store whose reads show this revision, which revision() has returned, or a newer one.
 
-        A store in a cluster answers such reads without asking the cluster.
+        A store in a cluster answers such reads from its own copy, without asking the cluster again.
         """
 
     def check(self, repair: bool = False) -> Iterator[str]:
@@ -1024,7 +1024,7 @@ class Catalog:
         self.version = find_version(version)
 
     def at_least(self, revision: str) -> Catalog:
-        """Return this catalog for reads that show a revision which the store has had, or a newer one."""
+        """Return a catalog whose reads show this revision of the store, which it has had, or a newer one."""
         storage = self.storage.at_least(revision)
         if storage is self.storage:  # on this machine the newest costs nothing
             return self
@@ -1989,7 +1989,7 @@ class Service:
             query = parse_query(request.query, ("start", "limit", *version.filters))
             if {"start", "limit"}.issuperset(query):
                 body = self._gather_page(catalog, query, format)
-            else:  # a filter or sort_by: every image has to be read
+            else:  # a filter or sort_by: every image may have to be read
                 with self.walking(catalog, pulse) as walking:
                     body = self._gather_page(walking, query, format)
         answer = content_answer(request, _CONTENT_TYPES[format], body)
@@ -2451,7 +2451,7 @@ class Server(http.server.HTTPServer):
         self.service.secure = tls is not None
         self.stopping = False
         self.parent = 0  # the process that supervises this one; 0: none
-        self.moment = time.monotonic()  # when this round's input was taken, or later a change was made: see Service
+        self.moment = time.monotonic()  # when this round's input was taken or, if later, a change was made: see Service
         super().__init__(listener.getsockname(), http.server.BaseHTTPRequestHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener  # bound already: server_bind would ask the DNS for our own name
@@ -2485,7 +2485,7 @@ class Server(http.server.HTTPServer):
         return address_of(self.socket, "https" if self.tls else "http")
 
     def serve_forever(self, poll_interval: float = TURN_SECONDS) -> None:
-        """Serve until shutdown(). Other threads do the serving; this one looks after them every poll_interval."""
+        """Serve until shutdown(). Other threads serve; this one looks after them at least every poll_interval."""
         while not self.stopping:
             self.service_actions()
             time.sleep(poll_interval / 5 if self._working else poll_interval)
@@ -2619,7 +2619,7 @@ class Server(http.server.HTTPServer):
             # A round may take TURN_SECONDS. If it accepted one client only, a burst of them would be served late.
             for _ in range(ACCEPT_AT_ONCE):
                 if not self._accept() or len(self._connections) >= self._max_connections:
-                    break  # with every place taken, only a client that surely waits may take that of another
+                    break  # the next _accept() evicts somebody first: only if select() shows that a client waits
             self.moment = time.monotonic()  # the requests of new connections are taken, too
 
     def _receive_from(self, connection: Connection) -> None:
@@ -3047,7 +3047,7 @@ _REDIRECTS_AT_MOST = 5
 _HEAD_AT_MOST = 65536  # bytes, with those of interim answers (1xx); common servers send at most 8 KiB
 _YAML_AT_MOST = 10 * MAX_TEXT + 1000  # characters of `source` or `features`: an escape takes up to ten
 _READ_AT_ONCE = 1 << 18  # bytes of a body; with 16 KB a file of 1 GB took half as long again
-_UNTIL_CLOSE = float("inf")  # the size of a body that ends with its connection
+_UNTIL_CLOSE = float("inf")  # the size of a body that ends with its connection; as a deadline: none
 _WHOLE = functools.partial(whole_number, "a number is negative, a fraction or too long")  # 10**6 digits take minutes
 _JSON = json.JSONDecoder(parse_int=_WHOLE, parse_float=_WHOLE, parse_constant=_WHOLE)
 # The type of each field of an image, apart from null. Values are not checked: another server may know more of them.
@@ -3062,8 +3062,9 @@ class Client:
 
     `url` is the base of the server, such as http://127.0.0.1:9001. Each wait takes at most `timeout` seconds, and a
     whole call with its retries at most `deadline` seconds (but looking up a host name takes as long as the
-    system allows). An answer over `max_answer` bytes is refused. The proxies of the environment are used only if
-    `proxies` is true. Over https, `cafile` is a file of PEM certificates to trust instead of those of the system.
+    system allows). An answer over `max_answer` bytes is refused. Only the file that fetch() receives has neither limit.
+    The proxies of the environment are used only if `proxies` is true. Over https, `cafile` is a file of PEM
+    certificates to trust instead of those of the system.
 
     `token` proves the account, which then need not be named. Over plain http it is sent to loopback only, because
     others could read it on its way; `plain_token` allows that.
@@ -4821,7 +4822,7 @@ def _open_alone(path: str) -> Iterator[BinaryIO]:
 def _fetch(options: Any) -> None:
     client = _client(options)
     path = options.output_file or unused_name(client.show(options.id))
-    _refuse_store_file(path, os.environ.get("WMI_STORE") or "sqlite:images.db")  # its journal need not exist now
+    _refuse_store_file(path, os.environ.get("WMI_STORE") or "sqlite:images.db")  # and a journal that is not there yet
     with _Progress("fetched", 1 << 20, " MiB") as progress:
         client.fetch(options.id, path, progress)
     if path != "-":
@@ -4948,7 +4949,7 @@ def _wrong_records(storage: Storage) -> Iterator[str]:
     for record in _walk(storage, "checked"):
         try:
             if image_record(record) != record:
-                yield f"{record['id']}: a field is not spelled as it is kept"
+                yield f"{record['id']}: a field is not in the form in which stores keep it"
         except InvalidParameter as error:
             yield f"{record.get('id')}: {error}"
 
