@@ -3514,7 +3514,6 @@ _SAMPLE = [  # the names of Wakame-vdc's own demo data
 _STORE_FILES = ("", ".new", ".lock", "-journal", "-wal", "-shm")  # endings of the files of json and sqlite stores
 
 
-
 def _serve(options: Any) -> int:
     def make_context() -> Any:
         return tls_context(options.tls_cert, options.tls_key) if options.tls_cert else None
@@ -4231,7 +4230,6 @@ LOG_FORMATS["json"] = JSONLog
 
 
 # ---- tokens ----
-
 
 
 class Tokens:
