@@ -1321,7 +1321,7 @@ MAX_HEAD = 32768  # bytes; four lines of full length, far more than any known cl
 MAX_FIELDS = 64  # header fields; browsers send about 20
 MAX_BODY = 65536  # bytes; the largest is a PUT of a name and a description
 MAX_EMPTY_LINES = 4  # before a request line; some old clients send one after a body (RFC 9112, 2.2)
-MAX_CHUNKS = 1024  # of a body; clients send some KB in each, and a chunk costs as much time as a KB
+MAX_CHUNKS = 512  # of a body: clients send some KB in each, and a chunk takes microseconds, however short it is
 MAX_CHUNK_LINE = 256  # bytes; a size, and extensions that nobody uses
 SMALL_HEAD = 1024  # bytes; parsed heads up to this size are cached, at most 256 of them
 
@@ -1615,7 +1615,7 @@ class Reader:
                 yield
             end = self._at + size
             body += self._data[self._at : end]
-            if self._data[end : end + 2] != b"\r\n":
+            if not self._data.startswith(b"\r\n", end):
                 raise BadRequest("a chunk is longer than its size")
             self._at = end + 2
         # 3. Trailers, which are checked and dropped. Reading begins at the CRLF before them, so that the search for an
@@ -3915,6 +3915,8 @@ def _explain(error: Exception, options: Any) -> str:
     if getattr(cause, "reason", "") == "WRONG_VERSION_NUMBER":
         said = "that port does not speak HTTPS, try http://"
     where = getattr(options, "url", None) or getattr(options, "store", "")
+    if hasattr(cause, "verify_message"):
+        return f"{where}: {cause.verify_message}; name a certificate to trust by --cacert FILE"
     return _EXPLAINED.get(type(error), "{text}").format(text=text, where=where, cause=f": {said}" if said else "")
 
 

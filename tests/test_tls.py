@@ -131,6 +131,17 @@ def test_clients(served, certificate):
         assert rest(peer).count(b"HTTP/1.1 200 OK\r\n") == 21
 
 
+def test_the_command_says_what_is_wrong_with_https(served, capsys):
+    """A certificate that is not trusted, and a port without TLS, are told in one line each."""
+    assert wmi.main(["list", "--url", served.url, "--account", ACCOUNT]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"wmi: {served.url}: ") and "certificate" in said and said.endswith(" by --cacert FILE\n")
+    with wmi.MemoryStorage() as storage, serving(storage) as plain:
+        url = plain.url.replace("http:", "https:")
+        assert wmi.main(["list", "--url", url, "--account", ACCOUNT]) == 1
+        assert f"cannot reach {url}: that port does not speak HTTPS, try http://" in capsys.readouterr().err
+
+
 def test_the_end_is_said(served, certificate):
     """The answer that ends with its connection ends with a close_notify, so that it cannot be cut unseen."""
     with connect(served, certificate) as peer:
