@@ -1367,11 +1367,11 @@ def parse_head(head: bytes) -> Request:
     line, _, rest = head[:-2].partition(b"\r\n")
     method, target, minor = parse_request_line(line)
     check_characters(head, len(head))
-    meaning = (_parse_small_fields if len(rest) <= SMALL_HEAD else _parse_field_lines)(rest, minor)
-    fields, *_, host, _ = meaning
+    parsed = (_parse_small_fields if len(rest) <= SMALL_HEAD else _parse_field_lines)(rest, minor)
+    fields, *_, host, _ = parsed
     path, query = parse_target(method, target)
     cache_key = target, fields.get("x-vdc-account-uuid", ""), fields.get("if-none-match", ""), host
-    return Request(method, target, path, query, minor, cache_key, *meaning)
+    return Request(method, target, path, query, minor, cache_key, *parsed)
 
 
 def _parse_field_lines(text: bytes, minor: int) -> tuple[dict[str, str], int, bool, bool, bool, str, str]:
@@ -1995,8 +1995,8 @@ class Service:
         answer = content_answer(request, _CONTENT_TYPES[format], body)
         # 3. Propose the answer to keep(). The account in the key must be the one that the answer was made for; with
         #    --tokens they could differ if the file of tokens changed after identify().
-        is_kept = len(self.fresh) < FRESH_AT_MOST and request.cache_key[1] == catalog.account
-        if is_kept and isinstance(answer.body, bytes) and self._was_asked(request.cache_key):
+        may_be_kept = len(self.fresh) < FRESH_AT_MOST and request.cache_key[1] == catalog.account
+        if may_be_kept and isinstance(answer.body, bytes) and self._was_asked(request.cache_key):
             size = len(answer.head) + len(answer.body) + sum(map(len, request.cache_key)) + 1024  # for Python's objects
             self.fresh.append((request.cache_key, (revision, answer, size)))
         return answer
@@ -4662,7 +4662,7 @@ class _Arrival:
 
     def __init__(self, path: str, url: str, md5sum: str | None) -> None:
         self._path = "" if path == "-" else path
-        self._part, self._known_by = f"{path}.part" if self._path else "standard output", f"{path}.part.json"
+        self._part, self._note = f"{path}.part" if self._path else "standard output", f"{path}.part.json"
         self._remedy = f"; remove {self._part} to fetch the whole file again" if self._path else ""
         self._about = {"url": url, "md5sum": md5sum and md5sum.lower(), "validator": ""}
         self.size, self.is_whole = 0, False
@@ -4688,7 +4688,7 @@ class _Arrival:
 
     def __exit__(self, *exc: object) -> None:
         if self._path and not (self.size or self.is_whole):  # nothing has arrived
-            _remove(self._known_by)
+            _remove(self._note)
             _remove(self._part)
         self._cleanup.close()
 
@@ -4696,7 +4696,7 @@ class _Arrival:
         """Read the note about the part. Raises FetchError if the part belongs to another file, or has no note."""
         try:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-            with open(os.open(self._known_by, flags), "rb") as file:
+            with open(os.open(self._note, flags), "rb") as file:
                 about = json.loads(file.read(FILE_PIECE))
             url, md5sum, self._about["validator"] = str(about["url"]), about["md5sum"], str(about["validator"])
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
@@ -4766,10 +4766,10 @@ class _Arrival:
         self._about["validator"] = validator
         if not self._path:
             return
-        with _naming(self._known_by):
-            _remove(self._known_by)
+        with _naming(self._note):
+            _remove(self._note)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL  # the last: no link is followed
-            with open(os.open(self._known_by, flags, 0o666), "w", encoding="ascii") as file:
+            with open(os.open(self._note, flags, 0o666), "w", encoding="ascii") as file:
                 json.dump(self._about, file)
 
     def finish(self) -> None:
@@ -4783,7 +4783,7 @@ class _Arrival:
                 os.fsync(self._file.fileno())
                 # The note is removed first, while the lock on the part keeps other processes from writing a note of the
                 # same name. After the rename, the note could be that of another fetch.
-                _remove(self._known_by)
+                _remove(self._note)
                 os.replace(self._part, self._path)
 
 

@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 
@@ -23,10 +24,14 @@ from support import Command, image
 
 import wmi
 
+SECOND_HALF = {"test_etcd.py", "test_history.py", "test_page.py", "test_cli.py"}  # they take as long as all others
+
 
 def pytest_addoption(parser):
-    """Offer --long; what it runs more often is still a fixed number of times."""
+    """Offer --long, whose runs are still a fixed number, and --halves, for a machine with two processors."""
     parser.addoption("--long", action="store_true", help="hundreds of kills and mutations instead of a few")
+    parser.addoption("--halves", action="store_true", help="run the suite in two processes at the same time")
+    parser.addoption("--second-half", action="store_true", help="run what --halves runs in the second process")
 
 
 def pytest_configure(config):
@@ -45,8 +50,30 @@ def pytest_collection_modifyitems(config, items):
         if item.path.name in ("test_etcd.py", "test_history.py"):
             item.add_marker("etcd")
     left = [] if config.getoption("--long") else [item for item in items if item.get_closest_marker("long")]
+    if config.getoption("--halves") or config.getoption("--second-half"):
+        ours = config.getoption("--second-half")
+        left += [item for item in items if (item.path.name in SECOND_HALF) != ours]
     config.hook.pytest_deselected(items=left)
+    left = {*left}
     items[:] = [item for item in items if item not in left]
+
+
+def pytest_sessionstart(session):
+    """With --halves, start the second process."""
+    if session.config.getoption("--halves"):
+        arguments = [word.replace("--halves", "--second-half") for word in session.config.invocation_params.args]
+        printed = session.config.printed = tempfile.TemporaryFile("w+")
+        session.config.second = subprocess.Popen([sys.executable, "-m", "pytest", *arguments], stdout=printed)
+
+
+def pytest_sessionfinish(session):
+    """With --halves, wait for the second process, print what it printed, and fail if it failed."""
+    if session.config.getoption("--halves"):
+        code = session.config.second.wait()
+        session.config.printed.seek(0)
+        print("\n", session.config.printed.read())
+        session.config.printed.close()
+        session.exitstatus = session.exitstatus or code
 
 
 def pytest_collection_finish():
