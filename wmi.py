@@ -49,7 +49,7 @@ The parts (``grep -A1 '^####' wmi.py``). Each uses only what stands above it, ex
     Optional      what the rest works without: HTTPS, image files, tokens, the page, fetch, load, dump, copy, check
 
 Left out on purpose: everything of DCMGR that is not an image; the rest of YAML; async; scanning for plug-ins. A
-store is one file in backends/ with one function, open_storage(location).
+backend, the code of one kind of store, is one file in backends/ with one function, open_storage(location).
 """
 
 from __future__ import annotations
@@ -986,8 +986,9 @@ _STORE_SAYS = {  # what the caller is told about an OSError of a store, by its e
 #     sort_by               walk once, keep the sort keys and ids of the     all of the scope    start + limit keys
 #                           first ones, then get these images by id
 #     any other filter      walk once to count, and once more to yield       all of the scope    one image
-#     neither of them       a page of the store; if it is long, its first    only the images     PAGE_AT_ONCE images
-#                           images for the total, then a walk from `start`   asked for
+#     neither of them       a page of the store; if more is asked for, it    only the images     PAGE_AT_ONCE images
+#                           gives the total, and a walk from `start` the     asked for
+#                           images
 #
 # What the scope of a store can express does not count as a filter here: is_public=true, a state of alive or deleted.
 
@@ -995,7 +996,7 @@ PAGE_AT_ONCE = 50  # images read in one piece, each up to 150 KB; a longer list 
 IMAGES_A_CALL = 1000  # the limit with which images() calls an index
 SORTED_AT_MOST = 10_000  # the highest start + limit with sort_by, since this many keys are held in memory
 SORTED_BY = 255  # leading characters by which a text is sorted; MySQL, under the originals, took the first 1024 bytes
-PULSE = 1000  # records between two calls of a catalog's pulse, in a walk with filters
+PULSE = 1000  # records between two calls of `pulse`, see Catalog, in a walk with filters
 
 
 class Page(NamedTuple):
@@ -1386,7 +1387,7 @@ def _parse_field_lines(text: bytes, minor: int) -> tuple[dict[str, str], int, bo
 
 
 # Clients repeat themselves: they send the same fields with each request, and often the same head. Without the first
-# cache, an answer that has to be made costs 13 % more; without the second, one from the cache costs 20 % more.
+# cache, an answer that has to be made costs 13 % more; without the second, a kept one (see Service) 20 % more.
 _parse_small_fields = functools.lru_cache(maxsize=256)(_parse_field_lines)
 _parse_small_head = functools.lru_cache(maxsize=256)(parse_head)
 
@@ -1504,7 +1505,7 @@ class Reader:
 
     Reading is a generator, which yields a request, or None where it needs more bytes. So the code follows the grammar
     from top to bottom, whatever the pieces in which the bytes come. A position marks what has been read, and the buffer
-    is cut there only when more arrives. So the cost of a request grows with its bytes, however many chunks they come
+    is cut there only when more is needed. So the cost of a request grows with its bytes, however many chunks they come
     in. When the buffer was cut after each chunk, 65,536 chunks of one byte took 0.6 s.
     """
 
@@ -2085,7 +2086,7 @@ def parse_query(query: str, known: Sequence[str]) -> dict[str, Any]:
             params[name] = value
         elif name == "filter" and key == "]" and isinstance(params.setdefault(name, []), list):
             params[name].append(value)
-        else:  # start[]=1, which Rack makes a list that only filter may be; or both filter= and filter[]=
+        else:  # start[]=1 is a list in Rack, and only filter may be one; or both filter= and filter[]= came
             raise InvalidParameter(name)
     return params
 
@@ -2619,7 +2620,7 @@ class Server(http.server.HTTPServer):
             # A round may take TURN_SECONDS. If it accepted one client only, a burst of them would be served late.
             for _ in range(ACCEPT_AT_ONCE):
                 if not self._accept() or len(self._connections) >= self._max_connections:
-                    break  # the next _accept() evicts somebody first: only if select() shows that a client waits
+                    break  # full: the next _accept() would evict somebody, so first select() must show a client
             self.moment = time.monotonic()  # the requests of new connections are taken, too
 
     def _receive_from(self, connection: Connection) -> None:
@@ -2931,8 +2932,8 @@ def run_server(
 ) -> int:  # fmt: skip
     """Serve until SIGTERM or SIGINT, in this process or in several forked ones, and return 0.
 
-    make_server is called in each process that serves, after the fork; announce is called once, when signals are
-    handled; renew is called in each process at SIGHUP. A worker that dies is replaced.
+    make_server is called in each process that serves, after the fork; announce is called once, when the handlers
+    of signals are set; renew is called in each process at SIGHUP. A worker that dies is replaced.
     """
     if workers == 1:
         return _run_here(make_server, announce, renew)
@@ -3062,12 +3063,12 @@ class Client:
 
     `url` is the base of the server, such as http://127.0.0.1:9001. Each wait takes at most `timeout` seconds, and a
     whole call with its retries at most `deadline` seconds (but looking up a host name takes as long as the
-    system allows). An answer over `max_answer` bytes is refused. Only the file that fetch() receives has neither limit.
+    system allows). An answer over `max_answer` bytes is refused. A file from fetch() has no deadline and no limit.
     The proxies of the environment are used only if `proxies` is true. Over https, `cafile` is a file of PEM
     certificates to trust instead of those of the system.
 
-    `token` proves the account, which then need not be named. Over plain http it is sent to loopback only, because
-    others could read it on its way; `plain_token` allows that.
+    `token` proves the account, which then need not be named. Over plain http it is sent to loopback only, unless
+    `plain_token` is true, because others could read it on its way.
     """
 
     def __init__(
@@ -4822,7 +4823,7 @@ def _open_alone(path: str) -> Iterator[BinaryIO]:
 def _fetch(options: Any) -> None:
     client = _client(options)
     path = options.output_file or unused_name(client.show(options.id))
-    _refuse_store_file(path, os.environ.get("WMI_STORE") or "sqlite:images.db")  # and a journal that is not there yet
+    _refuse_store_file(path, os.environ.get("WMI_STORE") or "sqlite:images.db")  # nor may it become a store's journal
     with _Progress("fetched", 1 << 20, " MiB") as progress:
         client.fetch(options.id, path, progress)
     if path != "-":
