@@ -24,7 +24,8 @@ from support import Command, image
 
 import wmi
 
-SECOND_HALF = {"test_etcd.py", "test_history.py", "test_page.py", "test_cli.py"}  # they take as long as all others
+# These files take as long as all others.
+SECOND_HALF = {"test_etcd.py", "test_history.py", "test_page.py", "test_cli.py", "test_docs.py"}
 
 
 def pytest_addoption(parser):
