@@ -3740,6 +3740,7 @@ _Option = tuple[str, str, dict[str, Any]]
 _SWITCH, _TOGGLE = {"action": "store_true"}, {"action": "toggle"}  # --NAME, and --NAME or --no-NAME
 _MANY: Any = {"action": "append", "metavar": "NAME"}
 _COUNT: Any = {"type": int, "metavar": "N"}
+_DEFAULT_STORE = "sqlite:images.db"
 _OPTIONS: dict[str, dict[str, _Option]] = {  # by the title of their group in --help
     "options": {
         "output": ("-o", "table (the default), json, yaml or id", {"choices": _OUTPUTS, "default": "table"}),
@@ -3753,7 +3754,7 @@ _OPTIONS: dict[str, dict[str, _Option]] = {  # by the title of their group in --
         "log_format": ("", "text (the default) or json", {"choices": LOG_FORMATS, "default": "text"}),
     },
     "where the images are": {  # the environment has defaults: WMI_STORE, WMI_URL, …
-        "store": ("", "SCHEME:LOCATION (default: %(default)s)", {"metavar": "URL", "default": "sqlite:images.db"}),
+        "store": ("", "SCHEME:LOCATION (default: %(default)s)", {"metavar": "URL", "default": _DEFAULT_STORE}),
         "url": ("", "use the server at http://HOST:PORT, not a store", {"metavar": "URL"}),
         "cacert": ("", "certificates to trust for https (PEM)", {"metavar": "FILE"}),
         "account": ("", "your account (default on a store: the operator)", {"metavar": "A"}),
@@ -3867,8 +3868,8 @@ def _parse_arguments(argv: Sequence[str]) -> Any:
         )  # fmt: skip
         command.register("action", "toggle", argparse.BooleanOptionalAction)
         command.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
-        command.set_defaults(run=run, file="-")  # without FILE: standard input or output
-        command.set_defaults(files=None, tokens=None, tls_cert=None)  # which the part Optional adds
+        # Without FILE: standard input or output. The last three are for `serve` without the part Optional.
+        command.set_defaults(run=run, file="-", files=None, tokens=None, tls_cert=None)
         if name in argv:  # to add those of every command would take longer than most commands do
             _add_arguments(command, arguments.split())
     # As in vdc-manage, --account_id is the same as --account-id; what follows "--" is left as it is.
@@ -4823,7 +4824,7 @@ def _open_alone(path: str) -> Iterator[BinaryIO]:
 def _fetch(options: Any) -> None:
     client = _client(options)
     path = options.output_file or unused_name(client.show(options.id))
-    _refuse_store_file(path, os.environ.get("WMI_STORE") or "sqlite:images.db")  # nor may it become a store's journal
+    _refuse_store_file(path, os.environ.get("WMI_STORE") or _DEFAULT_STORE)  # nor may it become a store's journal
     with _Progress("fetched", 1 << 20, " MiB") as progress:
         client.fetch(options.id, path, progress)
     if path != "-":
