@@ -97,7 +97,7 @@ __version__ = "1.1.0"
 __all__ = [  # and the errors, which are the subclasses of Error
     "VERSIONS", "Catalog", "Client", "Error", "MemoryStorage", "Page", "Server", "Storage", "image_record", "listen",
     "main", "open_storage", "register_backend", "run_server",
-]  # fmt: skip
+]
 
 # wmi is one file, yet a backend is imported as wmi.NAME_store: with __path__ a module counts as a package. The folder
 # is backends/ beside a checkout or a vendored copy, and wmi_backends/ beside an installed wmi.py, because no package
@@ -660,7 +660,7 @@ class _V1203(Version):
     filters = (
         "is_public", "service_type", "state", "created_since", "created_until", "deleted_since", "deleted_until",
         "sort_by", "filter",
-    )  # fmt: skip
+    )
     no_account = ""
 
 
@@ -733,7 +733,7 @@ class Storage(Protocol):
     def walk(
         self, account: str | None = None, *, public: bool = True, deleted: bool | None = None, start: int = 0,
         oldest_first: bool = False, frozen: bool = False,
-    ) -> Iterator[Record]:  # fmt: skip
+    ) -> Iterator[Record]:
         """Yield the records of the scope from offset start, in bounded memory.
 
         A frozen walk yields them as they were at one moment. A walk that is not frozen may show some changes that are
@@ -763,7 +763,7 @@ class Storage(Protocol):
     def __exit__(self, *exc: object) -> None: ...
 
 
-class _Row(types.SimpleNamespace):  # a NamedTuple would cost each import more time
+class _Row(NamedTuple):
     account: str
     public: bool
     deleted: bool
@@ -840,7 +840,7 @@ class MemoryStorage:
     def walk(
         self, account: str | None = None, *, public: bool = True, deleted: bool | None = None, start: int = 0,
         oldest_first: bool = False, frozen: bool = False,
-    ) -> Iterator[Record]:  # fmt: skip
+    ) -> Iterator[Record]:
         """Yield the records of the scope from offset start, always as they were at one moment."""
         if start < 0:
             raise ValueError("start is negative")
@@ -949,23 +949,17 @@ def _known_schemes() -> str:
     return ", ".join(sorted({*_openers, *_entry_points(), *stores}))
 
 
-class storage_errors:  # noqa: N801  # used as a function; a generator would cost each request a microsecond
-    """Context manager that turns what a store raises into errors of this module; the only place that does."""
-
-    def __init__(self, id: str = "") -> None:
-        self._id = id
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            return
-        if isinstance(error, FileExistsError):
-            raise DuplicateUUID(f"{error} is registered already") from error
-        if isinstance(error, KeyError):
-            raise UnknownUUIDResource(self._id) from error
-        if isinstance(error, (OSError, ValueError)):
-            raise DatabaseError(_STORE_SAYS.get(getattr(error, "errno", 0) or 0, "the store cannot answer")) from error
+@contextlib.contextmanager
+def storage_errors(id: str = "") -> Iterator[None]:
+    """Turn what a store raises into errors of this module; the only place that does."""
+    try:
+        yield
+    except FileExistsError as error:
+        raise DuplicateUUID(f"{error} is registered already") from error
+    except KeyError as error:
+        raise UnknownUUIDResource(id) from error
+    except (OSError, ValueError) as error:
+        raise DatabaseError(_STORE_SAYS.get(getattr(error, "errno", 0) or 0, "the store cannot answer")) from error
 
 
 _STORE_SAYS = {  # what the caller is told about an OSError of a store, by its errno; the log has the reason
@@ -1019,7 +1013,7 @@ class Catalog:
     def __init__(
         self, storage: Storage, account: str | None = None, version: str = DOCUMENT,
         pulse: Callable[[], None] = lambda: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.storage, self._pulse = storage, pulse
         self.account = account if account is None else check_account("account", account)
         self.version = find_version(version)
@@ -1812,7 +1806,7 @@ class Service:
     def __init__(
         self, storage: Storage, unversioned: str = DOCUMENT, report: Callable[[str], None] = print,
         hosts: Container[str] | None = None, files: str | None = None, tokens: Tokens | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.unversioned, self.waiting = find_version(unversioned), 0
         self.files, self.tokens = files, tokens  # the directory of image files, and who may call: see Optional
         self.secure = False  # True: clients connect over HTTPS
@@ -2343,7 +2337,7 @@ class Connection:
         endless = not isinstance(body, bytes) and body.length is None
         self.chunked = endless and minor > 0  # HTTP/1.0 has no chunks: there the connection ends with the body
         self.keep_alive = (request is not None and request.keep_alive and not self.server.stopping
-                           and self.chunked == endless)  # fmt: skip
+                           and self.chunked == endless)
         head = _first_lines(answer.status, int(time.time())) + answer.head
         if self.chunked:
             head += b"Transfer-Encoding: chunked\r\n"
@@ -2444,7 +2438,7 @@ class Server(http.server.HTTPServer):
         unversioned: str = DOCUMENT, max_connections: int = MAX_CONNECTIONS, tls: ssl.SSLContext | None = None,
         host_names: Sequence[str] | None = (), log: Callable[[str], object] = lambda text: None,
         files: str | None = None, tokens: Tokens | None = None, log_format: str = "text",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.log_format, self.clock = LOG_FORMATS[log_format], now()  # first: report() needs them
         listener = listener or listen(host, port)
         self.service = Service(storage, unversioned, self.report, served_hosts(listener, host_names), files, tokens)
@@ -2929,7 +2923,7 @@ def memory_trimmer() -> Callable[[], object]:
 def run_server(
     make_server: Callable[[], Server], workers: int = 1, listener: socket.socket | None = None,
     announce: Callable[[], None] = lambda: None, renew: Renew | None = None,
-) -> int:  # fmt: skip
+) -> int:
     """Serve until SIGTERM or SIGINT, in this process or in several forked ones, and return 0.
 
     make_server is called in each process that serves, after the fork; announce is called once, when the handlers
@@ -2997,7 +2991,7 @@ def _exit_as_worker(make_server: Callable[[], Server], renew: Renew | None, plac
 def _run_here(
     make_server: Callable[[], Server], announce: Callable[[], None], renew: Renew | None,
     place: Place | None = None,
-) -> int:  # fmt: skip
+) -> int:
     server = make_server()
     server.trim = memory_trimmer()
     if place:
@@ -3075,7 +3069,7 @@ class Client:
         self, url: str, account: str | None, *, version: str = DOCUMENT, timeout: float = 10.0, deadline: float = 60.0,
         retries: int = 3, proxies: bool = False, max_answer: int = 64 << 20, cafile: str | None = None,
         token: str | None = None, plain_token: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.account = check_account("account", account) if account or not token else None
         self.version = find_version(version)
         self._url = _check_url("url", url).rstrip("/") + self.version.path
@@ -3162,7 +3156,7 @@ class Client:
     def _send(
         self, method: str, url: str, read: Callable[[Any], Any], until: float, form: bytes | None = None,
         fields: Mapping[str, str] = types.MappingProxyType({}),
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """Return what read() makes of the answer to one try. Raises Error, and OSError for a file that read() uses."""
 
         def wait() -> float:
@@ -3455,7 +3449,7 @@ def _cells(image: Record) -> tuple[str, ...]:
     boot = "volume" if image.get("boot_dev_type") == BOOT_DEV_SAN else "local"
     name = image.get("display_name") or image.get("description") or ""
     return tuple(map(_visible, (*map(image.get, ("id", "account_id", "arch")), boot,
-                                *map(image.get, ("is_public", "state")), name)))  # fmt: skip
+                                *map(image.get, ("is_public", "state")), name)))
 
 
 def _width(text: str) -> int:
@@ -3526,7 +3520,7 @@ def _serve(options: Any) -> int:
         ours = storage if options.workers == 1 else open_storage(options.store)
         return Server(ours, listener=listener, unversioned=options.unversioned, host_names=options.host_name,
                       max_connections=options.max_connections, tls=context, log=log, log_format=options.log_format,
-                      files=options.files, tokens=Tokens(options.tokens) if options.tokens else None)  # fmt: skip
+                      files=options.files, tokens=Tokens(options.tokens) if options.tokens else None)
 
     def renew(server: Server | None) -> None:  # None: called in the parent, for workers that are forked later
         nonlocal context
@@ -3576,7 +3570,7 @@ def _add_sample(storage: Storage) -> None:
                 "source": {"uri": f"file:///var/lib/wakame-vdc/images/{file}"}, "features": {"virtio": True},
                 "md5sum": hashlib.md5(file.encode(), usedforsecurity=False).hexdigest(),
                 "created_at": "2013-02-01T09:00:00Z",
-            }) for id, arch, file, description in _SAMPLE)  # fmt: skip
+            }) for id, arch, file, description in _SAMPLE)
 
 
 def _log_writer(options: Any) -> Callable[[str], object]:
@@ -3678,7 +3672,7 @@ def _client(options: Any, version: str = DOCUMENT) -> Client:
     if not options.account and not token:
         raise InvalidParameter("a server needs to know your account: give --account A or set WMI_ACCOUNT")
     return Client(options.url, options.account, version=version, cafile=options.cacert, token=token,
-                  plain_token=options.plain_token)  # fmt: skip
+                  plain_token=options.plain_token)
 
 
 def _read_token(options: Any) -> str:
@@ -3809,7 +3803,7 @@ _COMMANDS: list[tuple[str, Callable[[Any], object], str, str, str]] = [
      "change fields of an image (on a server: display name, description)", "wmi-lucid0 --arch x86 --no-is-public"),
     ("features", _set_features, "ID store virtio acpi",
      "set or clear features and leave the others as they are", "wmi-lucid0 --virtio --no-acpi"),
-]  # fmt: skip
+]
 
 
 # ---- running a command ----
@@ -3865,7 +3859,7 @@ def _parse_arguments(argv: Sequence[str]) -> Any:
         command = parents[parent].add_parser(
             name, help=help, description=help, add_help=False, epilog=f"example: wmi {words} {example}", **style,
             usage=" ".join(["%(prog)s [OPTION ...]", *filter(str.isupper, arguments.split())]),
-        )  # fmt: skip
+        )
         command.register("action", "toggle", argparse.BooleanOptionalAction)
         command.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
         # Without FILE: standard input or output. The last three are for `serve` without the part Optional.
@@ -4142,7 +4136,7 @@ def file_answer(request: Request, record: Record, file: BinaryIO) -> Answer:
     mark = f"{status.st_ino:x}-{size:x}-{status.st_mtime_ns:x}" if settled else os.urandom(12).hex()
     etag, date = f'"{record["md5sum"] or mark}"', email.utils.formatdate(modified, usegmt=True)
     lines = (f"ETag: {etag}\r\nLast-Modified: {date}\r\n"
-             f"Accept-Ranges: bytes\r\nCache-Control: {_CACHE_CONTROL}\r\n")  # fmt: skip
+             f"Accept-Ranges: bytes\r\nCache-Control: {_CACHE_CONTROL}\r\n")
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(file.close)
         # 2. Check the conditions, in the order of RFC 9110, 13.2.2.
@@ -4165,7 +4159,7 @@ def file_answer(request: Request, record: Record, file: BinaryIO) -> Answer:
         # 4. Add the name under which a browser saves the file.
         name = safe_name(record["source"]["uri"]) or record["id"]
         lines += (f'Content-Type: application/octet-stream\r\nContent-Disposition: attachment; filename="{name}"\r\n'
-                  "X-Content-Type-Options: nosniff\r\n")  # fmt: skip
+                  "X-Content-Type-Options: nosniff\r\n")
         start, end = ranged or (0, size)
         if ranged:
             lines += f"Content-Range: bytes {start}-{end - 1}/{size}\r\n"
@@ -4412,7 +4406,7 @@ _LABELS = {
     "display_name": "Name", "description": "Description", "id": "ID", "file": "File", "md5sum": "MD5",
     "arch": "Architecture", "os_type": "System", "is_public": "Visible to", "account_id": "Owner", "state": "State",
     "created_at": "Registered", "updated_at": "Changed", "boot_dev_type": "Boots from", "source": "Source",
-}  # fmt: skip
+}
 
 
 def _page_body(title: str, main: str, account: str) -> tuple[bytes, str]:
@@ -4526,7 +4520,7 @@ def _tags(image: Record) -> str:
 def _list_item(image: Record, linked: str) -> str:
     about = f"{image['id']} · {image['account_id']} · <time>{image['created_at'][:10]}</time>"
     return (f'<li><h2><a href="{_link("/images/" + image["id"], account=linked)}">{_heading(image)}</a></h2>\n'
-            f"<p>{_tags(image)} <small>{about}</small></p></li>")  # fmt: skip
+            f"<p>{_tags(image)} <small>{about}</small></p></li>")
 
 
 def _image_page(service: Service, request: Request, image: Record, account: str, linked: str) -> Iterator[str]:
@@ -4569,7 +4563,7 @@ def _rows(image: Record) -> Iterator[str]:
 def read_health(service: Service, request: Request, route: Route, arrived: float, pulse: Pulse) -> Answer:
     """Answer GET and HEAD of /health: 200 if the store answers now, otherwise 503."""
     shown = {"status": "ok", "version": __version__, "backend": type(service.storage).__name__,
-             "revision": service.revision(arrived)}  # fmt: skip
+             "revision": service.revision(arrived)}
     return content_answer(request, "application/json", encode(shown, "json"))
 
 
@@ -4979,7 +4973,7 @@ _COMMANDS += [
     ("dump", _dump, "[FILE] store", "write all images as JSON lines", "images.jsonl"),
     ("copy", _copy, "SOURCE TARGET", "copy a store into an empty one that is not in use", "json:a sqlite:b"),
     ("check", _check, "[URL] store repair", "read a whole store and print its faults", "sqlite:images.db --repair"),
-]  # fmt: skip
+]
 
 
 if __name__ == "__main__":

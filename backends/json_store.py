@@ -154,7 +154,7 @@ class JsonStorage:
     def walk(
         self, account: str | None = None, *, public: bool = True, deleted: bool | None = None, start: int = 0,
         oldest_first: bool = False, frozen: bool = False,
-    ) -> Iterator[Record]:  # fmt: skip
+    ) -> Iterator[Record]:
         """Yield the records of the scope from offset start, always as they were at the moment of the call."""
         if start < 0:
             raise ValueError(f"start {start} must not be negative")

@@ -230,7 +230,7 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
     def walk(
         self, account: str | None = None, *, public: bool = True, deleted: bool | None = None, start: int = 0,
         oldest_first: bool = False, frozen: bool = False,
-    ) -> Iterator[Record]:  # fmt: skip
+    ) -> Iterator[Record]:
         """Yield the records of the scope from offset start; those of a frozen walk are all of one revision."""
         if start < 0:
             raise ValueError(f"start {start} must not be negative")

@@ -114,7 +114,7 @@ def load_with_wrk(target: Target, asked: Asked, seconds: float, account: str) ->
         done = subprocess.run(
             [*command, f"http://{target.host}:{target.port}{path}"], capture_output=True, text=True,
             timeout=seconds + 30, check=True,
-        )  # fmt: skip
+        )
     if "Non-2xx" in done.stdout or "Socket errors" in done.stdout:
         raise SystemExit(f"wrk had errors:\n{done.stdout}")
     unit = {"us": 0.001, "ms": 1.0, "s": 1000.0}
@@ -180,7 +180,7 @@ def running(command: Sequence[object], log: pathlib.Path, **environment: str) ->
         process = subprocess.Popen(
             list(map(str, command)), stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
             env={**os.environ, **environment},
-        )  # fmt: skip
+        )
     try:
         yield process
     finally:
@@ -377,7 +377,7 @@ def _uvicorn(folder: pathlib.Path, port: int, workers: int) -> list[object]:
 def _gunicorn(folder: pathlib.Path, port: int, workers: int) -> list[object]:
     command = [sys.executable, "-m", "gunicorn", "--chdir", folder, "peer_app:flask", "-b", f"127.0.0.1:{port}"]
     return [*command, "-w", workers, "-k", "gthread", "--threads", CONNECTIONS,
-            "--access-logfile", folder / "gunicorn-access.log"]  # fmt: skip
+            "--access-logfile", folder / "gunicorn-access.log"]
 
 
 def _waitress(folder: pathlib.Path, port: int, workers: int) -> list[object]:
@@ -420,7 +420,7 @@ def fill(folder: pathlib.Path, store: str, count: int, peers: bool) -> None:
                 "source": {"uri": f"file:///var/lib/wakame-vdc/images/ubuntu-{number}.raw"}, "state": "available",
                 "description": f"Ubuntu 10.04 LTS, build {number}", "features": {"virtio": True},
                 "md5sum": f"{number:032x}",
-            })  # fmt: skip
+            })
 
     with wmi.open_storage(f"sqlite:{folder / store}") as storage:
         storage.add_all(records())
@@ -432,7 +432,7 @@ def fill(folder: pathlib.Path, store: str, count: int, peers: bool) -> None:
                     "INSERT INTO image (id, account, public, body) VALUES (?, ?, ?, ?)",
                     ((r["id"], r["account_id"], r["is_public"], wmi.to_json(wmi.render(version, r)))
                      for r in storage.walk(oldest_first=True)),
-                )  # fmt: skip
+                )
 
 
 # ---- import time, start-up, memory ----
@@ -462,7 +462,7 @@ def start_times(folder: pathlib.Path, how: Sequence[object], rounds: int) -> flo
         port, log = free_port(), folder / "start.log"
         began = time.perf_counter()
         with running([*how, "serve", "--store", f"sqlite:{folder / 'few.db'}", "--port", port], log,
-                     PYTHONPATH=str(folder)) as process:  # fmt: skip
+                     PYTHONPATH=str(folder)) as process:
             wait_for(process, port, log)
             times.append((time.perf_counter() - began) * 1000)
     return statistics.median(times)
@@ -612,7 +612,7 @@ def measure_etcd(options: argparse.Namespace, folder: pathlib.Path) -> None:
                 bench.measure("sqlite", scenario, servers[0])
                 bench.measure("etcd, one server", scenario, servers[1])
                 threads = [threading.Thread(target=bench.measure, args=[f"pair {n}", scenario, server])
-                           for n, server in enumerate(servers[1:])]  # fmt: skip
+                           for n, server in enumerate(servers[1:])]
                 for thread in threads:
                     thread.start()
                 for thread in threads:
@@ -707,11 +707,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each row (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=2, help="of each run (default: %(default)s)")
     parser.add_argument("--load", choices=("wrk", "own"), default="wrk" if shutil.which("wrk") else "own",
-                        help="what makes the requests (default: %(default)s)")  # fmt: skip
+                        help="what makes the requests (default: %(default)s)")
     options = parser.parse_args()
     print(f"{platform.python_implementation()} {platform.python_version()}, {multiprocessing.cpu_count()} processors, "
           f"load by {options.load} on {CONNECTIONS} connections, "
-          f"median of {options.rounds} runs of {options.seconds:g} s\n", flush=True)  # fmt: skip
+          f"median of {options.rounds} runs of {options.seconds:g} s\n", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         for source in ("wmi.py", "backends"):  # a copy, compiled as an installed one is

@@ -17,7 +17,7 @@ SECONDS = 60.0  # for one answer of the browser, which may start beside busy nei
 OPTIONS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--no-proxy-server",
     "--disable-background-networking", "--disable-component-update", "--disable-extensions", "--remote-debugging-pipe",
-]  # fmt: skip
+]
 
 
 class Browser:

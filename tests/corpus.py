@@ -1005,7 +1005,7 @@ add(
     heads=(0, 1),
 )
 add("9112 9.3.2", (200, 405, 200), {"pipeline-405": request() + target(PATH, b"POST") + request()},
-    free="any")  # fmt: skip
+    free="any")
 add(
     "9112 9.6",
     200,

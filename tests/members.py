@@ -56,7 +56,7 @@ class Cluster:
             "--listen-client-urls", self.clients[number], "--advertise-client-urls", self.clients[number],
             "--listen-peer-urls", self.peers[number], "--initial-advertise-peer-urls", self.peers[number],
             "--initial-cluster", initial, "--initial-cluster-token", self.folder, *self.options,
-        ]  # fmt: skip
+        ]
         log = open(os.path.join(self.folder, f"m{number}.log"), "ab")
         with log:
             self.processes[number] = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)

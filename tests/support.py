@@ -129,7 +129,7 @@ def make_certificate(folder, name):
          "-out", files[0], "-keyout", files[1], "-subj", f"/CN={name}",
          "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
         check=True, capture_output=True,
-    )  # fmt: skip
+    )
     return files
 
 
@@ -240,7 +240,7 @@ class Command:
         self.process = subprocess.Popen(
             [sys.executable, *program, "serve", "--store", store, "--host-name", "a", *port, *options], cwd=folder,
             env=clean, text=True, **more,
-        )  # fmt: skip
+        )
         self.said = []
         for line in self.process.stderr:
             self.said.append(line)

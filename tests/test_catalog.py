@@ -17,7 +17,7 @@ EIGHT = [  # oldest first: every combination of owner, public or private, alive 
     {"id": f"wmi-{owner}{'public' if public else 'private'}{'gone' if gone else ''}", "account_id": account,
      "is_public": public, "created_at": "2011-11-23T07:36:00Z", **(DELETED if gone else {})}
     for owner, account in (("my", ME), ("your", OTHER)) for public in (True, False) for gone in (False, True)
-]  # fmt: skip
+]
 IDS = [image["id"] for image in EIGHT]
 
 
@@ -155,7 +155,7 @@ def test_the_version_is_checked(storage):
         ("03", "003", slice(3, 6)), (4, 1, slice(4, 5)), (5, 1, slice(5, 5)), (6, None, slice(6, 6)),
         (10**18 - 1, 1, slice(0)), (0, 10**18 - 1, slice(None)), (10**18 - 1, 10**18 - 1, slice(0)),
     ],
-)  # fmt: skip
+)
 def test_start_and_limit_cut_the_list(version, start, limit, expected):
     """Numbers or their text; limit 0 or None is the version's default; the total never changes."""
     images = [{"id": f"wmi-{number}", "account_id": ME} for number in range(5)]
@@ -171,7 +171,7 @@ def test_start_and_limit_cut_the_list(version, start, limit, expected):
     "value",
     [-1, "-1", "abc", "", " 1", "1 ", "1\n", "+1", "1.0", 1.0, 1.5, "1e3", "0x1", True, False, 10**18,
      "1" * 19, [], [1], {}, b"1", "１", "1_0", float("nan"), float("inf"), "null", "None"],
-)  # fmt: skip
+)
 def test_what_is_no_whole_number_is_refused(storage, version, name, value):
     """The message is the parameter's name, as the originals had it."""
     with pytest.raises(wmi.InvalidParameter, match=f"^{name}$"):
@@ -374,7 +374,7 @@ def test_modify_sets_any_field_but_ids_and_times(storage):
     """Each value is checked; the whole must agree."""
     catalog = wmi.Catalog(storage, version="12.03")
     after = catalog.modify("wmi-mypublic", account_id=OTHER, is_public=False, arch="x86", md5sum="A" * 32,
-                           source={"snapshot_id": "snap-1"}, boot_dev_type=1, state="available")  # fmt: skip
+                           source={"snapshot_id": "snap-1"}, boot_dev_type=1, state="available")
     assert (after["account_id"], after["md5sum"]) == (OTHER, "a" * 32)
     assert after["source"] == {"snapshot_id": "snap-1"}
     assert storage.get("wmi-mypublic") == after
@@ -409,7 +409,7 @@ def test_features_are_replaced_as_a_whole(storage):
     catalog = wmi.Catalog(storage)
     assert catalog.modify("wmi-mypublic", features={"virtio": True, "acpi": False})["features"] == {
         "virtio": True, "acpi": False,
-    }  # fmt: skip
+    }
     assert catalog.modify("wmi-mypublic", features="--- \n:acpi: true\n")["features"] == {"acpi": True}
     assert catalog.modify("wmi-mypublic", features={})["features"] == {}
     for features in ({"vortio": True}, {"virtio": 1}, ["virtio"], None):
@@ -485,7 +485,7 @@ def model(records, account, filters):
     found = [
         record for record in reversed(records)
         if account in (None, record["account_id"]) or (public in ("true", "1") and record["is_public"])
-    ]  # fmt: skip
+    ]
     if public in ("false", "0"):
         found = [record for record in found if not record["is_public"]]
     if "service_type" in filters:
@@ -493,7 +493,7 @@ def model(records, account, filters):
     states = {
         None: wmi.STATES, "alive_with_deleted": wmi.STATES, "alive": wmi.STATES[:-1],
         "available": ("init", "available"), "deleted": ("deleted",),
-    }  # fmt: skip
+    }
     found = [record for record in found if record["state"] in states[filters.get("state")]]
     for field in ("created", "deleted"):
         if f"{field}_since" in filters:

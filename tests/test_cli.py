@@ -28,7 +28,7 @@ STORES = ["json:images", "sqlite:images"]
 HOSTILE = [
     "", " ", "é\n\"'\\", "\x00\x1b[2J\x07\x7f\x85\x9b31m", "\u2028\u202e\ufeff", "\U0001f4a9" * 30,
     "--- !ruby/object:Gem {}", "null", "a: b #c", "\r\n", "x" * 40_000, "<script>", "%s{}",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(autouse=True)
@@ -169,14 +169,14 @@ def test_add_volume(done):
             "--is-public",
         ],
     ],
-)  # fmt: skip
+)
 def test_add_takes_both_generations_of_options(done, options):
     """vdc-manage of 11.12 and of 12.03 spelled them differently: all are understood."""
     assert done("add", "local", "file:///x", *options) == "wmi-abc\n"
     (record,) = kept()
     assert [record[name] for name in ("account_id", "arch", "md5sum", "description", "is_public")] == [
         ACCOUNT, "x86", "0" * 32, "text", True,
-    ]  # fmt: skip
+    ]
 
 
 def test_add_of_every_field(done):
@@ -196,12 +196,12 @@ def test_add_of_every_field(done):
     done(
         "add", "volume", "snap-1", "-a", ACCOUNT, *flags, "--is-cacheable", "--no-is-public", "--feature", "virtio",
         "--feature", "acpi",
-    )  # fmt: skip
+    )
     (record,) = kept()
     assert {name: record[name.replace("-", "_")] for name in options} == options
     assert (record["is_cacheable"], record["is_public"], record["features"]) == (
         True, False, {"virtio": True, "acpi": True},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_list(done, where):
     assert [row["id"] for row in json.loads(done("list", *where, "-o", "json"))] == ["wmi-2", "wmi-1", "wmi-0"]
     assert re.findall(r"^- :id: (\S+)|^  :id: ", done("list", *where, "-o", "yaml"), re.MULTILINE) == [
         "wmi-2", "wmi-1", "wmi-0",
-    ]  # fmt: skip
+    ]
     table = done("list", *where).splitlines()
     assert table[0].split() == ["ID", "ACCOUNT", "ARCH", "BOOT", "PUBLIC", "STATE", "NAME"]
     assert table[1].split() == ["wmi-2", ACCOUNT, "x86_64", "local", "true", "init"]
@@ -323,14 +323,14 @@ def test_modify_and_features_on_a_store(done, refused):
     done(
         "modify", "wmi-0", "--account_id", "a-new", "--arch", "x86", "--no-is-public", "--state", "available",
         "--feature", "virtio",
-    )  # fmt: skip
+    )
     done("features", "wmi-0", "--acpi")
     assert kept()[0]["features"] == {"virtio": True, "acpi": True}
     done("features", "wmi-0", "--no-virtio")
     (record,) = kept()
     assert (record["account_id"], record["arch"], record["state"], record["features"]) == (
         "a-new", "x86", "available", {"acpi": True},
-    )  # fmt: skip
+    )
     refused("features", "wmi-9", "--acpi")
     refused("modify", "wmi-9", "--arch", "x86")
     assert "arch" in refused("modify", "wmi-0", "--arch", "arm")
@@ -482,7 +482,7 @@ def test_certificates_are_passed_on(run, monkeypatch, argv):
         "", "images.db", "nope:x", "SQLITE:x", ":x", "../x:y", "sys:x", "os.path:x", "json store:x", "sqlite", "é:x",
         "\x1b[2J:x",
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize(
     "argv", [["list"], ["dump"], ["add", "volume", "snap-1", "-a", ACCOUNT], ["serve", "--port", "0"]]
 )
@@ -499,7 +499,7 @@ def test_bad_store_urls(refused, url, argv):
         "json:.", "sqlite:.", "json:no/such/folder/x", "sqlite:no/such/folder/x", "json:/dev/null/x",
         "sqlite:/dev/null/x",
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("argv", [["list"], ["add", "volume", "snap-1", "-a", ACCOUNT]])
 def test_stores_that_cannot_be_opened(run, url, argv):
     """A folder, or a file in no folder, is an error; nothing is made."""
@@ -530,7 +530,7 @@ FOREIGN = {
         ["copy", "memory:"],
     ],
     ids=lambda argv: argv[0],
-)  # fmt: skip
+)
 def test_files_of_others_are_refused_and_untouched(refused, content, scheme, argv):
     """A file that is not ours, does not parse, or is newer, is named and stays as it is, byte for byte."""
     with open("precious", "wb") as file:
@@ -573,7 +573,7 @@ def test_unreadable_folder(refused):
         ["copy", "memory:"], ["serve", "--port", "x"], ["serve", "--unversioned", "1"],
         ["features", "wmi-1", "--magic"], ["load", "a", "b"], ["delete"], ["modify", "wmi-1", "--uuid", "wmi-2"],
     ],
-)  # fmt: skip
+)
 def test_wrong_usage(run, argv):
     """What cannot be understood is exit code 2, with the usage, and nothing is done."""
     code, out, err = run(*argv)
@@ -596,7 +596,7 @@ def test_version_and_help(run):
         ["--workers", "2", "--store", "memory:"], ["--host", "no.such.host.invalid."], ["--host", "a..b"],
         ["--host", "x" * 300], ["--host", "\udcff"], ["--log", "no/such/folder/log"],
     ],
-)  # fmt: skip
+)
 def test_serve_refuses(refused, options):
     """What cannot be served is said in one line, before anything is served; no signal stays blocked."""
     refused("serve", "--store", "memory:", "--port", "0", *options)
@@ -616,7 +616,7 @@ def test_serve_on_a_port_that_is_taken(refused):
         "http://127.0.0.1:1", "ftp://127.0.0.1/", "nope", "http://[::1", "file:///etc/passwd", "http://127.0.0.1:99999",
         "http://a b", "http://\x1b[2J",
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize(
     "argv",
     [["list"], ["show", "wmi-1"], ["delete", "wmi-1"], ["modify", "wmi-1", "-o", "id", "--description", "x"]],
@@ -678,7 +678,7 @@ MISTAKES = [  # what was typed, and the whole line that answers it
      "there are no images at {url}/api/images; give the URL of an image server, such as http://HOST:PORT"),
     ("modify wmi-0 --arch x86 --url {url} --account a-shpoolxx",
      "field: 'arch' is not allowed; expected display_name or description"),
-]  # fmt: skip
+]
 
 
 @pytest.fixture
@@ -711,7 +711,7 @@ def test_what_a_server_says_is_no_instruction(run, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["", "serve", "add local", "add volume", "list", "show", "delete", "del", "modify",
-                                  "features", "fetch", "token", "load", "dump", "copy", "check"])  # fmt: skip
+                                  "features", "fetch", "token", "load", "dump", "copy", "check"])
 def test_help_fits_a_screen(run, name):
     """100 columns and 28 lines; those that set fields have a line for each. Each ends in an example that parses."""
     code, out, _ = run(*name.split(), "--help")
@@ -767,7 +767,7 @@ GOOD = {
         {"is_public": "\x9b31m\n"}, {"\x1b[2J\n": "x"}, {"id": None}, {"arch": "..."},
     ],
     ids=ascii,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("output", ["table", "json", "yaml", "id"])
 @pytest.mark.parametrize("verb", [["list"], ["show", "wmi-one"]], ids=["list", "show"])
 def test_hostile_servers(run, monkeypatch, changes, output, verb):
@@ -855,7 +855,7 @@ NASTY = "\x9b31m \u202e \x7f \x1b[2J \u2028 \U000e0001 é 日 \U0001f4a9 \\ \" '
 @pytest.mark.parametrize("argv", [
     ["list", "-o", "json"], ["show", "wmi-0", "-o", "json"], ["dump"], ["dump", "/dev/stdout"],
     ["list", "-o", "yaml"], ["show", "wmi-0", "-o", "yaml"], ["list"], ["show", "wmi-0"],
-], ids=" ".join)  # fmt: skip
+], ids=" ".join)
 def test_no_form_moves_the_cursor_of_a_terminal(argv):
     """On a terminal what is not printed is escaped, and JSON stays the same data; in a pipe it is not touched."""
     fill("sqlite:images.db", 1, description=NASTY)
@@ -937,7 +937,7 @@ def test_full_disk(argv):
         done = process(
             *argv, capture_output=False, stdout=full if len(argv) < 2 or argv[0] == "show" else subprocess.PIPE,
             stderr=subprocess.PIPE,
-        )  # fmt: skip
+        )
     assert done.returncode == 1, done.stderr
     assert done.stderr.startswith(b"wmi: ") and done.stderr.count(b"\n") == 1
 
@@ -947,13 +947,13 @@ def test_full_disk(argv):
     "argv, closed",
     [("list", "<&-"), ("list", ">&-"), ("list", "2>&-"), ("list", "<&- >&- 2>&-"), ("load", "<&-"),
      ("load", "<&- >&- 2>&-"), ("show wmi-9", "2>&-"), ("show wmi-9", "<&- >&- 2>&-")],
-)  # fmt: skip
+)
 def test_closed_descriptors(closed, argv):
     """A cron job without stdin, stdout or stderr gets an exit code, no traceback."""
     done = subprocess.run(
         ["sh", "-c", f'exec "$0" "$1" {argv} {closed}', sys.executable, MODULE], capture_output=True, timeout=SECONDS,
         stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     assert done.returncode in (0, 1, 2)
     assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
 
@@ -967,7 +967,7 @@ def test_output_that_goes_nowhere_is_an_error(argv):
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # argparse needs it
     for where in [">&-", *full]:
         done = subprocess.run(["sh", "-c", f'exec "$0" "$1" {argv} {where}', sys.executable, MODULE],
-                              capture_output=True, text=True, timeout=SECONDS, env=buffered)  # fmt: skip
+                              capture_output=True, text=True, timeout=SECONDS, env=buffered)
         assert done.returncode == 1, done
         assert re.fullmatch("wmi: standard output: (Bad file descriptor|No space left on device)\n", done.stderr)
         if argv == "delete wmi-0":
@@ -980,7 +980,7 @@ def test_nothing_to_say_needs_no_output():
     fill("sqlite:images.db", 3)
     for argv in ("list -o id --start 9", "features wmi-1 --acpi"):
         done = subprocess.run(["sh", "-c", f'exec "$0" "$1" {argv} >&-', sys.executable, MODULE],
-                              capture_output=True, text=True, timeout=SECONDS)  # fmt: skip
+                              capture_output=True, text=True, timeout=SECONDS)
         assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -1110,7 +1110,7 @@ BAD = {
 @pytest.mark.parametrize(
     "url, bad", [*(("json:images", bad) for bad in BAD.values()), ("sqlite:images", BAD["duplicate"])],
     ids=[*BAD, "sqlite"],
-)  # fmt: skip
+)
 def test_load_of_bad_lines(refused, run, url, bad):
     """The line's number is told, and nothing of the file is loaded; with --keep-going all the others are."""
     text = b"\n".join([LINE % 1, b"", LINE % 2, bad, LINE % 3])
@@ -1194,7 +1194,7 @@ def test_load_of_an_input_that_cannot_be_read(source):
     fill("sqlite:images.db", 1)
     os.link("images.db", "link")
     done = subprocess.run(["sh", "-c", f'exec "$0" "$1" load {source}', sys.executable, MODULE],
-                          capture_output=True, text=True, timeout=SECONDS)  # fmt: skip
+                          capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     expected = "/dev/stdin is a file of the store" if "db" in source or "link" in source else "cannot read the lines: "
     assert expected in done.stderr
@@ -1239,7 +1239,7 @@ ENDINGS = {"json": ["", ".new", ".lock"], "sqlite": ["", "-journal", "-wal", "-s
 @pytest.mark.skipif(os.name != "posix", reason="links of POSIX")
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("argv", [["dump"], ["load"], ["load", "--keep-going"], ["add", "local", "-a", ACCOUNT]],
-                         ids=" ".join)  # fmt: skip
+                         ids=" ".join)
 @pytest.mark.parametrize("url", STORES)
 def test_a_store_is_no_file_for_itself(refused, url, argv, spelling, tmp_path):
     """Neither to be written nor to be read, however its path is spelled; it stays as it is."""
@@ -1294,7 +1294,7 @@ class Breaking(wmi.MemoryStorage):
 
 @pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("error", [OSError(5, "broken"), ValueError("broken"), KeyboardInterrupt(), BrokenPipeError()],
-                         ids=repr)  # fmt: skip
+                         ids=repr)
 def test_a_dump_that_fails_changes_nothing(run, done, monkeypatch, error, there):
     """The last dump is there, whole, and nothing else."""
     fill("json:images", 2)
@@ -1388,7 +1388,7 @@ def test_dump_to_what_is_no_file_streams(done):
     (["copy", "json:other", "sqlite:images.db"], "there is no store json:other"),
     (["load", "lines", "--store", "json:lines"], "lines is a file of the store itself"),
     (["load", "images.db", "--store", "json:other"], "line 1: not JSON"),
-])  # fmt: skip
+])
 def test_other_slips(refused, done, argv, said):
     """Each is refused, and all that was there is as it was."""
     fill("sqlite:images.db", 2)
@@ -1402,7 +1402,7 @@ def test_other_slips(refused, done, argv, said):
 @pytest.mark.parametrize("argv", [
     ["list"], ["show", "wmi-0"], ["delete", "wmi-0"], ["modify", "wmi-0", "--arch", "x86"], ["dump"], ["check"],
     ["features", "wmi-0", "--acpi"], ["copy", "sqlite:images.db", "json:copy"], ["list", "--store", "json:typo"],
-])  # fmt: skip
+])
 def test_a_slip_in_the_name_of_a_store_makes_none(refused, argv):
     """What reads a store says that it is not there, and leaves no empty one behind."""
     assert "there is no store" in refused(*argv)
@@ -1447,7 +1447,7 @@ def test_check_of_a_good_store(run, url):
 
 @pytest.mark.parametrize("argv", [
     ["json:images"], ["--store", "json:images"], ["json:images", "--store", "json:images"],
-], ids=" ".join)  # fmt: skip
+], ids=" ".join)
 def test_check_takes_its_store_like_the_others(run, monkeypatch, argv):
     """As a word, by --store, or from the environment."""
     fill("json:images", 2)
@@ -1505,7 +1505,7 @@ def test_serve(tmp_path):
         child = subprocess.Popen(
             [sys.executable, MODULE, "serve", "--sample", "--port", "0", "--log", "-"], stderr=subprocess.PIPE,
             text=True,
-        )  # fmt: skip
+        )
         try:
             url = re.search(r"(http://\S*)/api/images", child.stderr.readline())[1]
             caller = wmi.Client(url, ACCOUNT)
@@ -1528,7 +1528,7 @@ def test_serve_of_another_version(tmp_path):
     child = subprocess.Popen(
         [sys.executable, MODULE, "serve", "--sample", "--port", "0", "--unversioned", "12.03", "--store", "memory:"],
         stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    )
     try:
         url = re.search(r"(http://\S*)/api/images", child.stderr.readline())[1]
         page = wmi.Client(url, ACCOUNT).index()

@@ -105,7 +105,7 @@ def http(body=b"[]", status="200 OK", *fields, length=None):
     lines = [
         f"HTTP/1.1 {status}", f"Content-Length: {len(body) if length is None else length}", "Connection: close",
         *fields,
-    ]  # fmt: skip
+    ]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
@@ -178,7 +178,7 @@ def storage():
                 "wmi-mine", source={"uri": "file:///a b"}, features={"virtio": True},
                 description="\u00e9\n\"'\u2028\U0001f4a9",
             )
-        )  # fmt: skip
+        )
         storage.add(image("wmi-public", account_id="a-other", is_public=True))
         storage.add(image("wmi-private", account_id="a-other"))
         storage.add(image("wmi-volume", boot_dev_type=1, source={"snapshot_id": "snap-1"}, md5sum="0" * 32))
@@ -554,7 +554,7 @@ def test_requests_as_they_are_sent(storage):
         "data:,x", "gopher://h", "http://h/?a", "http://h/#a", "http://h /", "http://h\r\nX: y/", "http://user:word@h/",
         "HTTP//h", "javascript:0", "unix:/x",
     ],
-)  # fmt: skip
+)
 def test_urls_that_are_refused(url):
     """Only http and https, a host, and nothing that could become a header."""
     with pytest.raises(wmi.InvalidParameter):
@@ -568,7 +568,7 @@ def test_urls_that_are_refused(url):
         "http://[::1", "http://\u0100" + "x" * 70, "http://127.0.0.1:-1", "http://[zz]", "http://.",
         "http://127.0.0.1:1/\u00e9", "http://%00",
     ],
-)  # fmt: skip
+)
 def test_urls_that_cannot_work(url):
     """A URL that passes the check and yet cannot be called is an Error too."""
     with pytest.raises(wmi.Error):
@@ -605,7 +605,7 @@ def test_redirect_on_the_same_server_is_followed(status):
         "http://127.0.0.1:{port}/x", "http://localhost:{same}/x", "https://127.0.0.1:{same}/x", "//127.0.0.1:{port}/x",
         "http://u:p@127.0.0.1:{same}/x", "http://127.0.0.1/x",
     ],
-)  # fmt: skip
+)
 def test_redirect_to_another_server_is_not_followed(form):
     """The account is never handed to another scheme, host, port or user: not a byte goes there."""
     with Scripted(http(SHOWN)) as other:
@@ -680,7 +680,7 @@ def test_redirect_in_a_circle():
 @pytest.mark.parametrize("status", ["301 M", "302 F", "303 S", "307 T", "308 P"])
 @pytest.mark.parametrize(
     "call", [lambda c: c.destroy("wmi-one"), lambda c: c.update("wmi-one", display_name="x")], ids=["DELETE", "PUT"],
-)  # fmt: skip
+)
 def test_changes_do_not_follow_redirects(status, call):
     """A DELETE or PUT that is redirected is an error; it is not done elsewhere, nor as a GET."""
     with Scripted(moved("/elsewhere", status), http(SHOWN)) as server:
@@ -944,7 +944,7 @@ def test_trailers_are_not_read():
 
 SIZES = ["{:x}", "{:X}", "000{:x}", "{:x};a=b", '{:x} ;a="b"', "{:x}  "]
 NO_SIZES = ["-{:x}", "+{:x}", "0x{:x}", "0X{:x}", "{:_x}", "{:x}_0", " {:x}", "\t{:x}", "{:x} 1", "{:x}\x00",
-            "{:x},{:x}", "{:x}.0", "{:x}h", "", ";a", "zz", "{:x}\n1", "1" * 16, "{:x}\x0b", "\xb2"]  # fmt: skip
+            "{:x},{:x}", "{:x}.0", "{:x}h", "", ";a", "zz", "{:x}\n1", "1" * 16, "{:x}\x0b", "\xb2"]
 
 
 @pytest.mark.parametrize("size", [*SIZES, *NO_SIZES])
@@ -1136,7 +1136,7 @@ def test_other_errors_are_final(status):
 @pytest.mark.parametrize(
     "call", [lambda c: c.index(), lambda c: c.destroy("wmi-one"), lambda c: c.update("wmi-one", display_name="x")],
     ids=["GET", "DELETE", "PUT"],
-)  # fmt: skip
+)
 def test_each_verb_is_tried_again(failure, call):
     """GET, DELETE and PUT may be sent twice, and are sent the same way again."""
     answer = http({**SHOWN, "total": 0, "start": 0, "limit": None, "results": []})
@@ -1315,7 +1315,7 @@ def test_endless_answers_are_refused(begin):
         b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n", b"HTTP/1.1 204 No\r\n\r\n", b"HTTP/1.1 304 No\r\n\r\n",
         b"HTTP/1.1 101 S\r\n\r\n",
     ],
-)  # fmt: skip
+)
 def test_broken_answers_are_errors(answer):
     """Whatever a server sends, what is raised is one of our errors."""
     with Scripted(answer) as server, pytest.raises(wmi.Error):

@@ -319,7 +319,7 @@ def test_a_body_that_is_waited_for_delays_nobody(served):
         GET, head("/api/images/wmi-one"), head("/nowhere"), head("/api/images", "HEAD"), b"nonsense\r\n\r\n",
         head("/api/images", "GET", "If-None-Match: *"), PUT + b"display_name=x",
     ],
-)  # fmt: skip
+)
 def test_one_send_an_answer(unserved, raw):
     """Head and body leave in one send: two sends cost 40 ms a request, unless Nagle is off."""
     stub = Stub(raw)
@@ -383,7 +383,7 @@ def test_thousands_of_requests_leave_nothing(tmp_path):
     """6,000 requests on one connection leave descriptors, threads and memory as they were."""
     child = subprocess.Popen(
         [sys.executable, "-c", MEMORY, str(tmp_path / "images.db")], cwd=HERE, text=True, stdout=subprocess.PIPE,
-    )  # fmt: skip
+    )
     try:
         port = int(child.stdout.readline().rsplit(":", 1)[1])
         with socket.create_connection(("127.0.0.1", port), SECONDS) as peer:

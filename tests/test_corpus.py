@@ -184,7 +184,7 @@ def test_split_of_line_ends(case: Case) -> None:
         in_chunks(long_body(BODY_LIMIT), 1), b"\r\n" * (HEAD_LIMIT // 2) + request(),
     ],
     ids=["field", "head", "body", "chunks", "empty-lines"],
-)  # fmt: skip
+)
 def test_bytes_one_by_one_cost_little(raw: bytes) -> None:
     """The largest legal requests, byte by byte, cost far less time than they take to send."""
     began = time.thread_time()

@@ -61,7 +61,7 @@ def drip(peer, text, pause=0.02):
 @pytest.mark.parametrize(
     "text", [b"GET /" + b"a" * 1000, GET[:-2] + b"A: b\r\n" * 200, b"\r\n" * 4 + b"G" * 1000],
     ids=["line", "fields", "empty lines"],
-)  # fmt: skip
+)
 def test_slow_head(served, text, log):
     """A head that comes byte by byte is refused with 408 at its deadline, not later."""
     with connect(served) as peer:

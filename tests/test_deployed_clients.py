@@ -27,7 +27,7 @@ DEMO = [  # oldest first, as in the clients' own demo data
     {"id": "wmi-other1", "account_id": OTHER},
     {"id": "wmi-lb0", "account_id": ME, "service_type": "lb", "state": "available"},
     {"id": "wmi-gone0", "account_id": ME, "state": "deleted", "deleted_at": "2012-01-01T00:00:00Z"},
-]  # fmt: skip
+]
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def httparty(server, method, path):
     """Do APITest.get or APITest.delete; return whether it succeeded, and what the body holds."""
     status, headers, text = exchange(server, [
         f"{method} /api{path} HTTP/1.1", "Connection: close", f"X-Vdc-Account-Uuid: {ME}", "Host: HOST",
-    ])  # fmt: skip
+    ])
     assert headers["content-type"] == "application/json"  # HTTParty parses by this type
     return 200 <= status < 300, json.loads(text)
 
@@ -98,7 +98,7 @@ def test_v11_specs_delete_and_register_again(tmp_path, capsys, kind):
             assert wmi.main([
                 "add", kind, place, "-m", before["md5sum"], "-a", before["account_id"], "-u", before["id"],
                 "-r", before["arch"], "-d", before["description"], "-s", "init", "--store", url,
-            ]) == 0  # fmt: skip
+            ]) == 0
             assert capsys.readouterr().out == "wmi-lucid0\n"
             after = httparty(server, "GET", "/images/wmi-lucid0")[1]
     for name in ("id", "uuid", "account_id", "arch", "description", "md5sum", "state", "boot_dev_type",
@@ -115,7 +115,7 @@ def active_resource(server, method, path, *more):
     status, headers, text = exchange(server, [
         f"{method} {path} HTTP/1.1", f"{kind}: application/json", f"X-Vdc-Account-Uuid: {ME}", *more,
         "Connection: close", "Host: HOST", *([] if kind == "Accept" else ["Content-Length: 0"]),
-    ])  # fmt: skip
+    ])
     assert headers["content-type"] == "application/json"
     return status, json.loads(text)
 
@@ -152,7 +152,7 @@ def mussel(server, method, tail, body=None, account=ME):
     """Do curl -fsSkL; return its exit code, and what it prints."""
     lines = [f"{method} /api/12.03/images{tail} HTTP/1.1",
              "User-Agent: curl/7.19.7 (x86_64-redhat-linux-gnu)", "Host: HOST", "Accept: */*",
-             f"X_VDC_ACCOUNT_UUID:{account}"]  # fmt: skip
+             f"X_VDC_ACCOUNT_UUID:{account}"]
     if body is not None:
         lines += [f"Content-Length: {len(body)}", "Content-Type: application/x-www-form-urlencoded"]
     status, headers, text = exchange(server, lines, (body or "").encode())
@@ -210,7 +210,7 @@ def test_mussel_show(server):
     code, text = mussel(server, "GET", "/wmi-lucid0.yml")
     assert code == 0
     for key, value in [("id", "wmi-lucid0"), ("state", "available"), ("arch", "x86"), ("is_public", "true"),
-                       ("root_device", "label:root"), ("backup_object_id", "bo-lucid0")]:  # fmt: skip
+                       ("root_device", "label:root"), ("backup_object_id", "bo-lucid0")]:
         assert awk(2, grep(rf"^:{key}:", text)) == [value]
         assert awk(2, [line for line in grep(rf":{key}:", text) if len(line.split()) == 2]) == [value]
     assert text.startswith("---\n:id: ")
@@ -275,7 +275,7 @@ def test_hijiki_reads_its_attributes(server):
     assert status == 200
     for name in ("uuid", "account_id", "boot_dev_type", "arch", "description", "is_public", "state",
                  "features", "file_format", "root_device", "is_cacheable", "service_type", "display_name",
-                 "backup_object_id", "created_at", "updated_at", "deleted_at"):  # fmt: skip
+                 "backup_object_id", "created_at", "updated_at", "deleted_at"):
         assert name in image
     assert image["features"] == {"virtio": True}
 
@@ -303,7 +303,7 @@ def test_hijiki_destroys(server):
 
 def go_lines(method, tail):
     return [f"{method} /api/12.03/images{tail} HTTP/1.1", "Host: HOST", "User-Agent: go-wakamevdc/0.1.0",
-            f"X-Vdc-Account-Uuid: {ME}", "Accept-Encoding: gzip"]  # fmt: skip
+            f"X-Vdc-Account-Uuid: {ME}", "Accept-Encoding: gzip"]
 
 
 def go(server, method, tail):
@@ -318,7 +318,7 @@ def test_go_reads_an_image(server):
     assert status == 200
     for name in ("id", "arch", "backup_object_id", "os_type", "state", "root_device", "file_format",
                  "parent_image_id", "display_name", "description", "created_at", "updated_at",
-                 "deleted_at"):  # fmt: skip
+                 "deleted_at"):
         assert image[name] is None or isinstance(image[name], str)
     assert (image["id"], image["state"]) == ("wmi-lucid0", "available")
 
@@ -336,7 +336,7 @@ def test_go_reads_an_error(server):
     status, error = go(server, "GET", "/wmi-nope")
     assert (status, error) == (404, {
         "error": "Dcmgr::Endpoints::Errors::UnknownUUIDResource", "message": "wmi-nope", "code": "100",
-    })  # fmt: skip
+    })
     assert go(server, "DELETE", "/wmi-lucid0")[0] == 200
     assert go(server, "GET", "/wmi-lucid0")[1]["state"] == "deleted"
 
@@ -345,7 +345,7 @@ def test_go_keeps_its_connection(server):
     """Requests one after the other on one connection are answered in order."""
     requests = [("GET", "/wmi-lucid0", 200), ("GET", "", 200), ("GET", "/wmi-nope", 404),
                 ("DELETE", "/wmi-lucid0", 200), ("GET", "/lucid0", 400),
-                ("GET", "/wmi-lucid0", 200)]  # fmt: skip
+                ("GET", "/wmi-lucid0", 200)]
     with socket.create_connection((server.host, server.port), timeout=SECONDS) as connection:
         for method, tail, expected in requests:
             text = "\r\n".join([*go_lines(method, tail), "", ""])

@@ -96,7 +96,7 @@ def server(place):
     process = subprocess.Popen(
         ["bash", "-c", f"exec {command} --port {port}"],
         cwd=folder, env=environment, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    )
     line = process.stderr.readline()
     log = pathlib.Path(folder, "log").open("w")
     drain = subprocess.Popen(["cat"], stdin=process.stderr, stdout=log)
@@ -114,7 +114,7 @@ def run(place, command):
     done = subprocess.run(
         ["bash", "-c", command.replace("9001", port)],
         cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60,
-    )  # fmt: skip
+    )
     return done.stdout.decode().replace(port, "9001")
 
 
@@ -144,7 +144,7 @@ def test_python_blocks_run(place, server, tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code.replace("9001", place[1])],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -170,11 +170,11 @@ def test_the_fixture_of_the_readme(place, tmp_path):
     (tmp_path / "test_mine.py").write_text(
         "import pytest, wmi\n" + blocks("python fixture")[0]
         + "\n\ndef test_mine(images):\n    assert images.index().total == 0\n"
-    )  # fmt: skip
+    )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_mine.py"],
         cwd=tmp_path, env={**place[2], "PYTHONPATH": str(place[0])}, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    )
     assert "1 passed" in done.stdout, done.stdout
 
 
@@ -200,7 +200,7 @@ def test_the_systemd_unit_of_the_readme(place, tmp_path):
             ["bash", "-c", f"exec 3<&{listener.fileno()}; export LISTEN_FDS=1 LISTEN_PID=$$; exec {command}"],
             cwd=tmp_path, env={**environment, name: path.replace("/opt/wmi", str(folder))},
             pass_fds=[listener.fileno()], stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        )
         try:
             assert "serving" in process.stderr.readline()
             with pytest.raises(wmi.InvalidRequestCredentials):
@@ -220,7 +220,7 @@ def test_the_systemd_units_are_valid(tmp_path):
     done = subprocess.run(
         ["systemd-analyze", "verify", tmp_path / "wmi.service", tmp_path / "wmi.socket"],
         capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    )
     assert not re.search(r"wmi\.(service|socket):.*(Unknown|Failed to parse|Invalid)", done.stderr), done.stderr
 
 
@@ -233,7 +233,7 @@ def test_nginx_of_the_readme(place, tmp_path):
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext",
          "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate],
         check=True, capture_output=True, timeout=60,
-    )  # fmt: skip
+    )
     [block] = [block for block in blocks("nginx") if "listen 443" in block]
     block = block.replace("listen 443", f"listen 127.0.0.1:{port}").replace("images.example", "localhost")
     block = block.replace("/etc/ssl", str(tmp_path)).replace("/run/wmi", str(tmp_path))
@@ -343,7 +343,7 @@ def test_parts_stand_in_the_order_of_the_design():
     assert banners == [
         "Errors", "YAML", "Image", "Storage", "Catalog", "Requests", "Service", "Connections", "Processes", "Client",
         "Terminal", "Command line", "Optional",
-    ]  # fmt: skip
+    ]
     parts = (wmi.__doc__ or "").partition("\nThe parts")[2]
     assert re.findall(r"^    ([A-Z][A-Za-z ]*?)  ", parts, re.MULTILINE) == banners
 

@@ -487,7 +487,7 @@ def test_a_worker_that_stands_still_does_not_make_another_spin(tmp_path):
     process = subprocess.Popen(
         [sys.executable, MODULE, "serve", "--store", "json:i", "--port", "0", "--workers", "2", "--log", "-"],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    )
     try:
         port = int(process.stderr.readline().rpartition(":")[2].partition("/")[0])
 

@@ -624,7 +624,7 @@ def test_a_gateway_that_is_switched_off(opened):
 @pytest.mark.parametrize("answer", [
     b"", b"\r\n\r\n", b"SSH-2.0-x\r\n", b"HTTP/1.1 200 OK\r\n\r\n[]", b"HTTP/1.1 200 OK\r\n\r\n{}",
     b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}", b"HTTP/1.1 502 Bad Gateway\r\n\r\n<html>",
-])  # fmt: skip
+])
 def test_what_is_not_etcd(opened, hasty, answer, monkeypatch):
     """Whatever answers there, a read is an OSError in time, not an image that is not there."""
     monkeypatch.setattr(etcd_store, "CALL_S", 0.5)  # nothing here ever succeeds
@@ -651,7 +651,7 @@ def test_what_is_not_etcd(opened, hasty, answer, monkeypatch):
     "", "images", "http://", "http://127.0.0.1:2379", "http://127.0.0.1:2379/", "ftp://127.0.0.1:2379/x",
     "http://127.0.0.1:2379,127.0.0.1:2380/x", "http://user:s3cret@127.0.0.1:2379/x",
     "http://127.0.0.1:2379,http://user:s3cret@127.0.0.1/x",
-])  # fmt: skip
+])
 def test_a_location_that_is_none(location):
     """ValueError that shows the form, and never a password."""
     with pytest.raises(ValueError, match="PREFIX") as caught:
@@ -990,7 +990,7 @@ def shown(tmp_path):
     shell = subprocess.Popen(
         ["bash", "-c", commands + "\necho done\nwait\n"], cwd=tmp_path, env=environment, start_new_session=True,
         stdout=subprocess.PIPE,
-    )  # fmt: skip
+    )
     try:
         assert (shell.stdout.readline(), shell.stdout.readline()) == (b"wmi-shared\n", b"done\n")
         yield tmp_path, ports, shell, environment
@@ -1030,5 +1030,5 @@ def test_the_cluster_of_the_readme(shown):
             change = ["python3", "wmi.py", "modify", "wmi-shared", "-d", str(number)]
             store = ",".join(f"http://127.0.0.1:{ports[f'{n}2379']}" for n in (1, 2, 3))
             subprocess.run(change, cwd=folder, env={**environment, "WMI_STORE": f"etcd:{store}/images"}, check=True,
-                           stdout=subprocess.DEVNULL)  # fmt: skip
+                           stdout=subprocess.DEVNULL)
             assert [show(port) for port in addresses] == [(200, str(number))] * len(addresses)

@@ -504,7 +504,7 @@ def test_a_wrong_md5(path, out, capfdbinary):
     ({"uri": "http://user:secret@127.0.0.1:1/a"}, "has no file to fetch"),
     ({"uri": "http://"}, "has no file to fetch"),
     ({"uri": "file:///none"}, "the server gives out no file of wmi-one; it needs --files DIR"),
-])  # fmt: skip
+])
 def test_nothing_to_fetch(source, said, out, refused):
     """One line says why, and no file stays, not even an empty one."""
     with catalog(image("", source=source)) as url:
@@ -564,7 +564,7 @@ LIES = {
     "two lengths": (OK + b"Content-Length: 2000\r\nContent-Length: 2001\r\n", 1, "how long it is"),
     "no HTTP": (b"nonsense\r\n", 0, "cannot be fetched"),
     "a head without end": (OK + b"A: b\r\n" * 99999, 0, "cannot be fetched"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("there", [0, THERE], ids=["at the start", "in the middle"])
@@ -749,7 +749,7 @@ def test_a_limit_of_the_size_of_files(own, out):
     ("y/x", "y/x.part: Not a directory"),
     (".", ".: is a directory; name a file with -O"),
     ("a" * 300, "File name too long"),
-])  # fmt: skip
+])
 def test_places_that_cannot_be(path, said, own, out, refused):
     """One line names what is wrong, before a byte is asked for."""
     (out / "y").write_bytes(b"")

@@ -22,7 +22,7 @@ UNRECORDED = {
     ("12.03", "index-after-del?state=deleted"): (  # it shows a new name: a tombstone could be renamed
         "PUT", "/wmi-priv0.json", ["X-VDC-ACCOUNT-UUID: a-shpoolxx"], "display_name=afterdel",
     ),
-}  # fmt: skip
+}
 
 # Where the answers differ on purpose, and why.
 DIFFERENCES = {
@@ -134,7 +134,7 @@ def comparable(data, changed):
             result[name] = wmi.parse_yaml_mapping(result[name])
     if "updated_at" in result:
         assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", result[name])
-                   for name in ("created_at", "updated_at", "deleted_at") if result.get(name))  # fmt: skip
+                   for name in ("created_at", "updated_at", "deleted_at") if result.get(name))
         if result["id"] in changed:
             result["updated_at"] = "of the change"
             result["deleted_at"] = "of the change" if result.get("deleted_at") else None

@@ -62,7 +62,7 @@ def test_ipv6_command(command):
     "host, status",
     [("localhost", 200), ("LOCALHOST:9001", 200), ("127.0.0.1", 200), ("[::1]:1", 200), ("images.example", 200),
      ("evil.example", 421), ("evil.example:9001", 421), ("127.0.0.1.evil.example", 421), ("192.0.2.1", 421)],
-)  # fmt: skip
+)
 def test_hosts_on_loopback(storage, host, status):
     """DNS rebinding: a page whose name was let point here sends that name, and gets nothing, not even what is kept."""
     with serving(storage, host_names=["Images.example"]) as served:
@@ -96,7 +96,7 @@ def test_host_names_of_the_command(command):
 def test_no_other_origin_is_let_in(served, method):
     """A preflight, or a request with an Origin, gets nothing that would let a browser show the answer to its page."""
     asked = head("/api/images/wmi-one", method, "Origin: http://evil.example", "Access-Control-Request-Method: DELETE",
-                 "Access-Control-Request-Headers: x-vdc-account-uuid", "Connection: close")  # fmt: skip
+                 "Access-Control-Request-Headers: x-vdc-account-uuid", "Connection: close")
     assert b"access-control" not in served.raw(asked).lower()
 
 

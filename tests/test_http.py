@@ -59,7 +59,7 @@ def test_request_line_is_taken_apart():
         b"GET / HTTP/1.10", b"GET / HTTP/0.9", b"G\xc3\x89T / HTTP/1.1", b"GET /\xe9 HTTP/1.1", b"GET /a b HTTP/1.1",
         b"GET /\x7f HTTP/1.1",
     ],
-)  # fmt: skip
+)
 def test_request_line_of_another_form_is_refused(line):
     """What is not METHOD SP TARGET SP HTTP/1.d is a BadRequest."""
     with pytest.raises(wmi.BadRequest):
@@ -115,7 +115,7 @@ def test_equal_lengths_are_one():
         b"", b"A", b": a", b"A : a", b" A: a", b"\tA: a", b"A\xe9: a", b"A: a\x00", b"A: \x0b", b"A: a\rb", b"A: a\nb",
         b"A: \x7f", b"A(b): c",
     ],
-)  # fmt: skip
+)
 def test_field_of_another_form_is_refused(line):
     """RFC 9112, 5.1 and 5.2: no folding, no blank before the colon, no control character."""
     with pytest.raises(wmi.BadRequest):
@@ -232,7 +232,7 @@ def test_targets(target, path, query):
         "a", "?a", "/a#b", "#", "*", "ftp://h/", "http:/a", "http://", "http://a b/", "http://u@h/", "http://h:x/",
         "h:443",
     ],
-)  # fmt: skip
+)
 def test_no_targets(target):
     """RFC 9112, 3.2: another form is 400; * belongs to OPTIONS alone (3.2.4)."""
     with pytest.raises(wmi.BadRequest):
@@ -376,7 +376,7 @@ def test_an_empty_line_is_no_field(version):
         b"\x16\x03\x01", b"GET / HTTP/1.1\r\nA: \x00", b"GET / HTTP/1.1\nHost", b"GET / HTTP/2.0\r\n", b"a" * 8193,
         b"GET /\r\r", b"PRI * HTTP/2.0\r\n",
     ],
-)  # fmt: skip
+)
 def test_hopeless_heads_are_refused_early(buffer):
     """A head that cannot become legal is refused before the rest of it is waited for."""
     with pytest.raises(wmi.Error):
@@ -668,7 +668,7 @@ def test_one_look_serves_what_is_read_after_it():
     targets = (
         "/api/images/wmi-1", "/api/images?limit=1", "/api/images", "/api/12.03/images?service_type=std",
         "/api/12.03/images?sort_by=description.asc",
-    )  # fmt: skip
+    )
     for target in targets:
         assert service.answer(request(target), arrived).status == 200
     assert (storage.looks, storage.floors) == (1, [storage.revision()] * len(targets))
@@ -779,7 +779,7 @@ def test_an_answer_from_before_a_restore_is_not_served(target):
             "/api/11.12/images/wmi-one.yml",
         ],
     ],
-)  # fmt: skip
+)
 def test_everything_that_decides_an_answer_is_in_its_key(service, storage, targets):
     """Path, query and account each have answers and ETags of their own, whatever was asked before."""
     storage.add(image("wmi-two", account_id="a-other", is_public=True))
@@ -912,7 +912,7 @@ def test_another_process_is_seen_at_once(scheme, tmp_path):
         writer = subprocess.Popen(
             [sys.executable, "-c", WRITER, url, "60"], stdout=subprocess.PIPE,
             cwd=os.path.dirname(os.path.abspath(wmi.__file__)),
-        )  # fmt: skip
+        )
 
         def follow():
             for line in writer.stdout:
@@ -1007,7 +1007,7 @@ CALLS = [
 @pytest.mark.parametrize(
     "error", [OSError(5, "secret"), ValueError("secret\nline"), PermissionError(13, "secret", "/secret")],
     ids=["io", "closed", "denied"],
-)  # fmt: skip
+)
 def test_a_store_that_fails_is_503(error, method, target, lines):
     """What fails below is DatabaseError: try again later; the reason is in the log and nowhere else."""
     answer = wmi.Service(Failing(error), report=lines.append).answer(request(target, method))
@@ -1136,7 +1136,7 @@ def test_put_sets_fields(service, storage, body, kind):
         b"{", b"[]", b"1", b"null", b'"x"', b'{"image": 5}', b'{"display_name": 5}', b"\xff", b"NaN",
         b'{"display_name": "\\ud800"}', b'{"display_name": ["x"]}', b'{"image": []}',
     ],
-)  # fmt: skip
+)
 def test_put_of_nonsense_is_400(service, storage, body):
     """A body that cannot be used is 400 with DCMGR's code, and changes nothing."""
     before = storage.get("wmi-one")

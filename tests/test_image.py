@@ -28,7 +28,7 @@ def fields_with(field, value):
 NULLABLE = [
     "description", "md5sum", "root_device", "instance_model_name", "parent_image_id", "backup_object_id",
     "deleted_at",
-]  # fmt: skip
+]
 TEXTS = ["", " ", "ubuntu", "é日本語 \"dq\" 'sq' a<b>&\\ tab\tend\nline2\n", "\0\x07\x7f\x85\u2028\ufeff",
          "😀" * 9]
 TIMES = ["2011-11-23T07:36:00Z", "0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z", "2012-02-29T00:00:00Z"]
@@ -60,11 +60,11 @@ GOOD = {
 BAD_IDS = [
     "", "wmi-", "wmi", "lucid0", "WMI-lucid0", "wmi-Lucid", "wmi-a_b", "wmi-a b", "wmi-é", "wmi-a\n",
     " wmi-a", "wmi-a/b", "wmi-../x", "wmi-１", "wmi-" + "z" * 252, *NOT_TEXT,
-]  # fmt: skip
+]
 BAD_ACCOUNTS = [
     None, "", "a-", "a", "A-shpoolxx", "a-Shpoolxx", "a_shpoolxx", "a-x y", "a-é", "a-x\n", "b-x",
     "a-" + "a" * 254, *NOT_TEXT,
-]  # fmt: skip
+]
 BAD_TIMES = [
     "", "yesterday", "2011", "2011-11", "2011-13-01", "2011-02-30", "2011-02-29T00:00:00Z",
     "2011-11-23T24:00:00Z", "2011-11-23T07:60:00Z", "2011-11-23T07:36:60Z", "2011-11-23T07:36",
@@ -73,7 +73,7 @@ BAD_TIMES = [
     "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-00:01", "0000-01-01T00:00:00Z",
     "2011-11-23T07:36:00+24:00", "2011-11-23T07:36:00+99:99", "2011-11-23T07:36:00-09:60", 1322033760,
     1322033760.5, True, [], {},
-]  # fmt: skip
+]
 BAD = {
     "id": BAD_IDS,
     "account_id": BAD_ACCOUNTS,
@@ -180,7 +180,7 @@ def test_the_defaults_are_those_of_the_originals():
         "root_device": None, "is_cacheable": False, "instance_model_name": None, "parent_image_id": None,
         "service_type": "std", "display_name": "", "backup_object_id": None, "deleted_at": None,
         "os_type": "linux",
-    }  # fmt: skip
+    }
 
 
 def test_made_up_ids_differ_and_use_every_character():
@@ -364,7 +364,7 @@ def test_features_are_taken_as_the_text_that_was_shown(text, kept):
         {"source": {"uri": "file:///a: b # 'c' \"d\" 日.raw"}, "features": {"virtio": True, "acpi": False}},
         {"source": {"snapshot_id": "snap-1"}, "boot_dev_type": 1}, {},
     ],
-)  # fmt: skip
+)
 def test_what_a_version_shows_can_be_registered_again(version, fields):
     """A shown image, its source and features as text, makes the same record."""
     record = make(**fields)

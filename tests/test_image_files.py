@@ -274,7 +274,7 @@ def test_last_modified_is_never_in_the_future(tmp_path):
     "name, saved",
     [("a b.raw", "a_b.raw"), ("..%2f..%2fb", "b"), (".bashrc", "bashrc"), ("-rf", "rf"), ("%22;x", "__x"),
      ("%0d%0aX:%20y", "__X__y"), ("\u00e9", "_"), ("a" * 250, "a" * 200), ("a.raw?b/c", "a.raw"), ("..", "wmi-one")],
-)  # fmt: skip
+)
 def test_the_name_to_save_it_under_is_safe(name, saved, tmp_path):
     """No path, no hidden file, no option, and nothing that ends the header field."""
     record = wmi.image_record({"id": "wmi-one", "account_id": ACCOUNT, "source": {"uri": f"file:///x/{name}"}})

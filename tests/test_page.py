@@ -62,7 +62,7 @@ def many(count):
         image(f"wmi-n{number}", account_id=OTHER if number % 2 else ACCOUNT, is_public=number % 3 > 0,
               description=f"Image {number} of {count}", arch="x86" if number % 5 else "x86_64", md5sum=MD5)
         for number in range(count)
-    ))  # fmt: skip
+    ))
 
 
 def hostile_images():
@@ -70,7 +70,7 @@ def hostile_images():
     for number, text in enumerate(HOSTILE):
         uri = "https://h/" + re.sub("[\x00-\x1f\x7f]", "", text)
         yield image(f"wmi-bad{number}", is_public=True, description=text, display_name=text, root_device=text,
-                    instance_model_name=text, source={"uri": uri}, md5sum=MD5)  # fmt: skip
+                    instance_model_name=text, source={"uri": uri}, md5sum=MD5)
 
 
 # ---- a strict reader of HTML ----
@@ -81,11 +81,11 @@ PLACES = {  # which elements may stand where; every other one is an error
     "header": {"a"}, "main": {"h1", "h2", "p", "form", "ol", "nav", "dl", "pre"}, "form": {"label", "button"},
     "label": {"input"}, "ol": {"li"}, "li": {"h2", "p"}, "nav": {"span", "a"}, "span": {"a"}, "dl": {"dt", "dd"},
     "dd": {"bdi"}, "h1": {"bdi"}, "h2": {"a"}, "p": {"a", "span", "small", "bdi"}, "a": {"bdi"}, "small": {"time"},
-}  # fmt: skip
+}
 ATTRIBUTES = {
     "lang", "charset", "name", "content", "rel", "href", "role", "action", "type", "value", "class", "tabindex",
     "placeholder", "pattern", "title", "autocapitalize", "autocomplete", "spellcheck",
-}  # fmt: skip
+}
 
 
 class Strict(html.parser.HTMLParser):
@@ -171,7 +171,7 @@ def shown(server, target, status=200, fields=None):
     )
     assert headers["referrer-policy"] == "no-referrer" and headers["cache-control"] == "private, no-cache"
     assert ("etag" in headers, headers.get("x-content-type-options")) == (
-        (True, "nosniff") if status == 200 else (False, None))  # fmt: skip
+        (True, "nosniff") if status == 200 else (False, None))
     return page
 
 
@@ -180,7 +180,7 @@ def shown(server, target, status=200, fields=None):
     ["<p>a", "<p>a</b></p>", "<p>a < b</p>", "<p>a & b</p>", "<p onclick='x'>a</p>", "<script></script>",
      "<p>&bad;</p>", "<p class='a' class='b'>a</p>", "<p><a href='/?a&b'>a</a></p>", "<p><p>a</p></p>",
      "<h1>b</h1>", "<!-- a -->", "<p>\x1b</p>", "<p><a href='javascript:x'>a</a></p>", "<p/>", "<div></div>"],
-)  # fmt: skip
+)
 def test_reader_is_strict(text):
     """The checks of this file find what is wrong with a page."""
     head = "<!DOCTYPE html>\n<html><head><title>t</title><style>s</style></head>"
@@ -305,7 +305,7 @@ def test_first_visit_and_empty_store():
         page = shown(server, "/")
         assert page.texts["h1"] == ["Public images"]
         assert page.texts["p"] == ["Name your account to list the images that only it may see, too.",
-                                   "There are no images yet."]  # fmt: skip
+                                   "There are no images yet."]
         assert ("input", "name", "account") in page.attributes and "ol" not in page.texts
 
 
@@ -326,7 +326,7 @@ def test_account_in_the_query(server):
 def test_details():
     """A page has what people look for first, under labels for people, then the other fields."""
     record = image("wmi-a", is_public=True, description="A", display_name="N", md5sum=MD5, features={"virtio": True},
-                   source={"uri": "file:///images/my%20image.raw"}, created_at="2011-11-23T07:36:00Z")  # fmt: skip
+                   source={"uri": "file:///images/my%20image.raw"}, created_at="2011-11-23T07:36:00Z")
     volume = image("wmi-b", source={"snapshot_id": "snap-b"}, boot_dev_type=wmi.BOOT_DEV_SAN)
     with serving(stored(record, volume)) as server:
         page = shown(server, "/images/wmi-a")
@@ -334,7 +334,7 @@ def test_details():
         assert page.rows().items() >= {
             "File": "my_image.raw", "MD5": MD5, "Visible to": "everybody", "Owner": ACCOUNT, "Features": "virtio",
             "Boots from": "a local file", "Registered": "2011-11-23T07:36:00Z", "Is cacheable": "false",
-        }.items()  # fmt: skip
+        }.items()
         rows = shown(server, f"/images/wmi-b?account={ACCOUNT}").rows()
         assert (rows["Source"], rows["Boots from"]) == ("snap-b", "a volume")
         assert not {"File", "MD5", "Name", "Features"} & set(rows)
@@ -531,7 +531,7 @@ def test_health(tmp_path):
         status, before = health(server)
         assert status == 200 and before == {
             "status": "ok", "version": wmi.__version__, "backend": "MemoryStorage", "revision": storage.revision(),
-        }  # fmt: skip
+        }
         storage.add(image("wmi-b"))
         assert health(server)[1]["revision"] == storage.revision() != before["revision"]
         assert health(server, "HEAD") == (200, {})
@@ -543,7 +543,7 @@ def test_health_of_a_store_that_fails():
     log = []
     with serving(Failing("revision"), log.append) as server:
         assert health(server) == (503, {"error": "Dcmgr::Endpoints::DatabaseError", "code": "110",
-                                        "message": health(server)[1]["message"]})  # fmt: skip
+                                        "message": health(server)[1]["message"]})
         assert "disk" not in health(server)[1]["message"]
         assert server.request("GET", "/health")[1]["retry-after"] == "1"
     assert any("GET /health: " in line and "the disk is gone" in line for line in log)
@@ -614,7 +614,7 @@ def browser(tmp_path_factory):
 
 
 TARGETS = ["/", "/?start=20&q=image&account=a-shpoolxx", "/?q=nothing-is-called-so", "/images/wmi-n1", "/?account=A",
-           "/?q=wmi-www", f"/images/{LONGEST}"]  # fmt: skip
+           "/?q=wmi-www", f"/images/{LONGEST}"]
 
 
 def check_quiet(browser, url):

@@ -157,7 +157,7 @@ def test_unix_socket_that_a_crash_left_is_taken_over(command, tmp_path):
     second = subprocess.run(
         [sys.executable, MODULE, "serve", "--store", "memory:", "--unix-socket", path], cwd=tmp_path,
         capture_output=True, text=True, timeout=SECONDS,
-    )  # fmt: skip
+    )
     assert second.returncode == 1
     assert second.stderr.count("\n") == 1 and "Traceback" not in second.stderr
     with socket.socket(socket.AF_UNIX) as peer:
@@ -176,7 +176,7 @@ def test_unix_socket_does_not_replace_a_file(tmp_path):
     done = subprocess.run(
         [sys.executable, MODULE, "serve", "--store", "memory:", "--unix-socket", str(path)], cwd=tmp_path,
         capture_output=True, text=True, timeout=SECONDS,
-    )  # fmt: skip
+    )
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and str(path) in done.stderr
     assert path.read_text() == "text"
 
@@ -202,7 +202,7 @@ def activated(listener, folder, *options):
         stderr=subprocess.PIPE,
         text=True,
         pass_fds=[number],
-    )  # fmt: skip
+    )
     try:
         yield child
     finally:

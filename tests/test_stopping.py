@@ -200,7 +200,7 @@ def test_a_signal_right_after_the_start_line(tmp_path, workers):
             [sys.executable, MODULE, "serve", "--store", "json:images.json", "--unix-socket", str(path),
              "--workers", workers],
             cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        )
         with process:
             process.stderr.readline()
             process.send_signal(signal.SIGTERM)

@@ -158,7 +158,7 @@ def test_http_on_the_port_of_https(served):
 
 @pytest.mark.parametrize(
     "text", [b"", b"\x16\x03\x01\x02\x00", b"\x00" * 100, b"SSH-2.0-x\r\n"], ids=["silent", "hello", "zeros", "ssh"],
-)  # fmt: skip
+)
 def test_stalled_handshakes(served, certificate, text):
     """200 clients that stop within the handshake delay nobody, and are closed at the deadline of a head."""
     with contextlib.ExitStack() as stack:
@@ -229,7 +229,7 @@ def start(folder, *options):
     process = subprocess.Popen(
         [sys.executable, MODULE, "serve", "--store", "sqlite:images.db", "--sample", "--port", "0", *options],
         cwd=folder, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    )
     line = process.stderr.readline()
     url = re.search(r"https?://[0-9.:]+", line)
     return process, url[0] if url else line
@@ -288,5 +288,5 @@ def test_a_bad_certificate_is_refused(tmp_path, text):
     done = subprocess.run(
         [sys.executable, MODULE, "serve", "--store", "memory:", "--port", "0", "--tls-cert", "bad.pem"],
         cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS,
-    )  # fmt: skip
+    )
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "bad.pem" in done.stderr

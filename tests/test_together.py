@@ -42,7 +42,7 @@ def start_server(store, folder):
     process = subprocess.Popen(
         [sys.executable, MODULE, "serve", "--store", store, "--port", "0", "--workers", "2", "--log", "-"],
         cwd=folder, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    )
     url = re.search(r"http://[0-9.:]+", process.stderr.readline())
     assert url, process.stderr.read()
     return process, url[0]

@@ -171,7 +171,7 @@ def test_no_token_or_a_wrong_one_is_401(steady, fields):
         ("HEAD", "/api/images"), ("DELETE", "/api/images/wmi-one"), ("PUT", "/api/12.03/images/wmi-one?display_name=x"),
         ("GET", "/"), ("GET", "/?account=a-one"), ("GET", "/images/wmi-one"), ("GET", "/images/wmi-one?account=a-one"),
     ],
-)  # fmt: skip
+)
 def test_nothing_is_said_without_a_token(steady, method, target):
     """Every call of every version, and the page, is 401 before anything else is looked at; nothing changes."""
     status, headers, body = steady.request(method, target, {"X-VDC-ACCOUNT-UUID": "a-one"})
@@ -239,9 +239,9 @@ def test_no_token_in_any_log_or_answer(path, log_format):
     with serving(storage, log.append, tokens=wmi.Tokens(str(path)), log_format=log_format) as server:
         answers = b""
         ways = [bearer(ONE), basic("a-one", ONE), {"X-VDC-REQUESTER-TOKEN": ONE}, basic("a-two", ONE),
-                {**bearer(ONE), "X-VDC-ACCOUNT-UUID": "a-two"}, bearer(ONE + "x")]  # fmt: skip
+                {**bearer(ONE), "X-VDC-ACCOUNT-UUID": "a-two"}, bearer(ONE + "x")]
         calls = ["GET /api/images HTTP/1.1", "GET /?start=x HTTP/1.1", "BREW / HTTP/1.1", "GET /no HTTP/1.1",
-                 "GET /images/wmi-one HTTP/1.1", "GET /api/images HTTP/3.1", "GET http://u:p@h/ HTTP/1.1"]  # fmt: skip
+                 "GET /images/wmi-one HTTP/1.1", "GET /api/images HTTP/3.1", "GET http://u:p@h/ HTTP/1.1"]
         for fields in ways:
             head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
             for line in calls:
@@ -256,14 +256,14 @@ def test_no_token_in_any_log_or_answer(path, log_format):
     for secret in (ONE, digest(ONE), base64.b64encode(f"a-one:{ONE}".encode()).decode()):
         assert secret not in text
     accounts = {json.loads(line).get("account") for line in log} if log_format == "json" else {
-        line.split(" ")[2] for line in log if " error: " not in line}  # fmt: skip
+        line.split(" ")[2] for line in log if " error: " not in line}
     assert accounts - {None} == {"a-one", "-"}  # never a-two, which was only named
 
 
 def run(*argv, **env):
     """Run the command in a process; return exit code, standard output and standard error."""
     done = subprocess.run([sys.executable, MODULE, *map(str, argv)], env={**os.environ, **env},
-                          capture_output=True, text=True, timeout=60)  # fmt: skip
+                          capture_output=True, text=True, timeout=60)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -406,7 +406,7 @@ def test_file_that_holds_something_else_stays_as_it_is(command, tmp_path, store)
 @pytest.mark.parametrize(
     "argv", [["a-one"], ["A-one", "--tokens", "new"], ["a-", "--tokens", "new"], ["a-one", "--tokens", "no/new"],
              ["a-one", "--tokens", "."], ["a-one", "--tokens", "/dev/full"]]
-)  # fmt: skip
+)
 def test_token_is_not_made(command, tmp_path, argv):
     """Without a file, for what is no account, and where the line cannot be written, no token is printed."""
     if "/dev/full" in argv and not os.path.exists("/dev/full"):
@@ -420,7 +420,7 @@ def test_tokens_made_at_once(path):
     """Commands that append at the same moment lose no line and mix none."""
     made = []
     threads = [threading.Thread(target=lambda number=number: made.append(wmi.add_token(f"a-t{number}", str(path))))
-               for number in range(24)]  # fmt: skip
+               for number in range(24)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -768,11 +768,11 @@ def refused_url(url, **options):
 def test_token_over_plain_http():
     """Over http a token is sent to loopback only, unless that is allowed; a proxy is not loopback."""
     for url in ("http://127.0.0.1:9001", "http://127.9.8.7", "http://[::1]:9001/", "http://localhost/x",
-                "https://images.example", "https://images.example:9001"):  # fmt: skip
+                "https://images.example", "https://images.example:9001"):
         assert not refused_url(url)
     for url in ("http://images.example", "http://10.0.0.1:9001", "http://localhost.evil.example", "http://[::2]",
                 "http://127.0.0.1.evil.example", "http://127.0.0.1:.evil.example", "http://127.0.0.1:x@evil.example",
-                "http://localhost:80.evil.example", "http://evil.example/http://localhost/"):  # fmt: skip
+                "http://localhost:80.evil.example", "http://evil.example/http://localhost/"):
         assert refused_url(url)
     assert not refused_url("http://images.example", plain_token=True)
     assert refused_url("http://127.0.0.1:9001", proxies=True)
@@ -872,7 +872,7 @@ def test_answers_of_requests_in_one_segment(steady):
     """Requests of different callers that arrive together are each answered in the name of their own caller."""
     callers = [*ACCOUNTS, "", *reversed(ACCOUNTS)] * 3
     text = "".join(f"GET /api/images HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {TOKENS.get(caller, 'no')}\r\n\r\n"
-                   for caller in callers)  # fmt: skip
+                   for caller in callers)
     with socket.create_connection((steady.host, steady.port), SECONDS) as peer:
         peer.sendall(text.encode())
         for caller in callers:

@@ -67,7 +67,7 @@ def run(*arguments, path=(), cwd=None, code=0, site=False):
     done = subprocess.run(
         [sys.executable, *([] if site else ["-S"]), "-W", "error", *map(str, arguments)],
         env=environment, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    )
     assert done.returncode == code, done.stderr
     return done.stdout if code == 0 else done.stderr
 
@@ -403,7 +403,7 @@ def test_core_works_without_the_optional_part(names, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *config, "-q", "-x", *files], cwd=tmp_path, capture_output=True, text=True,
         env={**os.environ, "WMI_INSTALLED": "1", "PYTHONPATH": str(tmp_path), "PYTEST_ADDOPTS": ""}, timeout=300,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     command = [sys.executable, "wmi.py"]
     shown = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout

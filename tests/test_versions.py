@@ -13,7 +13,7 @@ VERSIONS = ["document", "11.12", "12.03"]
 PATHS = {"document": "/api/images", "11.12": "/api/11.12/images", "12.03": "/api/12.03/images"}
 PREFIXES = {
     "document": "Dcmgr::Endpoints::", "11.12": "Dcmgr::Endpoints::", "12.03": "Dcmgr::Endpoints::Errors::",
-}  # fmt: skip
+}
 ME, OTHER, SYSTEM = "a-shpoolxx", "a-otheracc", "a-00000000"
 ACCOUNT = {"X-VDC-ACCOUNT-UUID": ME}
 DELETED = {"state": "deleted", "deleted_at": "2011-12-24T00:00:00Z"}
@@ -26,18 +26,18 @@ IMAGES = [  # oldest first
     {"id": "wmi-their2", "account_id": OTHER},
     {"id": "wmi-gone2", "account_id": OTHER, "is_public": True, **DELETED},
     {"id": "wmi-gone3", "account_id": OTHER, **DELETED},
-]  # fmt: skip
+]
 TIMES = {"created_at": "2011-11-23T07:36:00Z", "updated_at": "2011-11-24T00:00:00Z"}
 SHORT_KEYS = [
     "id", "uuid", "account_id", "created_at", "updated_at", "boot_dev_type", "source", "arch", "description",
     "md5sum", "is_public", "state", "features",
-]  # fmt: skip
+]
 LONG_KEYS = [
     "id", "account_id", "uuid", "created_at", "updated_at", "boot_dev_type", "arch", "description",
     "is_public", "state", "features", "file_format", "root_device", "is_cacheable", "instance_model_name",
     "parent_image_id", "service_type", "display_name", "backup_object_id", "deleted_at", "volumes", "vifs",
     "os_type", "labels",
-]  # fmt: skip
+]
 KEYS = {"document": SHORT_KEYS, "11.12": SHORT_KEYS, "12.03": LONG_KEYS}
 ENVELOPES = {
     "document": ["owner_total", "start", "limit", "result"],
@@ -220,7 +220,7 @@ def test_the_filters_of_12_03(server, query, ids):
         ("created_since", "2011-11-23T07:36:00%2B99:99"), ("created_until", "2011-02-30"), ("deleted_since", ""),
         ("deleted_until", "%FF"), ("sort_by", "id"), ("sort_by", "md5sum.asc"), ("filter", "nope.nil"), ("filter", ""),
     ],
-)  # fmt: skip
+)
 def test_an_unknown_value_or_field_of_a_filter_is_refused(server, name, value):
     """400, code 143; the message is the parameter's name. In brackets too."""
     answer = call(server, "GET", f"{PATHS['12.03']}?{name}={value}")
@@ -234,7 +234,7 @@ def test_an_unknown_value_or_field_of_a_filter_is_refused(server, name, value):
     "filter[x]=id.nil", "filter[=id.nil", "filter[][]=id.nil", "filter[0]=id.nil", "filter=id.nil&filter[]=id.nil",
     "filter[]=id.nil&filter=id.nil",
     "filter[]=id.nil&filter[]=x", "filter[]=id.nil&filter[x]=id.nil", "sort_by[]=id.asc", "state[]=alive",
-])  # fmt: skip
+])
 def test_only_filter_takes_a_list(server, query):
     """And only a list: one with keys, or one beside a single value, is unusable."""
     answer = call(server, "GET", f"{PATHS['12.03']}?{query}")
@@ -256,7 +256,7 @@ def test_a_range_that_is_backwards_is_refused(server, field):
 def test_show_has_the_versions_fields_and_values(server):
     """Whole answers of one image, key order included."""
     common = {"id": "wmi-mine1", "uuid": "wmi-mine1", "account_id": ME, **TIMES, "boot_dev_type": 2,
-              "arch": "x86_64", "description": "one\n", "is_public": True, "state": "available"}  # fmt: skip
+              "arch": "x86_64", "description": "one\n", "is_public": True, "state": "available"}
     short = {**common, "source": "---\n:uri: file:///1.raw\n", "md5sum": "0" * 32,
              "features": "---\n:virtio: true\n"}
     long = {
@@ -264,7 +264,7 @@ def test_show_has_the_versions_fields_and_values(server):
         "is_cacheable": False, "instance_model_name": None, "parent_image_id": None, "service_type": "std",
         "display_name": "", "backup_object_id": None, "deleted_at": None, "volumes": [], "vifs": [],
         "os_type": "linux", "labels": [],
-    }  # fmt: skip
+    }
     for version in VERSIONS:
         status, headers, data = call(server, "GET", f"{PATHS[version]}/wmi-mine1")
         assert (status, headers["content-type"]) == (200, "application/json")
@@ -316,7 +316,7 @@ def test_who_may_see_an_image(server, version, account, id, older, newest):
 BAD_IDS = [
     "lucid0", "wmi-a%20b", "wmi-a%0Ab", "wmi-a%2Fb", "wmi-a%2Ejson", "wmi-%F0%9F%98%80", "wmi-%00", "..%2F", "wmi-%",
     "wmi-%zz",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE", "PUT"])
@@ -329,7 +329,7 @@ def test_what_cannot_be_an_id_is_refused_in_the_originals_words(server, version,
     asked = {
         "wmi-a%20b": "wmi-a b", "wmi-a%0Ab": "wmi-a\nb", "wmi-a%2Fb": "wmi-a/b", "wmi-a%2Ejson": "wmi-a.json",
         "wmi-%F0%9F%98%80": "wmi-😀", "wmi-%00": "wmi-\0", "..%2F": "../",
-    }.get(id, id)  # fmt: skip
+    }.get(id, id)
     if id.startswith(".."):
         assert answer[0] == 404  # a dot begins the extension
         return
@@ -357,7 +357,7 @@ def test_the_longest_id_is_an_id(server, version):
 SPELLINGS = [
     "X-VDC-ACCOUNT-UUID", "x-vdc-account-uuid", "X-Vdc-Account-Uuid", "X-VDC-Account-UUID",
     "X_VDC_ACCOUNT_UUID", "x_vdc_account_uuid",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
@@ -429,7 +429,7 @@ def test_the_extension_alone_chooses_the_format(server, version, extension, acce
      "/api/images/wmi-mine1/file", "/api/12.03", "/api/12.03/", "/api/12.3/images", "/api/13.08/images",
      "/api/12x03/images", "/api/document/images", "/api/instances", "/api/12.03/instances.yml", "/images", "/x",
      "/api/images%2Ejson", "/api%2Fimages", "/favicon.ico"],
-)  # fmt: skip
+)
 def test_an_unknown_path_is_not_found(server, target):
     """404 in the form of every error, never HTML; the message is the path."""
     refused(call(server, "GET", target), "document", "NotFound", 404, "404", target)
@@ -666,7 +666,7 @@ def test_put_sets_name_and_description(changing, query, kind, body, expected):
         (FORM, b"display_name[]=x", "display_name"),
         (FORM, b"description%5Ba%5D=x", "description"),
     ],
-)  # fmt: skip
+)
 def test_put_refuses_what_it_cannot_set(changing, kind, body, message):
     """400, code 143; nothing is changed."""
     answer = call(changing, "PUT", IMAGE, body=body, Content_Type=kind)
@@ -830,7 +830,7 @@ def test_unversioned_makes_the_plain_path_speak_a_version(unversioned):
     """/api/images answers as the version's own path does, errors included; that path stays."""
     with serving(store(), unversioned=unversioned) as server:
         for target in ("", ".yml", "?start=1&limit=1", "?state=deleted", "?start=x", "/wmi-mine1",
-                       "/wmi-their2", "/wmi-nope.yml", "/lucid0"):  # fmt: skip
+                       "/wmi-their2", "/wmi-nope.yml", "/lucid0"):
             own = PATHS[unversioned] if unversioned != "document" else "/api/images"
             one, two = (server.request("GET", path + target, ACCOUNT) for path in ("/api/images", own))
             assert (one[0], one[2]) == (two[0], two[2]), target
@@ -876,7 +876,7 @@ def test_every_error_is_in_the_form_of_the_api(server):
     for text in ("<script>", "'\"", "%", "a" * 2000, "../../etc/passwd", "\x7f", "é", "{}", "wmi-a;x",
                  "wmi-a\\b"):
         for pattern in ("/api/images/{}", "/api/12.03/images/{}.json", "/{}", "/api/{}/images",
-                        "/api/images?start={}", "/api/12.03/images?sort_by={}&filter={}"):  # fmt: skip
+                        "/api/images?start={}", "/api/12.03/images?sort_by={}&filter={}"):
             status, _, data = call(server, "GET", pattern.replace("{}", quote(text)))
             assert status in (400, 404)
             assert list(data) == ["error", "message", "code"]

@@ -17,7 +17,7 @@ PLAIN = [  # what no YAML reader takes for anything but this text
     "/var/lib/o.raw", "file:///var/lib/wakame-vdc/images/o.raw", "http://h:80/a=b~c@d+e",
     "uuid:148bc5df-3fc5-4e93-8a16-7328907cb1c0", "label:root", "a:b", "yes sir", "nothing", "Nullable",
     "truest", "no1", "e1", "a.b", "a--b", "nan", "inf",
-]  # fmt: skip
+]
 QUOTED = [  # printable, but something else if it stood there plain
     "", " ", "  ", " a", "a ", "a  b", "a: b", "a:", "a: ", ":a", ":", "::", "a #b", "#a", "#", "a#b", "- a",
     "-", "--", "---", "...", "--- a", "yes", "no", "Yes", "NO", "on", "Off", "y", "N", "true", "False",
@@ -27,7 +27,7 @@ QUOTED = [  # printable, but something else if it stood there plain
     '"a"', 'a"b', "\\", "\\n", "a\\", "a\\b", "&a", "*a", "!a", "!!str a", "!binary a", "|", ">", "|+", "%a",
     "@a", "`a", "a`", "{", "}", "{}", "[]", "[a, b]", "{a: b}", "a, b", ",", "?", "? a", "<<", "=", "a?",
     "a!", "a*", "a&b", "(a)", "a%20b", "$", "a$", "^", "é", "日本語", "a日", "😀", "\ufffd", "A;", "<a>",
-]  # fmt: skip
+]
 ESCAPED = {  # cannot stand in single quotes on one line
     "\n": '"\\n"',
     "a\nb": '"a\\nb"',
@@ -73,7 +73,7 @@ def test_unprintable_text_is_escaped(text):
     ("value", "written"),
     [(None, ":k:"), (True, ":k: true"), (False, ":k: false"), (0, ":k: 0"), (250, ":k: 250"), (-1, ":k: -1"),
      ({}, ":k: {}"), ([], ":k: []")],
-)  # fmt: skip
+)
 def test_other_scalars(value, written):
     """Null is empty without a space after the colon, as psych lays it out; nothing is quoted."""
     assert wmi.to_yaml({"k": value}) == f"---\n{written}\n"
@@ -95,7 +95,7 @@ def test_the_layout_is_that_of_psych():
             {"id": "wmi-a", "features": {"virtio": True, "acpi": False}, "labels": [], "none": {}},
             {"id": "wmi-b", "list": ["x", 1, None, ["z"]]},
         ],
-    }]  # fmt: skip
+    }]
     assert wmi.to_yaml(value) == (
         "---\n"
         "- :total: 2\n"
@@ -162,7 +162,7 @@ def test_a_long_line_is_not_folded_and_takes_no_long_time():
         ("---\n:uri: file:///a b#c\n", {"uri": "file:///a b#c"}),
         ("---\r\n:uri: file:///x\r\n", {"uri": "file:///x"}),
     ],
-)  # fmt: skip
+)
 def test_a_flat_mapping_is_read(text, value):
     """What syck and psych wrote for source and features, and what people write by hand."""
     assert wmi.parse_yaml_mapping(text) == value
@@ -245,7 +245,7 @@ def test_the_rest_of_yaml_is_refused(text, found):
 BROKEN = [
     '"\\xZZ"', '"\\u12"', '"\\u12G4"', '"\\U00110000"', '"\\UFFFFFFFF"', '"\\x4"',
     '"\\u+041"', '"\\u 041"', '"\\u0_41"',
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("text", BROKEN)
@@ -271,7 +271,7 @@ ALPHABET = [
     "日", "\u200b", "\u2028", "\u2029", "\u3000", "\ud7ff", "\ue000", "\ufeff", "\ufffd", "\ufffe", "\uffff",
     "😀", "\U0010ffff", "yes", "no", "null", "true", ": ", " #", "- ", "---", "...", "''", "1e3", "0x1",
     "2011-11-23", "12:30:45", "\n\n", "  ",
-]  # fmt: skip
+]
 
 
 def any_text(rng):

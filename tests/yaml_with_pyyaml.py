@@ -144,7 +144,7 @@ def answers():
                 pair("GET", f"/wmi-{number}", path=path)
             for id in ("wmi-nope", "wmi-theirs", "lucid0", "wmi-%E6%97%A5", "%22%27%3A%20%23", "wmi-%00%0A",
                        "wmi-%FF", "wmi-%F0%9F%98%80", "-%20a", "wmi-%C2%85%E2%80%A8",
-                       "%EF%BB%BFwmi"):  # fmt: skip
+                       "%EF%BB%BFwmi"):
                 pair("GET", f"/{id}", path=path)
             pair("GET", "", "?start=x", path=path)
             pair("GET", "", headers={}, path=path)
