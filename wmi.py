@@ -40,8 +40,10 @@ The parts (``grep -A1 '^####' wmi.py``). Each uses only what stands above it, ex
     Storage       what a store does, the store in memory, and how a URL finds its backend
     Catalog       the rules: who sees what, who may delete; paging, filters, sorting
     Requests      HTTP read strictly: bytes in, requests or an error out
-    Service       from a request to an answer: routes, rendering, ETags, the cache
-    Connections   the server's engine: sockets, deadlines, one loop
+    Answers       what is sent back: status, header lines, JSON or YAML, in pieces if it is long
+    Service       from a request to an answer: the routes, and the answers that are kept
+    Connections   one client each: what it sends, what is sent to it, and its deadlines
+    Server        the loop that serves all connections, its threads, and the log
     Processes     a parent that forks workers, and their signals
     Client        the verbs and errors of the catalog, over HTTP
     Terminal      what people see of the command: harmless text, progress, tables
@@ -1627,39 +1629,15 @@ class Reader:
 
 
 ####################################################################################################
-# Service
+# Answers
 ####################################################################################################
-# From a request to an answer, without sockets: find the route, ask a catalog, render what it returns.
-#
-# Answers that are asked for again are kept in memory. Reading the store again would cost many times as much as looking
-# at its revision. The promise is that no answer misses a change that was reported as done before its request arrived:
-#
-#     1. Each change to a store gives it a new revision, one that it never had before.
-#     2. A GET takes the revision before it reads the store, and keep() takes it once more afterwards. The answer is
-#        kept only if both are the same: then nothing changed in between, and the answer shows just this revision.
-#     3. A kept answer is served only if a look at the store that began after the request had arrived shows the same
-#        revision. So it is what the store held at a moment after the arrival, and what a new read would have returned.
-#     4. A look thus serves every request that arrived before it. The server works in rounds, one for all requests that
-#        have just arrived. It looks once before a round, and once after a round that made new answers to keep.
-#
-# The key of a kept answer holds all that the answer depends on: see CacheKey. What depends on anything else, such as a
-# page or a file, is not kept.
+# What is sent back: a status, header lines and a body. Records and errors become JSON or YAML here. A long index
+# becomes a series of pieces, so that it needs little memory.
 
-MAX_WAITING = 8  # requests that wait for a slow store, each in its own thread; further ones are refused at once
-MAX_WALKS = 4  # indexes with filters at the same time: each reads all images
-MAX_STREAMS = 64  # long indexes that are being sent at the same time: each holds some images in memory
-KEPT_AT_MOST = 1 << 16  # bytes of an answer that is built in one piece and may be kept; a longer one is streamed
-ASKED_AT_MOST = 2048  # different requests that are remembered; an answer is kept when it is asked for a second time
-FRESH_AT_MOST = 32  # new answers in one round that may be kept
-CACHE_BYTES = 2 << 20  # of kept answers in each process: about 200 pages of 20 images
 PIECE = 16384  # bytes sent or received at once: recv allocates this many each time, and a TLS record is not longer
 
-_IMAGES_PATH = r"/api(?:/(11\.12|12\.03))?/images(?:/([^/.]+))?(|\.json|\.yml|\.yaml)"
 _CONTENT_TYPES = {"json": "application/json", "yaml": "text/yaml;charset=utf-8"}
 _CACHE_CONTROL = "private, no-cache"  # a cache has to ask each time, since each account sees different images
-
-Kept = tuple[str, "Answer | None", int]  # the revision that an answer shows, the answer, its size in bytes
-_NOT_KEPT: Kept = "", None, 0
 
 
 class Body(Protocol):
@@ -1682,29 +1660,31 @@ class Answer(NamedTuple):
     body: bytes | Body
 
 
-class Postponed(Exception):
-    """Raised when a request needs a look at the store that is newer than the one under way; then it is tried again."""
-
-
-Pulse = Callable[[], None]  # called now and then during a walk through all images; raises an Error to end the walk
-Read = Callable[["Service", "Request", "Route", float, Pulse], Answer]  # answers GET and HEAD
-
-
-class Route(NamedTuple):
-    """The meaning of a path."""
-
-    version: Version
-    id: str | None  # of an image; None: all images
-    format: str  # json or yaml
-    read: Read  # answers GET and HEAD of this path
-
-
 def make_answer(status: int, lines: str, body: bytes | Body = b"") -> Answer:
     """Return an answer with these header lines and, if the length of the body is known, Content-Length."""
     length = len(body) if isinstance(body, bytes) else body.length
     if length is not None and status not in (204, 304):
         lines += f"Content-Length: {length}\r\n"
     return Answer(status, lines.encode("ascii"), body)
+
+
+def content_answer(request: Request, type: str, body: bytes | Body, lines: str = "") -> Answer:
+    """Return 200 with this content, or 304 if the client has it already."""
+    # The ETag is a digest of the body and not the revision: changes elsewhere in the store do not alter it, and a store
+    # that was restored from a copy cannot give an old tag to new content. A streamed body is not known yet, so its tag
+    # is random and never matches.
+    tag = hashlib.blake2b(body, digest_size=12).hexdigest() if isinstance(body, bytes) else os.urandom(12).hex()
+    lines += f'ETag: "{tag}"\r\nCache-Control: {_CACHE_CONTROL}\r\n'
+    if "if-none-match" in request.fields and matches_etag(request.fields["if-none-match"], f'"{tag}"'):
+        if not isinstance(body, bytes):
+            body.close()
+        return make_answer(304, lines)
+    return make_answer(200, f"Content-Type: {type}\r\n{lines}X-Content-Type-Options: nosniff\r\n", body)
+
+
+def matches_etag(field: str, etag: str, weakly: bool = True) -> bool:
+    """Return whether If-None-Match (compared weakly) or If-Match (strongly) names the tag (RFC 9110, 13.1)."""
+    return field == "*" or etag in [tag.strip().removeprefix("W/" if weakly else "") for tag in field.split(",")]
 
 
 def error_answer(error: Error, version: Version, format: str = "json") -> Answer:
@@ -1794,6 +1774,56 @@ class TextBody:
         with contextlib.suppress(ValueError):  # "generator already executing": a thread waits for the store in it
             self._texts.close()
         self._closed()
+
+
+####################################################################################################
+# Service
+####################################################################################################
+# From a request to an answer, without sockets: find the route, ask a catalog, render what it returns.
+#
+# Answers that are asked for again are kept in memory. Reading the store again would cost many times as much as looking
+# at its revision. The promise is that no answer misses a change that was reported as done before its request arrived:
+#
+#     1. Each change to a store gives it a new revision, one that it never had before.
+#     2. A GET takes the revision before it reads the store, and keep() takes it once more afterwards. The answer is
+#        kept only if both are the same: then nothing changed in between, and the answer shows just this revision.
+#     3. A kept answer is served only if a look at the store that began after the request had arrived shows the same
+#        revision. So it is what the store held at a moment after the arrival, and what a new read would have returned.
+#     4. A look thus serves every request that arrived before it. The server works in rounds, one for all requests that
+#        have just arrived. It looks once before a round, and once after a round that made new answers to keep.
+#
+# The key of a kept answer holds all that the answer depends on: see CacheKey. What depends on anything else, such as a
+# page or a file, is not kept.
+
+MAX_WAITING = 8  # requests that wait for a slow store, each in its own thread; further ones are refused at once
+MAX_WALKS = 4  # indexes with filters at the same time: each reads all images
+MAX_STREAMS = 64  # long indexes that are being sent at the same time: each holds some images in memory
+KEPT_AT_MOST = 1 << 16  # bytes of an answer that is built in one piece and may be kept; a longer one is streamed
+ASKED_AT_MOST = 2048  # different requests that are remembered; an answer is kept when it is asked for a second time
+FRESH_AT_MOST = 32  # new answers in one round that may be kept
+CACHE_BYTES = 2 << 20  # of kept answers in each process: about 200 pages of 20 images
+
+_IMAGES_PATH = r"/api(?:/(11\.12|12\.03))?/images(?:/([^/.]+))?(|\.json|\.yml|\.yaml)"
+
+Kept = tuple[str, "Answer | None", int]  # the revision that an answer shows, the answer, its size in bytes
+_NOT_KEPT: Kept = "", None, 0
+
+
+class Postponed(Exception):
+    """Raised when a request needs a look at the store that is newer than the one under way; then it is tried again."""
+
+
+Pulse = Callable[[], None]  # called now and then during a walk through all images; raises an Error to end the walk
+Read = Callable[["Service", "Request", "Route", float, Pulse], Answer]  # answers GET and HEAD
+
+
+class Route(NamedTuple):
+    """The meaning of a path."""
+
+    version: Version
+    id: str | None  # of an image; None: all images
+    format: str  # json or yaml
+    read: Read  # answers GET and HEAD of this path
 
 
 class Service:
@@ -2049,25 +2079,6 @@ ROUTES: list[tuple[str, Read, str]] = [(_IMAGES_PATH, Service.read_images, "")]
 ERROR_PAGES: dict[Read, Callable[[Error, Request], Answer]] = {}  # how to answer errors of paths that people visit
 
 
-def content_answer(request: Request, type: str, body: bytes | Body, lines: str = "") -> Answer:
-    """Return 200 with this content, or 304 if the client has it already."""
-    # The ETag is a digest of the body and not the revision: changes elsewhere in the store do not alter it, and a store
-    # that was restored from a copy cannot give an old tag to new content. A streamed body is not known yet, so its tag
-    # is random and never matches.
-    tag = hashlib.blake2b(body, digest_size=12).hexdigest() if isinstance(body, bytes) else os.urandom(12).hex()
-    lines += f'ETag: "{tag}"\r\nCache-Control: {_CACHE_CONTROL}\r\n'
-    if "if-none-match" in request.fields and matches_etag(request.fields["if-none-match"], f'"{tag}"'):
-        if not isinstance(body, bytes):
-            body.close()
-        return make_answer(304, lines)
-    return make_answer(200, f"Content-Type: {type}\r\n{lines}X-Content-Type-Options: nosniff\r\n", body)
-
-
-def matches_etag(field: str, etag: str, weakly: bool = True) -> bool:
-    """Return whether If-None-Match (compared weakly) or If-Match (strongly) names the tag (RFC 9110, 13.1)."""
-    return field == "*" or etag in [tag.strip().removeprefix("W/" if weakly else "") for tag in field.split(",")]
-
-
 def parse_query(query: str, known: Sequence[str]) -> dict[str, Any]:
     """Return the known parameters; if one is repeated, the last one counts. Raises InvalidParameter."""
     # As in Rack, on which the originals ran. Only filter[] may be repeated: the list of its values is a list of tests.
@@ -2111,8 +2122,9 @@ def parse_update(request: Request, known: Sequence[str]) -> dict[str, Any]:
 ####################################################################################################
 # Connections
 ####################################################################################################
-# The engine. It has one rule: a turn never waits for a client. A turn, which is a call of Connection.advance(), does
-# what can be done now and returns what has to come next: READ, WRITE, WORK or CLOSE. The life of a connection:
+# One client: what has arrived from it, and the one answer that is sent to it. The engine has one rule: a turn never
+# waits for a client. A turn, which is a call of Connection.advance(), does what can be done now and returns what has to
+# come next: READ, WRITE, WORK or CLOSE. The next part, Server, sees to that. The life of a connection:
 #
 #            READ, until it is whole          WRITE, until the client takes more
 #                    +---+                           +---+
@@ -2128,76 +2140,19 @@ def parse_update(request: Request, known: Sequence[str]) -> dict[str, Any]:
 # Nothing is read while an answer is made or sent: a client that sends requests but reads no answers costs nothing.
 # CLOSE can come anywhere, when the client has hung up. When a deadline passes (see expired()), an idle connection is
 # closed, an unfinished request is answered 408, and an unfinished answer is cut off with a reset.
-#
-# One thread, the leader, serves all connections in rounds (see _serve_round). It receives what every client has sent,
-# looks once at the revision of the store, and gives each connection a turn, in which kept answers are sent. Connections
-# that want WORK are queued for it. Only work may wait: never for a client, but for a locked file, say, or a cluster.
-# When work takes longer than TURN_SECONDS, serve_forever starts another leader. The thread that was held up finishes
-# this one piece of work, hands the result to the new leader, and ends. The number of such threads is bounded, see
-# MAX_WAITING. If it is the look that takes long, requests that need one are postponed: the next look serves them all.
-#
-# Who may touch what:
-#
-#     the selector, `_queue`, `_postponed`,      the leader alone. work() reads its connection, and may send a piece of
-#     all connections                            its body; the connection is `queued`, so it has no turn meanwhile
-#     `_turns`                                   any thread appends a connection and a result; the leader takes them
-#     `_leader`, `_working`, `_held`             any thread that holds `_lock`; only the leader begins work, so it sets
-#                                                `_working` without the lock
-#     `_lines`                                   any thread appends; the one that has `_log_lock` takes and writes them
-#     `stopping`                                 any thread sets it; nobody clears it
-#
-# Server keeps what people know of http.server.HTTPServer: the constructor, serve_forever, shutdown, server_close,
-# server_address, service_actions, handle_error, and the reason phrases. Two things are replaced: the loop, which serves
-# one client at a time, and the handler, which accepts most of what RFC 9112 forbids.
 
-MAX_CONNECTIONS = 1000  # per process; each costs a few KB and a descriptor
 IDLE_SECONDS = 15  # between two requests; Apache waits 5 s, nginx 75 s
 HEAD_SECONDS = 10  # for a whole head, from its first byte on; for a TLS handshake
 BODY_SECONDS = 30  # for a whole body
 SEND_SECONDS = 30  # for a client to take any more of its answer: what counts is progress, not speed
-TRIM_SECONDS = 5  # between two times that freed memory is given back to the system
-SPARE_DESCRIPTORS = 24  # descriptors that are left to the store, the log and the selector
-STORE_SECONDS = 10  # for the work of one turn; the stores here give up earlier, after 8 s
 LINGER_SECONDS = 1  # for a client to read the last answer
-GRACE_SECONDS = 10  # for running requests to end when the server is told to stop
-TURN_SECONDS = 0.05  # for which work may hold up the leader, before another thread takes the lead
-ACCEPT_AT_ONCE = 64  # connections that are accepted in one round
-CHECK_SECONDS = 0.05  # between two checks of deadlines and other limits
-YIELD_SECONDS = 0.0002  # of work, then other processes may run: cuts the time of the slowest 1 % of answers to a third
-SHARE_SECONDS = 0.002  # for which a new connection is left to workers that have fewer
-STALLED_SECONDS = 2  # after which an unfinished request gives way to a new connection, if every place is taken
-POLL_SECONDS = 0.005  # between two looks for the results of threads that are held up
-MAX_BUFFERED = 2 << 20  # bytes in all of unfinished requests, and of answers that clients do not take
 LOGGED = 2048  # characters of a target or a failure in the log
 LOGGED_METHOD = 32  # characters of a method
-LOG_LINES = 4096  # lines that may wait to be written; further ones are counted and dropped
-PIPE_BUF = 4096  # bytes: Linux writes up to this many to a pipe in one piece, so lines of two processes never mix
 
 READ, WRITE, WORK, CLOSE = selectors.EVENT_READ, selectors.EVENT_WRITE, 4, 8  # what has to come next
 
 _REASONS = {code: reason for code, (reason, _) in http.server.BaseHTTPRequestHandler.responses.items()}
-_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-_yield_processor: Callable[[], object] = getattr(os, "sched_yield", lambda: None)  # not every system has it
 Result = Union[Answer, bytes, int, Exception]  # of work: an answer, or what Body.more() returned, or a failure
-
-
-class TextLog:
-    """The lines of the log, as text."""
-
-    @staticmethod
-    def answer(
-        time: str, client: str, account: str, method: str, target: str, status: int, size: int, milliseconds: float
-    ) -> str:
-        """Return the line of an answer."""
-        return f"{time} {client} {account} {method} {target} {status} {size} {milliseconds:.1f}ms\n"
-
-    @staticmethod
-    def failure(time: str, text: str) -> str:
-        """Return the line of a failure on our side."""
-        return f"{time} error: {text}\n"
-
-
-LOG_FORMATS: dict[str, type[TextLog]] = {"text": TextLog}
 
 
 class Connection:
@@ -2421,6 +2376,122 @@ class Connection:
 def _first_lines(status: int, second: int) -> bytes:
     """Return the status line and the Date of an answer (RFC 9110, 5.6.7)."""
     return f"HTTP/1.1 {status} {_REASONS[status]}\r\nDate: {email.utils.formatdate(second, usegmt=True)}\r\n".encode()
+
+
+def listen(host: str = "127.0.0.1", port: int = 9001, unix_socket: str | None = None) -> socket.socket:
+    """Return a listening socket; with port 0 the system chooses the port. Raises OSError.
+
+    A socket that systemd hands over, see sd_listen_fds(3), is taken before any other.
+    """
+    if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS", "0") != "0":
+        return socket.socket(fileno=3)
+    if unix_socket is None:
+        if not 0 <= port <= 65535 or not re.fullmatch("[0-9A-Za-z.:%_-]+", host) or ".." in host:
+            raise refuse("address", f"{host}:{port}", "a host, and a port of 0 to 65535")
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            return socket.create_server((host, port), family=family, backlog=128)
+        except OSError as error:  # create_server() puts the address into the message: here it becomes the file name
+            raise OSError(error.errno, str(error.strerror).partition(" (while")[0], f"{host}:{port}") from error
+    with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(unix_socket)
+        except ConnectionRefusedError:
+            if stat.S_ISSOCK(os.stat(unix_socket).st_mode):  # nobody listens there: a crash left it behind
+                os.unlink(unix_socket)
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(unix_socket)
+    except OSError as error:
+        listener.close()
+        raise OSError(f"{unix_socket}: {error.strerror or error}") from error
+    listener.listen(128)
+    return listener
+
+
+def served_hosts(listener: socket.socket, names: Sequence[str] | None) -> Container[str] | None:
+    """Return the hosts that a server on this socket serves; None means any.
+
+    The author of a web page can make a name point to 127.0.0.1, and so let the page reach a server on loopback from
+    the browser of a visitor (DNS rebinding). So a server on loopback answers only to names of its own.
+    """
+    address: Any = listener.getsockname()
+    if names is None or not isinstance(address, tuple) or not (address[0].startswith("127.") or address[0] == "::1"):
+        return None
+    return {"", "localhost", "127.0.0.1", "[::1]", address[0], *(name.lower() for name in names)}
+
+
+def address_of(listener: socket.socket, scheme: str = "http") -> str:
+    """Return where a socket listens: the base URL for clients, or unix:PATH."""
+    address: Any = listener.getsockname()
+    if not isinstance(address, tuple):
+        return f"unix:{address}"
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    return f"{scheme}://{host}:{address[1]}"
+
+
+####################################################################################################
+# Server
+####################################################################################################
+# The loop. One thread, the leader, serves all connections in rounds (see _serve_round). It receives what every client
+# has sent, looks once at the revision of the store, and gives each connection a turn, in which kept answers are sent.
+# Connections that want WORK are queued for it. Only work may wait: never for a client, but for a locked file, say, or
+# for a cluster. When work takes longer than TURN_SECONDS, serve_forever starts another leader. The thread that was held
+# up finishes this one piece of work, hands the result to the new leader, and ends. The number of such threads is
+# bounded by MAX_WAITING. If it is the look that takes long, requests that need one are postponed: the next look serves
+# them all.
+#
+# Who may touch what:
+#
+#     the selector, `_queue`, `_postponed`,      the leader alone. work() reads its connection, and may send a piece of
+#     all connections                            its body; the connection is `queued`, so it has no turn meanwhile
+#     `_turns`                                   any thread appends a connection and a result; the leader takes them
+#     `_leader`, `_working`, `_held`             any thread that holds `_lock`; only the leader begins work, so it sets
+#                                                `_working` without the lock
+#     `_lines`                                   any thread appends; the one that has `_log_lock` takes and writes them
+#     `stopping`                                 any thread sets it; nobody clears it
+#
+# Server keeps what people know of http.server.HTTPServer: the constructor, serve_forever, shutdown, server_close,
+# server_address, service_actions, handle_error, and the reason phrases. Two things are replaced: the loop, which serves
+# one client at a time, and the handler, which accepts most of what RFC 9112 forbids.
+
+MAX_CONNECTIONS = 1000  # per process; each costs a few KB and a descriptor
+ACCEPT_AT_ONCE = 64  # connections that are accepted in one round
+MAX_BUFFERED = 2 << 20  # bytes in all of unfinished requests, and of answers that clients do not take
+SPARE_DESCRIPTORS = 24  # descriptors that are left to the store, the log and the selector
+TURN_SECONDS = 0.05  # for which work may hold up the leader, before another thread takes the lead
+CHECK_SECONDS = 0.05  # between two checks of deadlines and other limits
+POLL_SECONDS = 0.005  # between two looks for the results of threads that are held up
+STORE_SECONDS = 10  # for the work of one turn; the stores here give up earlier, after 8 s
+STALLED_SECONDS = 2  # after which an unfinished request gives way to a new connection, if every place is taken
+SHARE_SECONDS = 0.002  # for which a new connection is left to workers that have fewer
+YIELD_SECONDS = 0.0002  # of work, then other processes may run: cuts the time of the slowest 1 % of answers to a third
+TRIM_SECONDS = 5  # between two times that freed memory is given back to the system
+GRACE_SECONDS = 10  # for running requests to end when the server is told to stop
+LOG_LINES = 4096  # lines that may wait to be written; further ones are counted and dropped
+PIPE_BUF = 4096  # bytes: Linux writes up to this many to a pipe in one piece, so lines of two processes never mix
+
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_yield_processor: Callable[[], object] = getattr(os, "sched_yield", lambda: None)  # not every system has it
+
+
+class TextLog:
+    """The lines of the log, as text."""
+
+    @staticmethod
+    def answer(
+        time: str, client: str, account: str, method: str, target: str, status: int, size: int, milliseconds: float
+    ) -> str:
+        """Return the line of an answer."""
+        return f"{time} {client} {account} {method} {target} {status} {size} {milliseconds:.1f}ms\n"
+
+    @staticmethod
+    def failure(time: str, text: str) -> str:
+        """Return the line of a failure on our side."""
+        return f"{time} error: {text}\n"
+
+
+LOG_FORMATS: dict[str, type[TextLog]] = {"text": TextLog}
 
 
 class Server(http.server.HTTPServer):
@@ -2813,58 +2884,6 @@ def _descriptors() -> int:
         return sys.maxsize
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return sys.maxsize if soft == resource.RLIM_INFINITY else soft
-
-
-def listen(host: str = "127.0.0.1", port: int = 9001, unix_socket: str | None = None) -> socket.socket:
-    """Return a listening socket; with port 0 the system chooses the port. Raises OSError.
-
-    A socket that systemd hands over, see sd_listen_fds(3), is taken before any other.
-    """
-    if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS", "0") != "0":
-        return socket.socket(fileno=3)
-    if unix_socket is None:
-        if not 0 <= port <= 65535 or not re.fullmatch("[0-9A-Za-z.:%_-]+", host) or ".." in host:
-            raise refuse("address", f"{host}:{port}", "a host, and a port of 0 to 65535")
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            return socket.create_server((host, port), family=family, backlog=128)
-        except OSError as error:  # create_server() puts the address into the message: here it becomes the file name
-            raise OSError(error.errno, str(error.strerror).partition(" (while")[0], f"{host}:{port}") from error
-    with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(unix_socket)
-        except ConnectionRefusedError:
-            if stat.S_ISSOCK(os.stat(unix_socket).st_mode):  # nobody listens there: a crash left it behind
-                os.unlink(unix_socket)
-    listener = socket.socket(socket.AF_UNIX)
-    try:
-        listener.bind(unix_socket)
-    except OSError as error:
-        listener.close()
-        raise OSError(f"{unix_socket}: {error.strerror or error}") from error
-    listener.listen(128)
-    return listener
-
-
-def served_hosts(listener: socket.socket, names: Sequence[str] | None) -> Container[str] | None:
-    """Return the hosts that a server on this socket serves; None means any.
-
-    The author of a web page can make a name point to 127.0.0.1, and so let the page reach a server on loopback from
-    the browser of a visitor (DNS rebinding). So a server on loopback answers only to names of its own.
-    """
-    address: Any = listener.getsockname()
-    if names is None or not isinstance(address, tuple) or not (address[0].startswith("127.") or address[0] == "::1"):
-        return None
-    return {"", "localhost", "127.0.0.1", "[::1]", address[0], *(name.lower() for name in names)}
-
-
-def address_of(listener: socket.socket, scheme: str = "http") -> str:
-    """Return where a socket listens: the base URL for clients, or unix:PATH."""
-    address: Any = listener.getsockname()
-    if not isinstance(address, tuple):
-        return f"unix:{address}"
-    host = f"[{address[0]}]" if ":" in address[0] else address[0]
-    return f"{scheme}://{host}:{address[1]}"
 
 
 ####################################################################################################

@@ -341,8 +341,8 @@ def test_parts_stand_in_the_order_of_the_design():
     """The banners are the table of contents, from errors to what is optional, and the docstring maps them."""
     banners = re.findall(r"^#{100}\n# (.*)\n#{100}$", SOURCE, re.MULTILINE)
     assert banners == [
-        "Errors", "YAML", "Image", "Storage", "Catalog", "Requests", "Service", "Connections", "Processes", "Client",
-        "Terminal", "Command line", "Optional",
+        "Errors", "YAML", "Image", "Storage", "Catalog", "Requests", "Answers", "Service", "Connections", "Server",
+        "Processes", "Client", "Terminal", "Command line", "Optional",
     ]
     parts = (wmi.__doc__ or "").partition("\nThe parts")[2]
     assert re.findall(r"^    ([A-Z][A-Za-z ]*?)  ", parts, re.MULTILINE) == banners
