@@ -32,7 +32,8 @@ Glossary:
     tombstone     the record of a deleted image, which has a `deleted_at`; 12.03 still shows it
     revision      a text that names one state of a store; every change gives the store a new one
 
-The parts (``grep -A1 '^####' wmi.py``). Each uses only what stands above it, except for a few calls into Optional:
+The parts (``grep -A1 '^####' wmi.py``). Each uses only what stands above it, except that a connection uses its server,
+and that there are a few calls into Optional:
 
     Errors        a class for each failure, with its HTTP status and DCMGR's code
     YAML          the little of YAML that the API needs, written and read
@@ -406,7 +407,7 @@ def _yaml_unescaped(match: re.Match[str]) -> str:
 BOOT_DEV_SAN, BOOT_DEV_LOCAL = 1, 2  # the document's numbers: a volume on the storage network, a local file
 SYSTEM_ACCOUNT = "a-00000000"  # may show and delete any image (document and 11.12)
 STATES = ("init", "creating", "pending", "available", "deleted")
-MAX_TEXT = 150_000  # characters of all texts of an image: at six bytes each, the most in JSON, they fit in 1 MiB
+MAX_TEXT = 150_000  # characters in all texts of an image: they fit in 1 MiB even if JSON takes six bytes for each
 
 # A check takes a field's name and a value, and returns the value as it is kept or raises InvalidParameter. The checks
 # are functions made from parts such as _matching and _one_of, so that the table FIELDS reads like a specification.
@@ -548,7 +549,7 @@ def image_record(fields: Mapping[str, Any]) -> Record:
     random, created_at is the present time, and updated_at is the same as created_at. Raises InvalidParameter, which
     names the field, the value and what is allowed.
     """
-    # 1. Resolve `uuid`, so that an image as any version shows it can be registered again: they all show both names.
+    # 1. Resolve `uuid`: every version of the API shows both names, and what it shows can be registered again.
     given = {name: value for name, value in fields.items() if name not in _ALWAYS_EMPTY or value != []}
     uuid = given.pop("uuid", None)
     if uuid is not None and given.setdefault("id", uuid) != uuid:
@@ -622,7 +623,7 @@ class Version:
     privileged: bool = True  # SYSTEM_ACCOUNT may show and delete any image
     updatable: Sequence[str] = ()  # fields that PUT sets
     filters: Sequence[str] = ()  # parameters of the index besides start and limit
-    # The message when no account is given. The originals had no message, so old clients see the error's class instead.
+    # The message when no account is given. Empty in 11.12 and 12.03, whose clients expect the error's class instead.
     no_account: str = "say who calls: send a header X-VDC-ACCOUNT-UUID, such as a-shpoolxx"
 
 
@@ -706,10 +707,10 @@ class Storage(Protocol):
     """
 
     def get(self, id: str) -> Record:
-        """Return the record, a tombstone too. Raises KeyError."""
+        """Return the record, even if it is a tombstone. Raises KeyError."""
 
     def add(self, record: Record) -> None:
-        """Register a record as the newest, also over a tombstone. Raises FileExistsError."""
+        """Register a record as the newest; it may replace a tombstone. Raises FileExistsError."""
 
     def add_all(self, records: Iterable[Record]) -> int:
         """Register all in this order, or none if one fails or the iterable raises; return how many."""
@@ -791,12 +792,12 @@ class MemoryStorage:
         return self._lock
 
     def get(self, id: str) -> Record:
-        """Return the record, a tombstone too. Raises KeyError."""
+        """Return the record, even if it is a tombstone. Raises KeyError."""
         with self._opened():
             return _decoded(self._rows[id])
 
     def add(self, record: Record) -> None:
-        """Register a record as the newest, also over a tombstone. Raises FileExistsError."""
+        """Register a record as the newest; it may replace a tombstone. Raises FileExistsError."""
         self.add_all([record])
 
     def add_all(self, records: Iterable[Record]) -> int:
@@ -964,8 +965,9 @@ def storage_errors(id: str = "") -> Iterator[None]:
         raise DatabaseError(_STORE_SAYS.get(getattr(error, "errno", 0) or 0, "the store cannot answer")) from error
 
 
+_UNKNOWN = "it is unknown whether this was done; look before trying again"
 _STORE_SAYS = {  # what the caller is told about an OSError of a store, by its errno; the log has the reason
-    errno.EINPROGRESS: "it is unknown whether this was done; look before trying again",
+    errno.EINPROGRESS: _UNKNOWN,
     errno.EHOSTUNREACH: "the store has no quorum; try again",
 }
 
@@ -982,9 +984,9 @@ _STORE_SAYS = {  # what the caller is told about an OSError of a store, by its e
 #     sort_by               walk once, keep the sort keys and ids of the     all of the scope    start + limit keys
 #                           first ones, then get these images by id
 #     any other filter      walk once to count, and once more to yield       all of the scope    one image
-#     neither of them       a page of the store; if more is asked for, it    only the images     PAGE_AT_ONCE images
-#                           gives the total, and a walk from `start` the     asked for
-#                           images
+#     neither of them       a page of the store; if more is asked for,       only the images     PAGE_AT_ONCE images
+#                           the page gives the total, and a walk from        asked for
+#                           `start` gives the images
 #
 # What the scope of a store can express does not count as a filter here: is_public=true, a state of alive or deleted.
 
@@ -1021,9 +1023,9 @@ class Catalog:
         self.version = find_version(version)
 
     def at_least(self, revision: str) -> Catalog:
-        """Return a catalog whose reads show this revision of the store, which it has had, or a newer one."""
+        """Return a catalog whose reads show this revision, which the store has reached already, or a newer one."""
         storage = self.storage.at_least(revision)
-        if storage is self.storage:  # on this machine the newest costs nothing
+        if storage is self.storage:  # a store on this machine always shows its newest state
             return self
         catalog = copy.copy(self)
         catalog.storage = storage
@@ -1121,7 +1123,7 @@ class Catalog:
         self._check_operator()
         for name in fields:
             if name not in FIELDS or name in ("id", "created_at", "updated_at", "deleted_at"):
-                raise refuse("field", name, "a field of an image, not its id nor a time")
+                raise refuse("field", name, "a field of an image, but not its id or a time")
         return self._change(id, functools.partial(_amended, fields))
 
     def set_features(self, id: str, **given: bool) -> Record:
@@ -1227,7 +1229,7 @@ def _guarded(images: Iterable[Record]) -> Iterator[Record]:
 
 Condition = Callable[[Record], bool]
 _CHOICES: dict[str, set[str]] = {
-    "is_public": {"true", "1", "false", "0", ""},  # the originals took an empty value for one that is not given
+    "is_public": {"true", "1", "false", "0", ""},  # the originals ignored an empty value
     "service_type": {"std", "lb"},
     "state": {"alive", "alive_with_deleted", "available", "deleted"},
     "sort_by": {f"{field}.{order}" for field in _V1203.fields for order in ("asc", "desc")},
@@ -1292,7 +1294,7 @@ def _spelled(value: Any) -> str:
 
 def _sort_key(version: Version, field: str, record: Record) -> tuple[bool, Any]:
     """Return what a record is sorted by: null comes first, and the case of a text does not matter."""
-    # In the originals `id` was the number of a row, not the uuid. Equal keys keep the order of registration.
+    # In the originals `id` was the number of a row, not the uuid. Here all keys are equal: _sorted() says what follows.
     if field == "id":
         return False, ""
     value = version.fields[field](record)
@@ -1310,7 +1312,7 @@ def _sort_key(version: Version, field: str, record: Record) -> tuple[bool, Any]:
 #
 # parse_head() makes a request from a whole head (the request line and the header fields); each function below it reads
 # one thing that a head says. Reader finds the heads and bodies in the bytes of one connection. A request leaves it only
-# when head and body are whole, so what answers requests never waits for a client.
+# when head and body are whole, so the code that answers it never has to wait for the client.
 
 MAX_REQUEST_LINE = 8192  # bytes; RFC 9112, 3 asks for at least 8000
 MAX_FIELD_LINE = 8192  # bytes; the limit of nginx and Apache
@@ -1372,7 +1374,7 @@ def parse_head(head: bytes) -> Request:
 
 
 def _parse_field_lines(text: bytes, minor: int) -> tuple[dict[str, str], int, bool, bool, bool, str, str]:
-    """Return the header fields, from lines that each end with CRLF, and what they mean, in the order of Request."""
+    """Return the header fields in these lines, and what they mean, in the order of the attributes of Request."""
     fields = parse_fields(text.split(b"\r\n")[:-1])
     host = parse_host(fields, minor)
     account = fields.get("x-vdc-account-uuid") or "-"
@@ -1502,7 +1504,7 @@ class Reader:
     Reading is a generator, which yields a request, or None where it needs more bytes. So the code follows the grammar
     from top to bottom, whatever the pieces in which the bytes come. A position marks what has been read, and the buffer
     is cut there only when more is needed. So the cost of a request grows with its bytes, however many chunks they come
-    in. When the buffer was cut after each chunk, 65,536 chunks of one byte took 0.6 s.
+    in. If the buffer were cut after each chunk, 65,536 chunks of one byte would take 0.6 s.
     """
 
     def __init__(self) -> None:
@@ -1548,7 +1550,7 @@ class Reader:
         return len(self._data)
 
     @property
-    def is_head(self) -> bool:
+    def asks_for_head(self) -> bool:
         """Whether the request that is being read, legal or not, is a HEAD, whose answer must not have a body."""
         return self._data.startswith(b"HEAD ", self._at)
 
@@ -1572,7 +1574,7 @@ class Reader:
                     check_partial(data, checked)
                 self.waits_for, checked = HEAD if data else IDLE, len(data)
                 yield None
-            # 2. Parse the head. It counts as read only if it is legal, because is_head has to see an illegal one.
+            # 2. Parse the head. It counts as read only if it is legal, because asks_for_head has to see an illegal one.
             head = bytes(data[self._at : end])
             request = _parse_small_head(head) if len(head) <= SMALL_HEAD else parse_head(head)
             self._at = end
@@ -1634,6 +1636,7 @@ class Reader:
 # What is sent back: a status, header lines and a body. Records and errors become JSON or YAML here. A long index
 # becomes a series of pieces, so that it needs little memory.
 
+MAX_WAITING = 8  # requests that wait for a slow store, each in its own thread; further ones are refused at once
 PIECE = 16384  # bytes sent or received at once: recv allocates this many each time, and a TLS record is not longer
 
 _CONTENT_TYPES = {"json": "application/json", "yaml": "text/yaml;charset=utf-8"}
@@ -1644,6 +1647,7 @@ class Body(Protocol):
     """The body of an answer that is not held in memory: TextBody, or FileBody in the part Optional."""
 
     length: int | None  # in bytes; None: sent in chunks
+    most_waiting: int  # once as many pieces of work wait for the store or a disk, the answer is cut off
 
     def more(self, stream: socket.socket) -> bytes | int:
         """Return the next piece, or send it on the stream and return its length; b"" at the end."""
@@ -1753,19 +1757,16 @@ def gather(texts: Iterator[str], size: int) -> bytes:
 
 
 class TextBody:
-    """A long index as a body. `check` is called before each piece and may raise; close() calls `closed`."""
+    """A long index as a body; close() calls `closed`."""
 
     length: int | None = None
+    most_waiting = 2 * MAX_WAITING
 
-    def __init__(
-        self, first: bytes, texts: Generator[str, None, None], check: Callable[[], object], closed: Callable[[], object]
-    ) -> None:
-        self._first, self._texts, self._check, self._closed = first, texts, check, closed
+    def __init__(self, first: bytes, texts: Generator[str, None, None], closed: Callable[[], object]) -> None:
+        self._first, self._texts, self._closed = first, texts, closed
 
     def more(self, stream: socket.socket) -> bytes:
-        """Return the next piece; see Body. Raises DatabaseError if too many requests wait for the store."""
-        # Once the head is sent, an error can only cut the answer. The client sees that the last chunk is missing.
-        self._check()
+        """Return the next piece; see Body."""
         piece, self._first = self._first or gather(self._texts, PIECE), b""
         return piece
 
@@ -1795,7 +1796,6 @@ class TextBody:
 # The key of a kept answer holds all that the answer depends on: see CacheKey. What depends on anything else, such as a
 # page or a file, is not kept.
 
-MAX_WAITING = 8  # requests that wait for a slow store, each in its own thread; further ones are refused at once
 MAX_WALKS = 4  # indexes with filters at the same time: each reads all images
 MAX_STREAMS = 64  # long indexes that are being sent at the same time: each holds some images in memory
 KEPT_AT_MOST = 1 << 16  # bytes of an answer that is built in one piece and may be kept; a longer one is streamed
@@ -1883,14 +1883,14 @@ class Service:
         except Error as error:
             if error.status >= 500 and error.__cause__:
                 self._report(f"{request.method} {request.target}: {error}: {error.__cause__}")
-            return self.refuse(error, request)
+            return self.answer_error(error, request)
         except Postponed:
             raise
         except MemoryError:
-            return self.refuse(DatabaseError("out of memory; try again"), request)
+            return self.answer_error(DatabaseError("out of memory; try again"), request)
         except Exception as error:  # a bug in this program: the log says what it is, the client need not know
             self._report(f"{request.method} {request.target}: {error!r}")
-            return self.refuse(Error("internal error"), request)
+            return self.answer_error(Error("internal error"), request)
 
     def kept_answer(self, request: Request, arrived: float) -> Answer | None:
         """Return the kept answer if the last look at the store is enough to know that it is up to date, else None."""
@@ -1906,7 +1906,7 @@ class Service:
                 self._kept.move_to_end(request.cache_key)
         return answer
 
-    def refuse(self, error: Error, request: Request | None = None) -> Answer:
+    def answer_error(self, error: Error, request: Request | None = None) -> Answer:
         """Return an error as the answer to a request; None stands for a request that could not be read."""
         # The error has the form of the path that was asked for: its version, JSON or YAML, or a page for people.
         version, format = self.unversioned, "json"
@@ -1945,7 +1945,9 @@ class Service:
         return make_answer(200, f"Content-Type: {_CONTENT_TYPES[format]}\r\n", encode(done, format))
 
     def catalog(self, request: Request, version: Version, otherwise: str = "") -> Catalog:
-        """Return the catalog of the account that calls; `otherwise` is the account if the request names none.
+        """Return the catalog of the account that calls, unless too many requests wait for the store already.
+
+        `otherwise` is the account if the request names none.
 
         Raises InvalidRequestCredentials, OperationNotPermitted, DatabaseError.
         """
@@ -1979,7 +1981,7 @@ class Service:
     def _look(self) -> str:
         # Two threads may look at the same time and set _known in either order. Both values are true, and an older one
         # only costs another look.
-        moment = time.monotonic()  # taken before the look, since the revision may be that of its first instant
+        moment = time.monotonic()  # before the look: the revision may be the one that the store had when the look began
         with storage_errors():
             revision = self.storage.revision()
         self._known = moment, revision
@@ -2044,8 +2046,7 @@ class Service:
             return first
         if not self._streams.acquire(blocking=False):
             raise DatabaseError("too many long indexes are being sent; try again")
-        check = functools.partial(self.check_waiting, 2 * MAX_WAITING)
-        return TextBody(first, texts, check, self._streams.release)
+        return TextBody(first, texts, self._streams.release)
 
     def _was_asked(self, key: CacheKey) -> bool:
         """Return whether a request with this key came before, and remember the key."""
@@ -2059,7 +2060,7 @@ class Service:
         return False
 
     def keep(self) -> None:
-        """Keep the answers made since the last call, if the store has not changed since before they were read."""
+        """Keep the answers made since the last call for which the store still has the revision that they show."""
         # Steps 1 and 2 at the top of this part. An entry that replaces one with the same key also replaces its size.
         fresh, self.fresh = self.fresh, []
         with storage_errors():
@@ -2149,7 +2150,7 @@ LINGER_SECONDS = 1  # for a client to read the last answer
 LOGGED = 2048  # characters of a target or a failure in the log
 LOGGED_METHOD = 32  # characters of a method
 
-READ, WRITE, WORK, CLOSE = selectors.EVENT_READ, selectors.EVENT_WRITE, 4, 8  # what has to come next
+READ, WRITE, TURN, WORK, CLOSE = selectors.EVENT_READ, selectors.EVENT_WRITE, 4, 8, 16  # what has to come next
 
 _REASONS = {code: reason for code, (reason, _) in http.server.BaseHTTPRequestHandler.responses.items()}
 Result = Union[Answer, bytes, int, Exception]  # of work: an answer, or what Body.more() returned, or a failure
@@ -2161,8 +2162,8 @@ class Connection:
     def __init__(self, stream: socket.socket, address: Any, server: Server) -> None:
         self.socket, self.server = stream, server
         self.client = address[0] if isinstance(address, tuple) else "unix"
-        self.watched = 0  # what the selector watches for: READ, WRITE, or 0 while another thread works for it
-        self.queued = 0.0  # since when it waits for a turn or work, and the selector is ignored; 0: it does not wait
+        self.watched = 0  # what the selector watches for: READ, WRITE, or 0 for nothing
+        self.queued_since = 0.0  # since when it waits for a turn or for work, and is not received from; 0: it does not
         # Input. Nothing is received while an answer is made or sent.
         self.reader = Reader()
         self.receiving = True
@@ -2173,11 +2174,11 @@ class Connection:
         self.keep_alive = self.chunked = False
         self.unsent: bytes | memoryview = b""
         self.body: Body | None = None  # the source of more bytes to send, as long as it has any
-        # Times. The first bytes of the request came at `began`, from which the log counts. The server has been waiting
-        # for the client since `waiting_since`, and gives up at `deadline`; `phase` (IDLE, HEAD, BODY) says for what.
-        self.began = self.waiting_since = server.moment
+        # Times. The first bytes of the request came at `began`, from which the log counts. `phase` (IDLE, HEAD, BODY)
+        # says what the server waits for; it has waited since `waiting_since`, and gives up at `deadline`.
+        self.began = self.waiting_since = server.round_time
         self.phase = IDLE
-        self.deadline = server.moment + IDLE_SECONDS
+        self.deadline = server.round_time + IDLE_SECONDS
 
     @property
     def is_idle(self) -> bool:
@@ -2185,7 +2186,7 @@ class Connection:
         return self.lingering or (self.receiving and self.reader.is_empty and self.reader.waits_for == IDLE)
 
     def receive(self) -> int:
-        """Take what has arrived, and return what has to come next; here, WORK stands for a turn. Raises OSError."""
+        """Take what has arrived, and return what has to come next: TURN, READ or CLOSE. Raises OSError."""
         try:
             piece = self.socket.recv(PIECE)
         except BlockingIOError:
@@ -2193,7 +2194,7 @@ class Connection:
         if self.lingering:
             return READ if piece else CLOSE
         self.reader.feed(piece)
-        return WORK
+        return TURN
 
     def advance(self, result: Result | None = None) -> int:
         """Do what can be done now, and return what has to come next: READ, WRITE, WORK or CLOSE.
@@ -2221,17 +2222,17 @@ class Connection:
                         return self._linger()
                 # 5. Read the next request.
                 if self.phase == IDLE:
-                    self.began = server.moment
+                    self.began = server.round_time
                 try:
                     request = self.request = self.reader.read()
                 except Error as error:
-                    self._start_answer(service.refuse(error))
+                    self._start_answer(service.answer_error(error))
                     continue
                 # 6. Answer it, if the answer is kept. All of the request had arrived by `moment`.
                 if request is not None:
                     request = self.request = service.identify(request)
                     self.phase, self.receiving = IDLE, False
-                    answer = service.kept_answer(request, server.moment)
+                    answer = service.kept_answer(request, server.round_time)
                     if answer is None:
                         return WORK
                     self._start_answer(answer)
@@ -2240,19 +2241,21 @@ class Connection:
                 if not self.reader.owes_continue:
                     return self._await_input()
                 self.unsent, self.reader.owes_continue = b"HTTP/1.1 100 Continue\r\n\r\n", False
-        except BlockingIOError:  # from work(): the client took nothing of a body that sends itself
+        except BlockingIOError:  # from work(): the client took nothing of the piece that Body.more() tried to send
             return WRITE
         except Exception as error:
             return self._abort(error)
 
     def work(self) -> Result:
-        """Do what may have to wait for our side: answer the request, or get more of the body. Return the result."""
+        """Do what may have to wait for the store or a disk: answer the request, or get more of the body. Return it."""
         # A failure is returned, not raised: the leader takes it like any result, and tells the client.
         try:
             if self.body is not None:
+                # The head is sent, so an error can only cut the answer off. The client sees that bytes are missing.
+                self.server.service.check_waiting(self.body.most_waiting)
                 return self.body.more(self.socket)
             assert self.request is not None
-            return self.server.service.answer(self.request, self.server.moment, self._check_alive)
+            return self.server.service.answer(self.request, self.server.round_time, self._check_alive)
         except Exception as error:
             return error
 
@@ -2270,16 +2273,17 @@ class Connection:
 
     def expired(self) -> Exception:
         """Return the result that makes advance() close an idle connection, or refuse a request, at its deadline."""
-        return ConnectionAbortedError() if self.is_idle else RequestTimeout("the request, or its reader, took too long")
+        late = RequestTimeout("the request, or the reading of its answer, took too long")
+        return ConnectionAbortedError() if self.is_idle else late
 
     def _take_piece(self, result: bytes | int | Exception) -> None:
         """Take a piece of a body, or the size of one that was sent. Raise a failure if it is too late to send it."""
         if isinstance(result, Exception):
             if self.status or not isinstance(result, Error):
                 raise result
-            self._start_answer(self.server.service.refuse(result, self.request))
+            self._start_answer(self.server.service.answer_error(result, self.request))
         elif isinstance(result, int):
-            self.sent, self.deadline = self.sent + result, self.server.moment + SEND_SECONDS
+            self.sent, self.deadline = self.sent + result, self.server.round_time + SEND_SECONDS
         else:
             self.unsent = b"%x\r\n%s\r\n" % (len(result), result) if self.chunked else result
         if not result:
@@ -2289,10 +2293,10 @@ class Connection:
         """Begin to send an answer."""
         request, body = self.request, answer.body
         minor = request.minor if request else 1
-        endless = not isinstance(body, bytes) and body.length is None
-        self.chunked = endless and minor > 0  # HTTP/1.0 has no chunks: there the connection ends with the body
-        self.keep_alive = (request is not None and request.keep_alive and not self.server.stopping
-                           and self.chunked == endless)
+        unknown_length = not isinstance(body, bytes) and body.length is None
+        self.chunked = unknown_length and minor > 0  # HTTP/1.0 has no chunks: there the connection ends with the body
+        ends_itself = self.chunked or not unknown_length
+        self.keep_alive = request is not None and request.keep_alive and not self.server.stopping and ends_itself
         head = _first_lines(answer.status, int(time.time())) + answer.head
         if self.chunked:
             head += b"Transfer-Encoding: chunked\r\n"
@@ -2301,7 +2305,7 @@ class Connection:
         head += b"\r\n"
         self.status, self.sent, self.head_size = answer.status, 0, len(head)
         self.unsent, self.body = (head + body, None) if isinstance(body, bytes) else (head, body)
-        if answer.status in (204, 304) or (request.method == "HEAD" if request else self.reader.is_head):
+        if answer.status in (204, 304) or (request.method == "HEAD" if request else self.reader.asks_for_head):
             self.unsent = head
             self._close_body()
 
@@ -2311,7 +2315,7 @@ class Connection:
             count = self.socket.send(self.unsent)
         except BlockingIOError:
             return WRITE
-        self.sent, self.deadline = self.sent + count, self.server.moment + SEND_SECONDS
+        self.sent, self.deadline = self.sent + count, self.server.round_time + SEND_SECONDS
         self.unsent = b"" if count == len(self.unsent) else memoryview(self.unsent)[count:]
         return WRITE if self.unsent else 0
 
@@ -2321,22 +2325,22 @@ class Connection:
         # then must not hold a place for hours.
         waits_for = self.reader.waits_for
         if waits_for == IDLE:
-            self.deadline = self.server.moment + IDLE_SECONDS
-            self.waiting_since = self.server.moment
+            self.deadline = self.server.round_time + IDLE_SECONDS
+            self.waiting_since = self.server.round_time
         elif waits_for != self.phase:
-            self.waiting_since = self.server.moment
-            self.deadline = self.server.moment + (HEAD_SECONDS if waits_for == HEAD else BODY_SECONDS)
+            self.waiting_since = self.server.round_time
+            self.deadline = self.server.round_time + (HEAD_SECONDS if waits_for == HEAD else BODY_SECONDS)
         self.phase, self.receiving = waits_for, True
         return CLOSE if self.reader.ended else READ
 
     def _linger(self) -> int:
         """Send no more, and let the client read what was sent."""
-        # A close at once may be a reset, which would take from the client what it has not read yet (RFC 9112, 9.6).
+        # An immediate close may be a reset, and the client would lose what it has not read yet (RFC 9112, 9.6).
         if self.server.stopping:
             return CLOSE
         self.socket.shutdown(socket.SHUT_WR)
         self.lingering = self.receiving = True
-        self.waiting_since, self.deadline = self.server.moment, self.server.moment + LINGER_SECONDS
+        self.waiting_since, self.deadline = self.server.round_time, self.server.round_time + LINGER_SECONDS
         return READ
 
     def _abort(self, error: Exception) -> int:
@@ -2391,7 +2395,7 @@ def listen(host: str = "127.0.0.1", port: int = 9001, unix_socket: str | None = 
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             return socket.create_server((host, port), family=family, backlog=128)
-        except OSError as error:  # create_server() puts the address into the message: here it becomes the file name
+        except OSError as error:  # with the address in the message; as the file name, main() prints it in front
             raise OSError(error.errno, str(error.strerror).partition(" (while")[0], f"{host}:{port}") from error
     with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
         try:
@@ -2436,37 +2440,39 @@ def address_of(listener: socket.socket, scheme: str = "http") -> str:
 # The loop. One thread, the leader, serves all connections in rounds (see _serve_round). It receives what every client
 # has sent, looks once at the revision of the store, and gives each connection a turn, in which kept answers are sent.
 # Connections that want WORK are queued for it. Only work may wait: never for a client, but for a locked file, say, or
-# for a cluster. When work takes longer than TURN_SECONDS, serve_forever starts another leader. The thread that was held
+# for a cluster. When work takes longer than WORK_SECONDS, serve_forever starts another leader. The thread that was held
 # up finishes this one piece of work, hands the result to the new leader, and ends. The number of such threads is
-# bounded by MAX_WAITING. If it is the look that takes long, requests that need one are postponed: the next look serves
-# them all.
+# bounded: see MAX_WAITING, and Body.most_waiting. If it is the look that takes long, requests that need one are
+# postponed: the next look serves them all.
 #
 # Who may touch what:
 #
 #     the selector, `_queue`, `_postponed`,      the leader alone. work() reads its connection, and may send a piece of
-#     all connections                            its body; the connection is `queued`, so it has no turn meanwhile
+#     all connections, whatever is not listed    its body; `queued_since` is set, so no turn comes meanwhile
+#     `round_time`, `clock`, `counts`            the leader sets them; any thread reads them
 #     `_turns`                                   any thread appends a connection and a result; the leader takes them
 #     `_leader`, `_working`, `_held`             any thread that holds `_lock`; only the leader begins work, so it sets
 #                                                `_working` without the lock
-#     `_lines`                                   any thread appends; the one that has `_log_lock` takes and writes them
-#     `stopping`                                 any thread sets it; nobody clears it
+#     `_lines`, `_lost_lines`                    any thread adds; the one that has `_log_lock` takes and writes them
+#     `_trimmed`, `parent`                       the thread of serve_forever
+#     `stopping`, `tls`, `trim`                  any thread sets them, such as a handler of signals in the main thread
 #
-# Server keeps what people know of http.server.HTTPServer: the constructor, serve_forever, shutdown, server_close,
+# Server keeps what people know from http.server.HTTPServer: the constructor, serve_forever, shutdown, server_close,
 # server_address, service_actions, handle_error, and the reason phrases. Two things are replaced: the loop, which serves
 # one client at a time, and the handler, which accepts most of what RFC 9112 forbids.
 
 MAX_CONNECTIONS = 1000  # per process; each costs a few KB and a descriptor
 ACCEPT_AT_ONCE = 64  # connections that are accepted in one round
-MAX_BUFFERED = 2 << 20  # bytes in all of unfinished requests, and of answers that clients do not take
+MAX_BUFFERED = 2 << 20  # bytes of all unfinished requests, and of all answers that clients do not take
 SPARE_DESCRIPTORS = 24  # descriptors that are left to the store, the log and the selector
-TURN_SECONDS = 0.05  # for which work may hold up the leader, before another thread takes the lead
+WORK_SECONDS = 0.05  # for which work may hold up the leader before another thread takes the lead
 CHECK_SECONDS = 0.05  # between two checks of deadlines and other limits
 POLL_SECONDS = 0.005  # between two looks for the results of threads that are held up
-STORE_SECONDS = 10  # for the work of one turn; the stores here give up earlier, after 8 s
+STORE_SECONDS = 10  # for one piece of work; the stores here give up earlier, after 8 s
 STALLED_SECONDS = 2  # after which an unfinished request gives way to a new connection, if every place is taken
 SHARE_SECONDS = 0.002  # for which a new connection is left to workers that have fewer
-YIELD_SECONDS = 0.0002  # of work, then other processes may run: cuts the time of the slowest 1 % of answers to a third
-TRIM_SECONDS = 5  # between two times that freed memory is given back to the system
+YIELD_SECONDS = 0.0002  # after which other processes may run: it cuts the time of the slowest 1 % of answers to a third
+TRIM_SECONDS = 5  # how often freed memory is given back to the system
 GRACE_SECONDS = 10  # for running requests to end when the server is told to stop
 LOG_LINES = 4096  # lines that may wait to be written; further ones are counted and dropped
 PIPE_BUF = 4096  # bytes: Linux writes up to this many to a pipe in one piece, so lines of two processes never mix
@@ -2517,13 +2523,13 @@ class Server(http.server.HTTPServer):
         self.service.secure = tls is not None
         self.stopping = False
         self.parent = 0  # the process that supervises this one; 0: none
-        self.moment = time.monotonic()  # when this round's input was taken or, if later, a change was made: see Service
+        self.round_time = time.monotonic()  # when its input was taken or, if later, a change was made: see Service
         super().__init__(listener.getsockname(), http.server.BaseHTTPRequestHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener  # bound already: server_bind would ask the DNS for our own name
         self.socket.setblocking(False)  # another process may accept the connection that select() saw
         self.watched = 0  # like that of a Connection: the selector holds the listener too
-        self.counts, self.number = memoryview(bytearray(2)).cast("H"), 0  # connections of all workers; which is ours
+        self.counts, self.worker = memoryview(bytearray(2)).cast("H"), 0  # connections of each worker; our index
         descriptors = (_descriptors() - SPARE_DESCRIPTORS) // (2 if files else 1)  # an answer may hold an open file
         self._max_connections = min(max_connections, max(1, descriptors))
         self._connections: set[Connection] = set()
@@ -2550,7 +2556,7 @@ class Server(http.server.HTTPServer):
         """The base URL for clients."""
         return address_of(self.socket, "https" if self.tls else "http")
 
-    def serve_forever(self, poll_interval: float = TURN_SECONDS) -> None:
+    def serve_forever(self, poll_interval: float = WORK_SECONDS) -> None:
         """Serve until shutdown(). Other threads serve; this one looks after them at least every poll_interval."""
         while not self.stopping:
             self.service_actions()
@@ -2593,7 +2599,7 @@ class Server(http.server.HTTPServer):
     def service_actions(self) -> None:
         """Let another thread lead if work holds up the leader; stop if the supervising process is gone."""
         with self._lock:
-            held_up = self._working and time.monotonic() - self._working[1] > TURN_SECONDS
+            held_up = self._working and time.monotonic() - self._working[1] > WORK_SECONDS
             if held_up or not (self._leader or self._ended.is_set()):
                 self._start_leader()
         if time.monotonic() - self._trimmed > TRIM_SECONDS:
@@ -2655,16 +2661,16 @@ class Server(http.server.HTTPServer):
         while self._turns:
             self._take_turn(*self._turns.popleft())
         # 3. Work, but not for so long that clients which have sent something meanwhile would notice.
-        while self._queue and time.monotonic() - self.moment < TURN_SECONDS:
+        while self._queue and time.monotonic() - self.round_time < WORK_SECONDS:
             connection = self._queue.popleft()
             leads, result = self._work(me, connection, connection.work)
             if not leads:
                 return
             self._take_turn(connection, result)
-        # 4. Keep answers, write the log, and check deadlines now and then.
+        # 4. Each answer that was sent has added a line to the log: write them, and keep new answers. Check deadlines.
         if self._lines and not self._work(me, None, self._end_round)[0]:
             return
-        if self.stopping or self.moment - self._checked > CHECK_SECONDS:
+        if self.stopping or self.round_time - self._checked > CHECK_SECONDS:
             self._check_limits()
 
     def _receive(self) -> None:
@@ -2678,31 +2684,31 @@ class Server(http.server.HTTPServer):
             connection = key.data
             if connection is self:
                 accepting = True
-            elif not connection.queued:
+            elif not connection.queued_since:
                 self._receive_from(connection)
-        self.moment, self.clock = time.monotonic(), now()
+        self.round_time, self.clock = time.monotonic(), now()
         if accepting:  # last, since it may close an idle connection: what has arrived there must have been taken
-            # A round may take TURN_SECONDS. If it accepted one client only, a burst of them would be served late.
+            # A round may take WORK_SECONDS. If it accepted one client only, a burst of them would be served late.
             for _ in range(ACCEPT_AT_ONCE):
                 if not self._accept() or len(self._connections) >= self._max_connections:
-                    break  # full: the next _accept() would evict somebody, so first select() must show a client
-            self.moment = time.monotonic()  # the requests of new connections are taken, too
+                    break  # full: the next _accept() would close a connection, even if select() shows no client
+            self.round_time = time.monotonic()  # the requests of new connections are taken, too
 
     def _receive_from(self, connection: Connection) -> None:
         result: Result | None = None
         try:
-            wants = connection.receive() if connection.receiving and not connection.unsent else WORK
+            wants = connection.receive() if connection.receiving and not connection.unsent else TURN
         except Error as error:
-            wants, result = WORK, error
+            wants, result = TURN, error
         except (OSError, MemoryError):  # the client hung up, which is not a failure, or memory is short
             wants = CLOSE
-        if wants == WORK:
+        if wants == TURN:
             self._give_turn(connection, result)
         else:
             self._watch_or_close(connection, wants)
 
     def _give_turn(self, connection: Connection, result: Result | None) -> None:
-        connection.queued = self.moment
+        connection.queued_since = self.round_time
         self._turns.append((connection, result))
 
     def _take_turn(self, connection: Connection, result: Result | None) -> None:
@@ -2712,9 +2718,9 @@ class Server(http.server.HTTPServer):
             self._postponed.append(connection)
             return
         if result is not None and connection.request and connection.request.method not in ("GET", "HEAD"):
-            self.moment = time.monotonic()  # what is answered from now on has to show this change
+            self.round_time = time.monotonic()  # what is answered from now on has to show this change
         wants = connection.advance(result)
-        connection.queued = self.moment if wants == WORK else 0.0
+        connection.queued_since = self.round_time if wants == WORK else 0.0
         if wants == WORK:
             self._queue.append(connection)
         elif wants != connection.watched:
@@ -2751,9 +2757,9 @@ class Server(http.server.HTTPServer):
         """
         # All workers wait at one listener, and the first to wake up would take every connection. So a worker leaves
         # a new one for SHARE_SECONDS to those that have fewer.
-        if self.counts[self.number] > min(self.counts):
-            self._offered = self._offered or self.moment
-            if self.moment - self._offered < SHARE_SECONDS:
+        if self.counts[self.worker] > min(self.counts):
+            self._offered = self._offered or self.round_time
+            if self.round_time - self._offered < SHARE_SECONDS:
                 return False
         self._offered = 0.0
         if len(self._connections) >= self._max_connections and not self._evict():
@@ -2775,7 +2781,7 @@ class Server(http.server.HTTPServer):
             stream.close()
             return True
         self._connections.add(connection)
-        self.counts[self.number] = len(self._connections)
+        self.counts[self.worker] = len(self._connections)
         self._receive_from(connection)
         return True
 
@@ -2786,8 +2792,8 @@ class Server(http.server.HTTPServer):
         """
         # With a cap of 64 connections and no such rule, 200 idle sockets locked everybody out for 40 s.
         spared = {True: CHECK_SECONDS, False: STALLED_SECONDS}
-        waiting = [each for each in self._connections if each.receiving and not each.queued]
-        waiting = [each for each in waiting if self.moment - each.waiting_since > spared[each.is_idle]]
+        waiting = [each for each in self._connections if each.receiving and not each.queued_since]
+        waiting = [each for each in waiting if self.round_time - each.waiting_since > spared[each.is_idle]]
         if waiting:
             self._watch_or_close(min(waiting, key=lambda each: (not each.is_idle, each.waiting_since)), CLOSE)
         return bool(waiting)
@@ -2800,7 +2806,7 @@ class Server(http.server.HTTPServer):
                 return
         self._watch(connection, 0)
         self._connections.discard(connection)
-        self.counts[self.number] = len(self._connections)
+        self.counts[self.worker] = len(self._connections)
         connection.close()
         self._watch(self, 0 if self.stopping else READ)
 
@@ -2818,27 +2824,27 @@ class Server(http.server.HTTPServer):
     def _check_limits(self) -> None:
         """End what is past its deadline, holds too many bytes or works too long; when stopping, also what is idle."""
         # 1. Connections whose deadline has passed get a turn, with the reason as its result.
-        self._checked = self.moment
-        resting = [each for each in self._connections if each.watched and not each.queued]
+        self._checked = self.round_time
+        resting = [each for each in self._connections if each.watched and not each.queued_since]
         for each in resting:
-            if each.deadline <= self.moment or (self.stopping and each.is_idle):
+            if each.deadline <= self.round_time or (self.stopping and each.is_idle):
                 self._give_turn(each, each.expired())
-        # 2. So do those that together hold too many bytes. Those with the latest deadlines come first, and are spared.
+        # 2. The same for those that together hold too many bytes; those with the latest deadlines are spared.
         buffered = 0
         for each in sorted(resting, key=lambda each: -each.deadline):
             buffered += len(each.unsent) + each.reader.size
-            if buffered > MAX_BUFFERED and not each.is_idle and not each.queued:
+            if buffered > MAX_BUFFERED and not each.is_idle and not each.queued_since:
                 self._give_turn(each, RequestTimeout("too much waits to be read"))
-        # 3. What has waited too long for work, or for its end, is answered 503. The thread of such work cannot be
-        #    stopped, and its result will be dropped.
+        # 3. Requests whose work takes too long, or that were postponed for too long, get a 503. The thread of such work
+        #    cannot be stopped, and its result will be dropped.
         with self._lock:
             waiting = filter(None, (*self._held.values(), *self._postponed))
-            late = {each for each in waiting if self.moment - each.queued > STORE_SECONDS}
+            late = {each for each in waiting if self.round_time - each.queued_since > STORE_SECONDS}
             self._held.update((thread, None) for thread, each in self._held.items() if each in late)
         self._postponed = [each for each in self._postponed if each not in late]
         for each in late:
             self._give_turn(each, DatabaseError("the store takes too long; try again"))
-        # 4. Accept connections again, if there was no room for them before; or no more, at a stop.
+        # 4. Accept connections again, if there was no room for them before; when stopping, accept no more.
         self._watch(self, 0 if self.stopping else READ)
         if self.stopping:
             self.socket.close()
@@ -2898,9 +2904,9 @@ def _descriptors() -> int:
 #     SIGINT             the same as SIGTERM                           a worker ignores it: Ctrl-C in a terminal goes to
 #                                                                      all processes, and the parent tells the workers
 #     either one again   sends SIGKILL to each worker                  the only process exits at once; a worker goes on,
-#                                                                      because systemd and the parent may both tell it
+#                                                                      because systemd and the parent may both send it
 #     SIGALRM            the same as SIGTERM again; the parent sets    -
-#                        it for the end of the grace, in case a
+#                        it for some time later, in case a
 #                        worker hangs
 #     SIGHUP             renews what it read at the start, such as     renews it for new connections
 #                        a certificate, for later workers; then
@@ -2918,7 +2924,7 @@ _HANDLED = {*_STOPS, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has n
 
 
 def block_signals(block: bool) -> None:
-    """Block the signals that stop a server or renew it, or let them come, with those that came meanwhile."""
+    """Block the signals of _HANDLED, or unblock them, which delivers those that came in the meantime."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK if block else signal.SIG_UNBLOCK, _HANDLED)
 
@@ -3014,7 +3020,7 @@ def _run_here(
     server = make_server()
     server.trim = memory_trimmer()
     if place:
-        server.parent, server.counts, server.number = place
+        server.parent, server.counts, server.worker = place
     signals: list[int] = []
 
     def stop(signum: int, frame: Any) -> None:
@@ -3052,8 +3058,8 @@ def _run_here(
 #     _Connection    ends each wait at the deadline, and counts each byte that arrives
 #     _body_sizes    reads the framing of a body strictly, or refuses it
 #
-# urllib is used for proxies, and http.client for heads. Bodies are read here, because http.client takes a chunk of
-# size -1 for a body without end, and a Content-Length that is not a number for none.
+# urllib is used for proxies, and http.client for heads. Bodies are read here, because http.client treats a chunk of
+# size -1 as a body without end, and ignores a Content-Length that is not a number.
 
 _ERRORS = {error.__name__: error for error in Error.__subclasses__()}
 _PAUSE_AT_MOST = 5.0  # seconds between two tries, whatever Retry-After asks for
@@ -3061,8 +3067,9 @@ _REDIRECTS_AT_MOST = 5
 _HEAD_AT_MOST = 65536  # bytes, with those of interim answers (1xx); common servers send at most 8 KiB
 _YAML_AT_MOST = 10 * MAX_TEXT + 1000  # characters of `source` or `features`: an escape takes up to ten
 _READ_AT_ONCE = 1 << 18  # bytes of a body; with 16 KB a file of 1 GB took half as long again
-_UNTIL_CLOSE = float("inf")  # the size of a body that ends with its connection; as a deadline: none
-_WHOLE = functools.partial(whole_number, "a number is negative, a fraction or too long")  # 10**6 digits take minutes
+_UNTIL_CLOSE = float("inf")  # the size of a body that ends with its connection
+_NO_DEADLINE = float("inf")
+_WHOLE = functools.partial(whole_number, "a number is negative, a fraction or too long")  # int() may take minutes
 _JSON = json.JSONDecoder(parse_int=_WHOLE, parse_float=_WHOLE, parse_constant=_WHOLE)
 # The type of each field of an image, apart from null. Values are not checked: another server may know more of them.
 _TYPES = {name: str if default is None else type(default) for name, (_, default) in FIELDS.items()}
@@ -3095,8 +3102,8 @@ class Client:
         self._fields = {"X-VDC-ACCOUNT-UUID": self.account} if self.account else {}
         if token:
             if not (plain_token or url.startswith("https:") or (re.match(_LOOPBACK, url) and not proxies)):
-                raise InvalidParameter("over http others could read the token: use https, or allow it, --plain-token")
-            if not re.fullmatch("[!-~]{1,4096}", token):  # and it is not shown
+                raise InvalidParameter("others could read the token over http: use https, or give --plain-token")
+            if not re.fullmatch("[!-~]{1,4096}", token):  # the message does not show it
                 raise InvalidParameter("token: expected visible ASCII without blanks")
             self._fields["Authorization"] = f"Bearer {token}"
         self._timeout, self._deadline, self._retries, self._max_answer = timeout, deadline, retries, max_answer
@@ -3145,11 +3152,11 @@ class Client:
         """Fetch the image's file and return its path; see fetch_image."""
         return fetch_image(self, id, path, progress)
 
-    def _stranger(self, url: str) -> Client:
-        """Return a client of another server, which is told neither account nor token."""
-        stranger = copy.copy(self)
-        stranger._fields, stranger._opener = {}, self._make_opener(url)
-        return stranger
+    def _anonymous_client(self, url: str) -> Client:
+        """Return a client of another server that sends neither account nor token."""
+        client = copy.copy(self)
+        client._fields, client._opener = {}, self._make_opener(url)
+        return client
 
     def _call(self, method: str, path: str, form: bytes | None = None) -> Any:
         """Send a request, if need be several times, and return what its answer holds."""
@@ -3163,8 +3170,9 @@ class Client:
             except Error as error:
                 if method == "DELETE" and lost and isinstance(error, UnknownUUIDResource):
                     return None
-                # Nothing was done if the answer is 503, or if urllib raised URLError: then the request was not sent.
-                lost |= error.status in (502, 504) and not isinstance(error.__cause__, urllib.error.URLError)
+                # Nothing was done if the request was not sent, at which urllib raises URLError, nor at any other 503.
+                unsent = isinstance(error.__cause__, urllib.error.URLError)
+                lost |= (error.status in (502, 504) and not unsent) or str(error) == _UNKNOWN
                 growing = random.uniform(0.05, 0.1) * 2**attempt  # random, so that clients do not march in step
                 pause = min(_PAUSE_AT_MOST, max(growing, error.retry_after))
                 lasting = error.status not in (502, 503, 504) or isinstance(error, BadAnswer)
@@ -3203,7 +3211,7 @@ class Client:
             reason = getattr(error, "reason", error)
             message = f"{url}: {str(reason) or repr(reason)}"
             if hasattr(reason, "verify_message"):  # ssl.SSLCertVerificationError
-                raise BadAnswer(f"{message}; name a CA to trust by --cacert, in Python by cafile=") from error
+                raise BadAnswer(f"{message}; name a CA to trust with --cacert, or in Python with cafile=") from error
             raise Unreachable(message) from error
 
     def _read(self, answer: Any) -> Any:
@@ -3345,7 +3353,7 @@ def _shown_record(shown: Any) -> Record:
         for name, value in image.items():
             if value is not None and type(value) is not _TYPES.get(name, type(value)):
                 raise refuse(name, value, f"null or {_TYPES[name].__name__}")
-        json.dumps(image, ensure_ascii=False).encode()  # fails for lone surrogates and bottomless nesting
+        json.dumps(image, ensure_ascii=False).encode()  # fails for lone surrogates and for nesting that is too deep
     except (TypeError, AttributeError, KeyError, ValueError, RecursionError, InvalidParameter) as error:
         raise BadAnswer(f"the answer is not an image: {error!r}") from error
     return image
@@ -3777,11 +3785,11 @@ _OPTIONS: dict[str, dict[str, _Option]] = {  # by the title of their group in --
     },
     "where to listen": {
         "host": ("", "address to listen on (default: %(default)s)", {"default": "127.0.0.1"}),
-        "port": ("", "port; 0 takes a free one (default: %(default)s)", {**_COUNT, "default": 9001}),
+        "port": ("", "port; 0: any free one (default: %(default)s)", {**_COUNT, "default": 9001}),
         "unix_socket": ("", "listen on a Unix socket instead", {"metavar": "PATH"}),
         "host_name": ("", "on loopback, accept this Host too; may be repeated", {**_MANY, "default": []}),
         "workers": ("", "number of processes (default: %(default)s)", {**_COUNT, "default": 1}),
-        "max_connections": ("", "connections a process (default: %(default)s)", {**_COUNT, "default": MAX_CONNECTIONS}),
+        "max_connections": ("", "most connections (default: %(default)s)", {**_COUNT, "default": MAX_CONNECTIONS}),
     },
     "fields": {
         "uuid": ("-u", "id of the image (default: a random one)", {}),
@@ -3931,7 +3939,7 @@ def _explain(error: Exception, options: Any) -> str:
         said = "that port does not speak HTTPS, try http://"
     where = getattr(options, "url", None) or getattr(options, "store", "")
     if hasattr(cause, "verify_message"):
-        return f"{where}: {cause.verify_message}; name a certificate to trust by --cacert FILE"
+        return f"{where}: {cause.verify_message}; name a certificate to trust with --cacert FILE"
     return _EXPLAINED.get(type(error), "{text}").format(text=text, where=where, cause=f": {said}" if said else "")
 
 
@@ -3967,7 +3975,7 @@ class TLSConnection(Connection):
 
     def __init__(self, stream: socket.socket, address: Any, server: Server) -> None:
         assert server.tls
-        stream.getpeername()  # raises if the client is gone; in that case wrap_socket() would leave the socket open
+        stream.getpeername()  # raises if the client is gone: then wrap_socket() would not close the socket
         wrapped = server.tls.wrap_socket(stream, server_side=True, do_handshake_on_connect=False)
         super().__init__(wrapped, address, server)
         self.deadline = self.began + HEAD_SECONDS
@@ -3990,7 +3998,7 @@ class TLSConnection(Connection):
     def _linger(self) -> int:
         if isinstance(self.socket, ssl.SSLSocket):
             with contextlib.suppress(OSError, ValueError):
-                self.socket.unwrap()  # sends close_notify: the answer is complete; the client's is not waited for
+                self.socket.unwrap()  # sends close_notify, so the answer is complete; the client's need not come
             self._clear_errors()
         return super()._linger()
 
@@ -4060,13 +4068,15 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
 class FileBody:
     """The body of an answer that is an open file, or a range of it; see Body. close() closes the file.
 
-    `status` is the status of the file for which the ETag was made. If the file changes later, the answer is cut.
+    `status` is the result of fstat() from which the ETag was made. If the file changes later, the answer is cut.
     """
 
     # The head names the bytes by their ETag, so no complete answer may mix bytes of two versions of the file. The size
     # and the time of change are compared after each piece. sendfile() has already sent the piece by then, so the last
     # piece is always copied: it is read, the file is compared, and only then is it sent. A client that gets all of
     # Content-Length thus has bytes of one version, as far as the clock of the file system tells two versions apart.
+
+    most_waiting = 3 * MAX_WAITING  # more than of TextBody: a store that is stuck cuts off no file
 
     def __init__(self, file: BinaryIO, status: os.stat_result, start: int, end: int) -> None:
         self.length: int | None = end - start
@@ -4127,7 +4137,7 @@ def open_image_file(folder: str, record: Record) -> BinaryIO:
             *folders, name = os.path.relpath(real, base).split(os.sep)
             for each in (base, *folders):
                 step = os.open(each, flags | os.O_DIRECTORY, dir_fd=step)
-                opened.close()  # closes the directory before
+                opened.close()  # closes the previous directory
                 opened.callback(os.close, step)
             file = io.FileIO(name, opener=lambda name, _: os.open(name, flags, dir_fd=step))
         except (OSError, ValueError) as error:
@@ -4358,7 +4368,7 @@ def add_token(account: str, path: str) -> str:
     """
     if os.path.isfile(path):
         Tokens(path)  # raises if the file holds something else, such as a store, which a line of ours could destroy
-    token = f"wmi_{os.urandom(32).hex()}"  # the prefix: a token that begins with - would look like an option
+    token = f"wmi_{os.urandom(32).hex()}"  # the prefix tells people, and tools that look for secrets, what this is
     line = f"{check_account('account', account)} {hashlib.sha256(token.encode()).hexdigest()}\n"
     with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b") as file:
         if file.seek(0, io.SEEK_END) and (file.seek(-1, io.SEEK_END), file.read(1))[1] != b"\n":
@@ -4441,7 +4451,7 @@ def _page_body(title: str, main: str, account: str) -> tuple[bytes, str]:
 
 
 def _html(value: Any) -> str:
-    """Return a value as text for HTML, also for an attribute; characters that HTML does not allow are replaced."""
+    """Return a value as text for HTML, even in an attribute; characters that HTML does not allow are replaced."""
     import html  # here: it is large, and only pages need it
 
     text = value if isinstance(value, str) else to_json(value)
@@ -4501,7 +4511,7 @@ def _listing(service: Service, catalog: Catalog, query: Any, account: str, linke
     field = "" if service.tokens else _ACCOUNT_FIELD.format(account=account)
     yield _FORM.format(words=_html(words), account=field)
     if not account:
-        yield '<p class="soft">Name your account to list the images that only it may see, too.</p>'
+        yield '<p class="soft">Enter your account to see its private images as well.</p>'
     if images:
         yield f'<p class="soft">Images {start + 1:,} to {start + len(images):,} of {total:,}</p>\n<ol>'
         yield from (_list_item(image, linked) for image in images)
@@ -4613,7 +4623,8 @@ def fetch_image(client: Client, id: str, path: str | None, progress: Progress) -
     shown = image.get("source", {"uri": "file:/"}) or {}  # 12.03 does not show the source, so the server is asked
     url, uri = f"{client._url}/{id}/file", str(shown.get("uri", ""))
     if re.fullmatch("https?://[^/?#@]+([/?#].*)?", uri):
-        url, source = urllib.parse.quote(uri.partition("#")[0], safe="!$%&'()*+,/:;=?@[]~"), client._stranger(uri)
+        url = urllib.parse.quote(uri.partition("#")[0], safe="!$%&'()*+,/:;=?@[]~")
+        source = client._anonymous_client(uri)
     elif not uri.startswith("file:"):
         raise FetchError(f"{id} has no file to fetch: its source is {brief(shown)}")
     path, tries = path or unused_name(image), 0
@@ -4624,7 +4635,7 @@ def fetch_image(client: Client, id: str, path: str | None, progress: Progress) -
             before = arrival.size
             try:
                 receive = functools.partial(arrival.receive, source, progress)
-                source._send("GET", url, receive, _UNTIL_CLOSE, fields=arrival.fields())
+                source._send("GET", url, receive, _NO_DEADLINE, fields=arrival.fields())
             except NotFound as error:
                 raise FetchError(f"the server gives out no file of {id}; it needs --files DIR") from error
             except Error as error:
@@ -4732,36 +4743,36 @@ class _Arrival:
 
     def receive(self, client: Client, progress: Progress, answer: Any) -> None:
         """Add the bytes of an answer to the part. Raises FetchError, and ConnectionError if the answer is cut."""
-        # 1. Is it the whole file, or the range that follows the bytes that are here? `whole` matches its total size.
+        # 1. Is it the whole file, or the range that follows the bytes that are here? `size` matches the file's size.
         headers, asked = answer.headers, self.fields()
         length, place = headers.get("Content-Length", ""), headers.get("Content-Range", "")
         coding = headers.get("Content-Encoding", "identity")
-        whole = re.fullmatch("([0-9]{1,18})", length)
+        size = re.fullmatch("([0-9]{1,18})", length)
         if answer.status == 416 and asked and place == f"bytes */{self.size}":
             self.is_whole = True  # the file has as many bytes as the part: nothing is missing
             return
         if answer.status >= 400:
             client._read(answer)  # raises the error that the answer describes
         if answer.status == 206 and asked:
-            whole = re.fullmatch(rf"bytes {self.size}-[0-9]+/([0-9]{{1,18}})", place)
+            size = re.fullmatch(rf"bytes {self.size}-[0-9]+/([0-9]{{1,18}})", place)
             known = asked["If-Range"]
             if headers.get("ETag" if known[0] == '"' else "Last-Modified", known) != known:
                 raise self._changed()
-        if coding != "identity" or not (answer.status == 200 or (answer.status == 206 and asked and whole)):
+        if coding != "identity" or not (answer.status == 200 or (answer.status == 206 and asked and size)):
             raise FetchError(f"the server answered {answer.status} {place} ({coding}), which is not the file")
-        total = int(whole[1]) if whole else None
+        total = int(size[1]) if size else None
         if total is not None and total < self.size:
             raise self._changed()
         if not self.size:
             self._begin(_strong_validator(headers))
-        # 2. Of a whole file, compare the first bytes with those that are here, by digest; `here` counts how many are
-        #    still to come. Nothing is written before they have turned out to be the same.
-        here, same = (0 if answer.status == 206 else self.size), hashlib.md5(usedforsecurity=False)
-        for piece in _body_pieces(answer, sys.maxsize if total is None else total - self.size + here):
-            if here:
-                same.update(piece[:here])
-                piece, here = piece[here:], max(0, here - len(piece))
-                if not here and same.digest() != self._digest.digest():
+        # 2. Of a whole file, compare the first bytes with those that are here, by digest; `repeated` counts how many of
+        #    these are still to come. Nothing is written before they have turned out to be the same.
+        repeated, same = (0 if answer.status == 206 else self.size), hashlib.md5(usedforsecurity=False)
+        for piece in _body_pieces(answer, sys.maxsize if total is None else total - self.size + repeated):
+            if repeated:
+                same.update(piece[:repeated])
+                piece, repeated = piece[repeated:], max(0, repeated - len(piece))
+                if not repeated and same.digest() != self._digest.digest():
                     raise self._changed()
             # 3. Write the rest. The file has no buffer, so a write may take only some of the bytes.
             with _naming(self._part):
@@ -4772,7 +4783,7 @@ class _Arrival:
             self.size += len(piece)
             progress(self.size, total)
         # 4. Is anything missing?
-        if here or total not in (None, self.size):
+        if repeated or total not in (None, self.size):
             raise ConnectionError("the answer is cut")
         self.is_whole = True
 
@@ -4837,7 +4848,7 @@ def _open_alone(path: str) -> Iterator[BinaryIO]:
 def _fetch(options: Any) -> None:
     client = _client(options)
     path = options.output_file or unused_name(client.show(options.id))
-    _refuse_store_file(path, os.environ.get("WMI_STORE") or _DEFAULT_STORE)  # nor may it become a store's journal
+    _refuse_store_file(path, os.environ.get("WMI_STORE") or _DEFAULT_STORE)  # or a file that would become its journal
     with _Progress("fetched", 1 << 20, " MiB") as progress:
         client.fetch(options.id, path, progress)
     if path != "-":

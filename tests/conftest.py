@@ -19,27 +19,37 @@ if not os.environ.get("WMI_INSTALLED"):
     os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="wmi-tests-")
     atexit.register(shutil.rmtree, os.environ["PYTHONPYCACHEPREFIX"], ignore_errors=True)
 
+os.environ["LANGUAGE"] = "C"  # argparse looks for no translations of its messages
+
 from serving import serving
 from support import Command, image
 
 import wmi
 
-# These files take as long as all others.
-SECOND_HALF = {"test_etcd.py", "test_history.py", "test_page.py", "test_cli.py", "test_docs.py"}
+# The whole suite is run in three processes, as tests often wait. Each share takes about as long as all other files.
+SHARES = [
+    "test_etcd test_history test_page".split(),
+    "test_cli test_client test_deadlines test_docs test_durability test_fetch test_processes test_stopping"
+    " test_vendoring".split(),
+]
 
 
 def pytest_addoption(parser):
-    """Offer --long, whose runs are still a fixed number, and --halves, for a machine with two processors."""
+    """Offer --long, whose runs are still a fixed number."""
     parser.addoption("--long", action="store_true", help="hundreds of kills and mutations instead of a few")
-    parser.addoption("--halves", action="store_true", help="run the suite in two processes at the same time")
-    parser.addoption("--second-half", action="store_true", help="run what --halves runs in the second process")
+    parser.addoption("--share", type=int, help="run what `pytest` without a file runs in process 0, 1 or 2")
 
 
 def pytest_configure(config):
-    """Know the marks."""
+    """Know the marks, and whether the whole suite was asked for: then this process runs one share of it."""
     config.addinivalue_line("markers", "long: runs with --long only")
     config.addinivalue_line("markers", "browser: needs a Chromium, and is the same on each Python")
     config.addinivalue_line("markers", "etcd: needs members of etcd, and takes long")
+    config.others = {}  # the numbers of the other shares, later each with its process and what that prints
+    option = config.option
+    part = option.share is not None or option.keyword or option.markexpr or option.usepdb or option.collectonly
+    if config.args_source is pytest.Config.ArgsSource.TESTPATHS and not part:
+        option.share, config.others = 0, dict.fromkeys(range(1, 1 + len(SHARES)))
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
@@ -51,30 +61,30 @@ def pytest_collection_modifyitems(config, items):
         if item.path.name in ("test_etcd.py", "test_history.py"):
             item.add_marker("etcd")
     left = [] if config.getoption("--long") else [item for item in items if item.get_closest_marker("long")]
-    if config.getoption("--halves") or config.getoption("--second-half"):
-        ours = config.getoption("--second-half")
-        left += [item for item in items if (item.path.name in SECOND_HALF) != ours]
+    if config.option.share is not None:
+        shares = {name: number for number, names in enumerate(SHARES, 1) for name in names}
+        left += [item for item in items if shares.get(item.path.stem, 0) != config.option.share]
     config.hook.pytest_deselected(items=left)
     left = {*left}
     items[:] = [item for item in items if item not in left]
 
 
 def pytest_sessionstart(session):
-    """With --halves, start the second process."""
-    if session.config.getoption("--halves"):
-        arguments = [word.replace("--halves", "--second-half") for word in session.config.invocation_params.args]
-        printed = session.config.printed = tempfile.TemporaryFile("w+")
-        session.config.second = subprocess.Popen([sys.executable, "-m", "pytest", *arguments], stdout=printed)
+    """Start the processes that run the other shares."""
+    invoked, others = session.config.invocation_params, session.config.others
+    for number in others:
+        printed = tempfile.TemporaryFile("w+")
+        command = [sys.executable, "-m", "pytest", f"--share={number}", *invoked.args]
+        others[number] = subprocess.Popen(command, stdout=printed, cwd=invoked.dir), printed
 
 
 def pytest_sessionfinish(session):
-    """With --halves, wait for the second process, print what it printed, and fail if it failed."""
-    if session.config.getoption("--halves"):
-        code = session.config.second.wait()
-        session.config.printed.seek(0)
-        print("\n", session.config.printed.read())
-        session.config.printed.close()
-        session.exitstatus = session.exitstatus or code
+    """Wait for the other shares, print what they printed, and fail if one of them failed."""
+    for process, printed in session.config.others.values():
+        session.exitstatus = process.wait() or session.exitstatus
+        with printed:
+            printed.seek(0)
+            print("\n", printed.read())
 
 
 def pytest_collection_finish():

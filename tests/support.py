@@ -217,8 +217,8 @@ def drive(stub, server):
     """Let a connection on a stub receive once and answer, as the leader would; return what it waits for then."""
     connection = wmi.Connection(stub, ("127.0.0.1", 1), server)
     wants, result = connection.receive(), None
-    server.moment = time.monotonic()
-    while wants == wmi.WORK:
+    server.round_time = time.monotonic()
+    while wants in (wmi.TURN, wmi.WORK):
         wants = connection.advance(result)
         result = connection.work() if wants == wmi.WORK else None
     connection.close()

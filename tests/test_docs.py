@@ -331,7 +331,7 @@ def test_limits_of_the_readme_are_those_of_the_code():
         "a whole head · a whole body": f"{wmi.HEAD_SECONDS} s · {wmi.BODY_SECONDS} s",
         "idle between requests": f"{wmi.IDLE_SECONDS} s",
         "a reader that does not read": f"{wmi.SEND_SECONDS} s",
-        "connections a process": f"{wmi.MAX_CONNECTIONS}",
+        "connections per process": f"{wmi.MAX_CONNECTIONS}",
     }
     for what, limit in rows.items():
         assert f"| {what} | {limit}" in README

@@ -60,7 +60,7 @@ def test_the_loop_looks_after_the_leader_by_default():
         server.shutdown()
         assert server.stop()
     default = inspect.signature(wmi.Server.serve_forever).parameters["poll_interval"].default
-    assert default == wmi.TURN_SECONDS == 0.05
+    assert default == wmi.WORK_SECONDS == 0.05
 
 
 def test_a_burst_of_new_clients_is_accepted_at_once(monkeypatch):
@@ -159,7 +159,7 @@ def test_a_first_thread_that_cannot_start_is_started_later(storage, monkeypatch)
 
 def test_what_arrives_together_needs_one_look_at_the_store(storage, monkeypatch):
     """However many requests have arrived, the store is asked for its revision once."""
-    monkeypatch.setattr(wmi, "TURN_SECONDS", SECONDS)  # another thread would receive, and look, by itself
+    monkeypatch.setattr(wmi, "WORK_SECONDS", SECONDS)  # another thread would receive, and look, by itself
     looks = []
     storage.revision = lambda: looks.append(1) or "the same"
     with serving(storage) as served, contextlib.ExitStack() as stack:
@@ -260,6 +260,7 @@ def test_a_leader_that_starts_fast_is_watched(monkeypatch):
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="certificates are made by the openssl program")
+@pytest.mark.filterwarnings("ignore:.*unclosed.*SSLSocket")  # wrap_socket() leaves it so if the reset comes just then
 @pytest.mark.parametrize("text", [b"", b"x"])
 def test_a_reset_before_tls_begins(tmp_path, text):
     """Clients that hang up before they are accepted, as scanners do, cost themselves only."""
@@ -385,10 +386,10 @@ def test_streams_that_wait_for_the_store_are_bounded_too(monkeypatch):
         def _record(self, number):
             return {**record, "id": f"wmi-{number}"}
 
-    monkeypatch.setattr(wmi, "TURN_SECONDS", 0.01)
+    monkeypatch.setattr(wmi, "WORK_SECONDS", 0.01)
     record = wmi.image_record({"account_id": ACCOUNT, "description": "x" * 200})
     with Pausing() as storage, serving(storage, send_buffer=65536) as served, contextlib.ExitStack() as stack:
-        peers = [stack.enter_context(connect(served, 4096)) for _ in range(32)]
+        peers = [stack.enter_context(connect(served, 16384)) for _ in range(32)]
         for peer in peers:
             peer.sendall(head("/api/images"))
             assert peer.recv(15) == b"HTTP/1.1 200 OK"

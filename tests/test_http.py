@@ -490,7 +490,7 @@ def test_cost_of_chunks():
             try:
                 status = service.answer(next(filter(None, read_requests(pieces)))).status
             except wmi.Error as error:
-                status = service.refuse(error).status
+                status = service.answer_error(error).status
             return time.thread_time() - began, status
 
         whole = b"display_name=" + b"a" * (wmi.MAX_BODY - len(b"display_name="))

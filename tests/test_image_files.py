@@ -15,10 +15,11 @@ import ssl
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from serving import parse_answer, read_requests, serving
-from support import ACCOUNT, SECONDS, until
+from support import ACCOUNT, SECONDS, leaders, until
 from test_tls import make_certificate
 
 import wmi
@@ -795,6 +796,45 @@ def test_a_store_that_is_stuck_does_not_cut_downloads(big):
         finally:
             storage.told.set()
     assert parse_answer(text)[2] == big.read_bytes()
+
+
+def test_a_disk_that_is_stuck_takes_few_threads(big, monkeypatch):
+    """Of many downloads from a disk that does not answer, most are cut off; the others, and the clients, are served."""
+    told, take, before = threading.Event(), wmi.FileBody.more, leaders()
+    told.set()
+
+    def more(self, stream):
+        assert told.wait(SECONDS)
+        return take(self, stream)
+
+    monkeypatch.setattr(wmi.FileBody, "more", more)
+    monkeypatch.setattr(wmi, "WORK_SECONDS", 0.01)
+    with serving(store(big.as_uri()), files=str(big.parent)) as served, contextlib.ExitStack() as peers:
+        waiting = [
+            peers.enter_context(socket.create_connection((served.host, served.port), SECONDS)) for _ in range(40)
+        ]
+        for peer in waiting:
+            peer.sendall(GET + CLOSE)
+            assert peer.recv(1000).startswith(b"HTTP/1.1 200")
+        told.clear()
+        peers.callback(told.set)
+        counts = peers.enter_context(ThreadPoolExecutor(len(waiting))).map(bytes_of, waiting)
+        until(lambda: len(served.server._connections) <= wmi.FileBody.most_waiting)
+        assert leaders() - before <= wmi.FileBody.most_waiting + 1
+        assert ask(served, path="/nowhere")[0] == 404
+        told.set()
+        assert max(counts) > BIG - 1000
+
+
+def bytes_of(peer):
+    """Return how many bytes come until the end, or 0 if that is a reset."""
+    count = 0
+    try:
+        while piece := peer.recv(65536):
+            count += len(piece)
+    except OSError:
+        return 0
+    return count
 
 
 def test_a_full_server_of_files_keeps_descriptors(tmp_path):
