@@ -244,7 +244,7 @@ class UnknownTransferCoding(Error):
 
 
 class FetchError(Error):
-    """Raised when a file cannot be fetched, or is not the right one: its MD5 differs, or it has changed meanwhile."""
+    """Raised when a file cannot be fetched, or is not the right one: its MD5 differs, or it changed in the meantime."""
 
     status, code = 409, "409"
 
@@ -275,7 +275,7 @@ class HTTPVersionNotSupported(Error):
 # of Ruby and Python read the same data back. It reads one flat mapping, which is what `source` and `features` are. Tags
 # and anchors are not read: no text can make this module instantiate anything.
 
-# Text stays unquoted only if every reader of YAML 1.1 takes it for text, and not for a number, a date or a boolean.
+# Text stays unquoted only if every reader of YAML 1.1 treats it as text, and not as a number, a date or a boolean.
 _YAML_PLAIN = r"[A-Za-z/][A-Za-z0-9_./@+=~-]*(?:[: ][A-Za-z0-9_./][A-Za-z0-9_./@+=~-]*)*"
 _YAML_WORDS = frozenset("y n yes no on off true false null".split())
 _YAML_ESCAPES = dict(zip('0abtnvfre"\\/ N_LP', '\0\a\b\t\n\v\f\r\x1b"\\/ \x85\xa0\u2028\u2029'))
@@ -338,7 +338,7 @@ def parse_yaml_mapping(text: str) -> dict[str, Any]:
     This reads what this module and the originals (syck in Ruby 1.8, later psych) write for `source` and `features`.
     Raises ValueError, which says what was found, for anything else that YAML allows.
     """
-    # 1. YAML 1.1 takes these characters for line breaks, but not every parser does. So only their escapes are accepted.
+    # 1. These characters are line breaks in YAML 1.1, but not for every parser. So only their escapes are accepted.
     if re.search("[\x85\u2028\u2029]", text):
         raise ValueError(f"expected escapes for the line breaks of YAML in {text!r:.60}")
     # 2. The first line may be "---", or "--- {}" for an empty mapping, or already the first entry.
@@ -740,7 +740,7 @@ class Storage(Protocol):
         """Yield the records of the scope from offset start, in bounded memory.
 
         A frozen walk yields them as they were at one moment. A walk that is not frozen may show some changes that are
-        made meanwhile and miss others, but no record comes twice, and none that stays the same is left out.
+        made in the meantime and miss others. But no record comes twice, and none that stays the same is left out.
         """
 
     def revision(self) -> str:
@@ -1180,7 +1180,7 @@ def every_image(index: Callable[..., Page], filters: Mapping[str, Any]) -> Itera
         before = start
         for start, image in enumerate(images, start + 1):
             yield image
-        if start == before:  # images were deleted meanwhile: the same empty page would be asked for again and again
+        if start == before:  # images were deleted: the same empty page would be asked for again and again
             return
 
 
@@ -1414,8 +1414,8 @@ def parse_fields(lines: Sequence[bytes]) -> dict[str, str]:
         if not match:
             raise BadRequest("a header field is not NAME: VALUE")
         name, value = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
-        # mussel spells its fields with underscores. Only names with this prefix may be spelled so: a proxy takes
-        # Content_Length for a field without meaning, so accepting it would let requests be smuggled.
+        # mussel spells its fields with underscores. Only names with this prefix may be spelled so: Content_Length means
+        # nothing to a proxy, so accepting it would let requests be smuggled.
         if name.startswith("x_vdc_"):
             name = name.replace("_", "-")
         if name == "host" and name in fields:
@@ -2448,7 +2448,7 @@ def address_of(listener: socket.socket, scheme: str = "http") -> str:
 # Who may touch what:
 #
 #     the selector, `_queue`, `_postponed`,      the leader alone. work() reads its connection, and may send a piece of
-#     all connections, whatever is not listed    its body; `queued_since` is set, so no turn comes meanwhile
+#     all connections, whatever is not listed    its body; `queued_since` is set, so it gets no turn
 #     `round_time`, `clock`, `counts`            the leader sets them; any thread reads them
 #     `_turns`                                   any thread appends a connection and a result; the leader takes them
 #     `_leader`, `_working`, `_held`             any thread that holds `_lock`; only the leader begins work, so it sets
@@ -2660,7 +2660,7 @@ class Server(http.server.HTTPServer):
         # 2. Give each connection its turn. What needs no work does not wait for what does.
         while self._turns:
             self._take_turn(*self._turns.popleft())
-        # 3. Work, but not for so long that clients which have sent something meanwhile would notice.
+        # 3. Work, but not for so long that clients which send something in the meantime would notice.
         while self._queue and time.monotonic() - self.round_time < WORK_SECONDS:
             connection = self._queue.popleft()
             leads, result = self._work(me, connection, connection.work)
@@ -2911,7 +2911,7 @@ def _descriptors() -> int:
 #     SIGHUP             renews what it read at the start, such as     renews it for new connections
 #                        a certificate, for later workers; then
 #                        sends SIGHUP to each worker
-#     the parent died    -                                             a worker sees it by getppid(), sends SIGTERM to
+#     the parent died    -                                             a worker learns it by getppid(), sends SIGTERM to
 #                                                                      itself, and gives running requests one second
 #
 # SIGTERM, SIGINT and SIGHUP are blocked around each fork: otherwise one could come when the parent has a child that it
@@ -4156,9 +4156,9 @@ def file_answer(request: Request, record: Record, file: BinaryIO) -> Answer:
 
     The file is closed unless it is sent. Raises PreconditionFailed and RangeNotSatisfiable.
     """
-    # 1. Name the bytes. The checksum in the catalog names them on every server, so that a download can be resumed from
-    #    another one. Without a checksum, inode, size and time name them. If the file was written within the last tick,
-    #    a second write may get the same time: then the name is random, so that it never matches again.
+    # 1. Make the ETag. The checksum in the catalog is the same on every server, so that a download can be resumed from
+    #    another one. Without a checksum, the ETag is inode, size and time. If the file was written in the last tick, a
+    #    second write may get the same time: then the ETag is random, and never matches again.
     status, fields, moment = os.fstat(file.fileno()), request.fields, time.time()
     size, modified = status.st_size, int(min(status.st_mtime, moment))
     settled = abs(moment - status.st_mtime) > TICK_SECONDS

@@ -449,7 +449,7 @@ class StorageContract(Base):
         self.disturb(oldest_first=False)
 
     def test_a_walk_from_the_oldest_under_change_keeps_its_promise(self) -> None:
-        """It may yield what is added meanwhile, and promises the same."""
+        """It may yield what is added while it runs, and promises the same."""
         self.disturb(oldest_first=True)
 
     def disturb(self, oldest_first: bool) -> None:

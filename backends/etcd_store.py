@@ -34,7 +34,7 @@ Theory of operation:
    private SQLite file that follows the cluster by a watch. A read asks the cluster for the revision, waits until the
    replica has reached it, and is answered from the replica. Every change that was reported as done before the read
    began is in the answer. A process that only gets and changes single images asks etcd, and has no replica. `check`
-   compares the replica with etcd, both at the same revision, whatever others change meanwhile.
+   compares the replica with etcd, both at the same revision, whatever others change.
 6. Other histories. If the cluster was wiped, or restored from a snapshot, the replica shows what never happened. This
    is noticed by the key `change`: at a revision that the replica has reached, it has another value or another
    mod_revision than it had. Then a new replica is made from all keys.
@@ -84,7 +84,7 @@ PAGE_S, PAGE, PAGE_BYTES = 4.0, 5000, 4_000_000  # seconds, images and bytes of 
 FOLDER, LEFT_S = "wmi-etcd-", 60  # a folder of this age in seconds that nobody locks was left by a killed process
 EXHAUSTED, UNDECIDED = 8, (1, 2, 4, 13, 14, 15)  # gRPC's codes of errors; after UNDECIDED a change may have been made
 CLOSED = "closed: the store in etcd"
-OTHERS = "etcd: others change the same images meanwhile; nothing was changed: try again"
+OTHERS = "etcd: others are changing the same images; nothing was changed: try again"
 FORM_PATTERN = r"(https?://[^/,@?#]+(?:,https?://[^/,@?#]+)*)/+([^?#]*[^?#/])/*(?:\?cafile=(.+))?"
 
 STAGED = "CREATE TEMP TABLE staged (revision, n, id, account_id, is_public, deleted, record)"
@@ -226,7 +226,7 @@ class _Cluster:
         # Otherwise every request of a server would wait CALL_S while the cluster is down.
         if self._failure and time.monotonic() < self._again:
             raise _no_quorum(self._failure)
-        self._again = time.monotonic() + CALL_S  # matters after a failure: this call tries, the others fail meanwhile
+        self._again = time.monotonic() + CALL_S  # matters after a failure: this call tries, and the others fail
 
     def call(self, path: str, body: Record, repeat: bool = True, seconds: float = TRY_S) -> Record:
         """Return the answer of any member. Raises OSError.
@@ -572,7 +572,7 @@ class _Changes:
                 self._cluster.allow(CALL_S)
                 self._cluster.call("/v3/lease/keepalive", {"ID": session.lease})
                 self.add(rows, name, session)
-            # 3. One transaction makes all of them visible, unless somebody has deleted the session meanwhile.
+            # 3. One transaction makes all of them visible, unless somebody has deleted the session.
             self._cluster.allow(CALL_S)
             puts = [_put(self._key("load/", name), b"{}"), _delete(session.key)]
             if self.commit([session.is_ours()], puts) is not None:

@@ -122,7 +122,7 @@ class JsonStorage:
                 raise FileExistsError(id)
             _register(staged, id, row)
             count += 1
-        # 2. Register them. Each id is checked again, because others may have made changes meanwhile.
+        # 2. Register them. Each id is checked again, because others may have made changes since.
         with self._change() as rows:
             for id, row in staged.items():
                 _register(rows, id, row)
@@ -439,7 +439,7 @@ def _save(path: str, lock: int, rows: dict[str, _Row], change: int) -> tuple[int
         pin = _keep(pin)
         # 3. Rename it, but not over a file that an editor has put there after the lock was taken.
         if POSIX and not _is_at(path, lock):
-            raise OSError(f"{path}: replaced or removed meanwhile; nothing was changed")
+            raise OSError(f"{path}: replaced or removed by others; nothing was changed")
         os.replace(new, path)
         new = ""  # from now on a file of that name belongs to the next writer
         _sync_directory(os.path.dirname(path))

@@ -189,7 +189,7 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
             db.begin(_deadline())
             try:
                 db.execute(PUBLISH)
-            except sqlite3.IntegrityError:  # another process has registered one of the ids meanwhile
+            except sqlite3.IntegrityError:  # another process has just registered one of the ids
                 raise FileExistsError(db.execute(KNOWN).fetchall()[0][0]) from None
             db.execute("COMMIT")
         return count
@@ -444,7 +444,7 @@ class _LockFreeReader:
         with self._lock:
             try:
                 found = self._cursor.execute(GET, (id,)).fetchall()
-            except sqlite3.Error:  # it read half of a change, or was closed meanwhile
+            except sqlite3.Error:  # it read half of a change, or was just closed
                 return None
         return found if _identify(self._path) == self._state else None
 
