@@ -990,7 +990,7 @@ _STORE_SAYS = {  # what the caller is told about an OSError of a store, by its e
 #
 # What the scope of a store can express does not count as a filter here: is_public=true, a state of alive or deleted.
 
-PAGE_AT_ONCE = 50  # images read in one piece, each up to 150 KB; a longer list is walked, in bounded memory
+PAGE_AT_ONCE = 50  # images read in one piece, each of up to MAX_TEXT characters; a longer list is walked
 IMAGES_A_CALL = 1000  # the limit with which images() calls an index
 SORTED_AT_MOST = 10_000  # the highest start + limit with sort_by, since this many keys are held in memory
 SORTED_BY = 255  # leading characters by which a text is sorted; MySQL, under the originals, took the first 1024 bytes
@@ -1647,7 +1647,7 @@ class Body(Protocol):
     """The body of an answer that is not held in memory: TextBody, or FileBody in the part Optional."""
 
     length: int | None  # in bytes; None: sent in chunks
-    most_waiting: int  # once as many pieces of work wait for the store or a disk, the answer is cut off
+    most_waiting: int  # when this many pieces of work wait for the store or a disk, the answer is cut off
 
     def more(self, stream: socket.socket) -> bytes | int:
         """Return the next piece, or send it on the stream and return its length; b"" at the end."""
@@ -1676,7 +1676,7 @@ def content_answer(request: Request, type: str, body: bytes | Body, lines: str =
     """Return 200 with this content, or 304 if the client has it already."""
     # The ETag is a digest of the body and not the revision: changes elsewhere in the store do not alter it, and a store
     # that was restored from a copy cannot give an old tag to new content. A streamed body is not known yet, so its tag
-    # is random and never matches.
+    # is random, and only "*" matches it.
     tag = hashlib.blake2b(body, digest_size=12).hexdigest() if isinstance(body, bytes) else os.urandom(12).hex()
     lines += f'ETag: "{tag}"\r\nCache-Control: {_CACHE_CONTROL}\r\n'
     if "if-none-match" in request.fields and matches_etag(request.fields["if-none-match"], f'"{tag}"'):
@@ -1798,7 +1798,7 @@ class TextBody:
 
 MAX_WALKS = 4  # indexes with filters at the same time: each reads all images
 MAX_STREAMS = 64  # long indexes that are being sent at the same time: each holds some images in memory
-KEPT_AT_MOST = 1 << 16  # bytes of an answer that is built in one piece and may be kept; a longer one is streamed
+KEPT_AT_MOST = 1 << 16  # bytes of an index that is built in one piece and may be kept; a longer one is streamed
 ASKED_AT_MOST = 2048  # different requests that are remembered; an answer is kept when it is asked for a second time
 FRESH_AT_MOST = 32  # new answers in one round that may be kept
 CACHE_BYTES = 2 << 20  # of kept answers in each process: about 200 pages of 20 images
@@ -1830,7 +1830,7 @@ class Service:
     """The API over one store: takes requests and returns answers. Threads may share a service.
 
     `report` is called with a line of text for each failure that is not the client's. The server sets `waiting` to the
-    number of requests that wait for the store at the moment.
+    number of threads that wait at the moment, for the store or a disk.
     """
 
     def __init__(
@@ -1988,7 +1988,7 @@ class Service:
         return revision
 
     def check_waiting(self, limit: int) -> None:
-        """Raise DatabaseError if at least `limit` requests wait for the store."""
+        """Raise DatabaseError if at least `limit` threads wait for the store or a disk."""
         if self.waiting >= limit:
             raise DatabaseError("too many requests wait for the store; try again")
 
@@ -2199,7 +2199,7 @@ class Connection:
     def advance(self, result: Result | None = None) -> int:
         """Do what can be done now, and return what has to come next: READ, WRITE, WORK or CLOSE.
 
-        `result` is what work() returned, or an Error with which to refuse the client.
+        `result` is what work() returned, or what expired() did, or an Error with which to refuse the client.
         """
         server, service = self.server, self.server.service
         try:
@@ -2228,7 +2228,7 @@ class Connection:
                 except Error as error:
                     self._start_answer(service.answer_error(error))
                     continue
-                # 6. Answer it, if the answer is kept. All of the request had arrived by `moment`.
+                # 6. Answer it, if the answer is kept. All of the request had arrived by `round_time`.
                 if request is not None:
                     request = self.request = service.identify(request)
                     self.phase, self.receiving = IDLE, False
@@ -2451,8 +2451,8 @@ def address_of(listener: socket.socket, scheme: str = "http") -> str:
 #     all connections, whatever is not listed    its body; `queued_since` is set, so it gets no turn
 #     `round_time`, `clock`, `counts`            the leader sets them; any thread reads them
 #     `_turns`                                   any thread appends a connection and a result; the leader takes them
-#     `_leader`, `_working`, `_held`             any thread that holds `_lock`; only the leader begins work, so it sets
-#                                                `_working` without the lock
+#     `_leader`, `_working`, `_held`             any thread reads them, and who holds `_lock` changes them; the leader
+#                                                alone begins work, so it sets `_working` without the lock
 #     `_lines`, `_lost_lines`                    any thread adds; the one that has `_log_lock` takes and writes them
 #     `_trimmed`, `parent`                       the thread of serve_forever
 #     `stopping`, `tls`, `trim`                  any thread sets them, such as a handler of signals in the main thread
@@ -2567,7 +2567,7 @@ class Server(http.server.HTTPServer):
         self.stopping = True
 
     def stop(self, seconds: float = GRACE_SECONDS) -> bool:
-        """Let running requests end, for at most `seconds`; close everything, and return whether all have ended."""
+        """Let running requests end, for at most `seconds`, and close; return whether all have ended."""
         self.stopping, until = True, time.monotonic() + seconds
         if not self._leader:
             self._close()
@@ -3170,7 +3170,7 @@ class Client:
             except Error as error:
                 if method == "DELETE" and lost and isinstance(error, UnknownUUIDResource):
                     return None
-                # Nothing was done if the request was not sent, at which urllib raises URLError, nor at any other 503.
+                # If urllib raises URLError, the request was not sent. After a 503 nothing was done, or this is unknown.
                 unsent = isinstance(error.__cause__, urllib.error.URLError)
                 lost |= (error.status in (502, 504) and not unsent) or str(error) == _UNKNOWN
                 growing = random.uniform(0.05, 0.1) * 2**attempt  # random, so that clients do not march in step
@@ -3242,7 +3242,7 @@ class Client:
 
 
 def _make_opener(proxies: bool, cafile: str | None, url: str) -> urllib.request.OpenerDirector:
-    """Return an opener of URLs with the scheme of `url`, and of no others: build_opener would add file: and ftp:."""
+    """Return an opener for the scheme of `url`, http or https, and not for file: and ftp:, as build_opener does."""
     opener = urllib.request.OpenerDirector()
     opener.add_handler(urllib.request.ProxyHandler(None if proxies else {}))
     opener.add_handler(_BoundedHTTP(_secure_connection(cafile) if url.startswith("https:") else _Connection))
@@ -3273,11 +3273,11 @@ def _body_sizes(answer: Any) -> Iterator[float]:
     lengths, codings = (answer.headers.get_all(name, []) for name in ("Content-Length", "Transfer-Encoding"))
     if [coding.lower() for coding in codings] == ["chunked"] and not lengths:
         # int() alone would take -1, +1, 0x1 and 1_0 as well. What follows the last chunk is not read.
-        form = rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?\r\n"
-        while (line := re.fullmatch(form, answer.fp.readline(PIECE))) and int(line[1], 16):
+        form, end = rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?\r\n", b"\r\n"
+        while (line := re.fullmatch(form, answer.fp.readline(PIECE))) and end == b"\r\n" and int(line[1], 16):
             yield int(line[1], 16)
-            answer.fp.read(2)  # CRLF; if it is something else, what follows is not the line of a size
-        if not line:
+            end = answer.fp.read(2)
+        if not line or end != b"\r\n":
             raise ConnectionError("the answer is cut, or a chunk has no size")
     elif len(lengths) == 1 and re.fullmatch("[0-9]{1,18}", lengths[0]) and not codings:
         yield int(lengths[0])
@@ -3444,7 +3444,7 @@ def _progressing(what: str, items: Iterable[Any], total: int | None = None) -> I
 
 
 def _tell(options: Any, text: str) -> None:
-    """Print a line to standard error, in the form of the log."""
+    """Print a line to standard error, in JSON if the log is in JSON."""
     is_json = getattr(options, "log_format", "text") == "json"
     print(json.dumps({"time": now(), "message": text}) if is_json else f"wmi: {text}", file=sys.stderr, flush=True)
 
@@ -4337,7 +4337,7 @@ class Tokens:
         return account
 
     def identify(self, request: Request) -> Request:
-        """Return the request with the account that its token proves, or with "", for which every answer is an error."""
+        """Return the request with the account that its token proves, or with "", for which no catalog is opened."""
         # The account goes into the cache key, so that no caller gets a kept answer of another account.
         try:
             account = self.proven_account(request)
@@ -4743,7 +4743,7 @@ class _Arrival:
 
     def receive(self, client: Client, progress: Progress, answer: Any) -> None:
         """Add the bytes of an answer to the part. Raises FetchError, and ConnectionError if the answer is cut."""
-        # 1. Is it the whole file, or the range that follows the bytes that are here? `size` matches the file's size.
+        # 1. Is it the whole file, or the range that follows the bytes that are here? `size[1]` is the file's size.
         headers, asked = answer.headers, self.fields()
         length, place = headers.get("Content-Length", ""), headers.get("Content-Range", "")
         coding = headers.get("Content-Encoding", "identity")

@@ -960,11 +960,13 @@ def test_sizes_of_chunks_are_read_strictly(size):
                 client(server, timeout=1).show("wmi-one")
 
 
-@pytest.mark.parametrize("line", ["{:x}\n", "{:x}\r", "{:x}"], ids=["LF", "CR", "none"])
-def test_lines_of_chunks_end_with_crlf(line):
-    """A bare CR or LF does not end the line before a chunk."""
+@pytest.mark.parametrize(
+    "line, end", [("{:x}\n", "\r\n"), ("{:x}\r", "\r\n"), ("{:x}", "\r\n"), ("{:x}\r\n", "\n\n"), ("{:x}\r\n", "XX")],
+)
+def test_lines_of_chunks_end_with_crlf(line, end):
+    """Nothing but CRLF ends the line before a chunk, and the chunk itself."""
     body = json.dumps(SHOWN).encode()
-    with Scripted(CHUNKED + line.format(len(body)).encode() + body + b"\r\n0\r\n\r\n") as server:
+    with Scripted(CHUNKED + line.format(len(body)).encode() + body + end.encode() + b"0\r\n\r\n") as server:
         with pytest.raises((wmi.BadAnswer, wmi.Unreachable)):
             client(server, timeout=1).show("wmi-one")
 
