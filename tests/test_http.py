@@ -1,7 +1,8 @@
 """The parser's functions and the service without a socket, then answers that are streamed through one.
 
-The raw requests that a server must read or refuse are in corpus.py; here is what each function
-promises, and each limit at one below, at and one above.
+The raw requests that a server must read or refuse are in corpus.py, each limit at one below, at and one above; what
+the API answers in each version is in test_versions.py. Here is what the functions return, what reading costs, and
+which answers the service keeps.
 """
 
 from __future__ import annotations
@@ -9,10 +10,8 @@ from __future__ import annotations
 import errno
 import itertools
 import json
-import os
+import re
 import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -42,7 +41,7 @@ def etag_of(answer):
     return fields_of(answer).get("etag", "")
 
 
-# ---- the request line: RFC 9112, 3 ----
+# ---- heads: RFC 9112, 3 and 5 ----
 
 
 def test_request_line_is_taken_apart():
@@ -50,44 +49,6 @@ def test_request_line_is_taken_apart():
     assert wmi.parse_request_line(b"GET /api/images?a=b HTTP/1.1") == ("GET", "/api/images?a=b", 1)
     assert wmi.parse_request_line(b"M-SEARCH * HTTP/1.0") == ("M-SEARCH", "*", 0)
     assert wmi.parse_request_line(b"get / HTTP/1.9") == ("get", "/", 9)  # RFC 9110, 9.1: case matters
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        b"", b"GET", b"GET /", b"GET  / HTTP/1.1", b"GET / HTTP/1.1 ", b"GET / http/1.1", b"GET / HTTP/1",
-        b"GET / HTTP/1.10", b"GET / HTTP/0.9", b"G\xc3\x89T / HTTP/1.1", b"GET /\xe9 HTTP/1.1", b"GET /a b HTTP/1.1",
-        b"GET /\x7f HTTP/1.1",
-    ],
-)
-def test_request_line_of_another_form_is_refused(line):
-    """What is not METHOD SP TARGET SP HTTP/1.d is a BadRequest."""
-    with pytest.raises(wmi.BadRequest):
-        wmi.parse_request_line(line)
-
-
-@pytest.mark.parametrize("version", [b"2.0", b"3.0", b"9.9"])
-def test_other_versions_are_refused_as_such(version):
-    """RFC 9110, 15.6.6: a major version that is not spoken here is 505."""
-    with pytest.raises(wmi.HTTPVersionNotSupported):
-        wmi.parse_request_line(b"GET / HTTP/" + version)
-
-
-@pytest.mark.parametrize("spare", [-1, 0])
-def test_longest_request_line_is_read(spare):
-    """RFC 9112, 3 asks for 8000 bytes at least; a line of the limit is read."""
-    target = b"/" + b"a" * (wmi.MAX_REQUEST_LINE - len(b"GET / HTTP/1.1") + spare)
-    assert wmi.parse_request_line(b"GET " + target + b" HTTP/1.1")[1] == target.decode()
-    assert wmi.MAX_REQUEST_LINE == 8192
-
-
-def test_request_line_over_the_limit_is_refused():
-    """RFC 9112, 3: one byte more is 414, which is decided before anything else."""
-    with pytest.raises(wmi.URITooLong):
-        wmi.parse_request_line(b"\x00" * (wmi.MAX_REQUEST_LINE + 1))
-
-
-# ---- fields: RFC 9112, 5 and RFC 9110, 5 ----
 
 
 def test_fields_are_taken_apart():
@@ -101,14 +62,6 @@ def test_repeated_fields_are_one_list():
     assert wmi.parse_fields([b"A: 1", b"B: 2", b"a: 3", b"A:"]) == {"a": "1, 3, ", "b": "2"}
 
 
-def test_equal_lengths_are_one():
-    """RFC 9112, 6.3: equal Content-Lengths may be taken as one; different ones are refused."""
-    assert wmi.parse_fields([b"Content-Length: 5", b"content-length: 5"]) == {"content-length": "5"}
-    different = wmi.parse_fields([b"Content-Length: 5", b"Content-Length: 6"])
-    with pytest.raises(wmi.BadRequest):
-        wmi.parse_framing(different, 1)
-
-
 @pytest.mark.parametrize(
     "line",
     [
@@ -120,58 +73,6 @@ def test_field_of_another_form_is_refused(line):
     """RFC 9112, 5.1 and 5.2: no folding, no blank before the colon, no control character."""
     with pytest.raises(wmi.BadRequest):
         wmi.parse_fields([b"Host: a", line])
-
-
-@pytest.mark.parametrize("second", [b"Host: a", b"host: b", b"HOST:"])
-def test_second_host_is_refused(second):
-    """RFC 9112, 3.2: more than one Host is 400, equal ones too."""
-    with pytest.raises(wmi.BadRequest):
-        wmi.parse_fields([b"Host: a", second])
-
-
-def test_only_the_accounts_field_may_be_spelled_with_underscores():
-    """mussel's X_VDC_ACCOUNT_UUID is the account; Content_Length is nothing, for a proxy may drop it."""
-    fields = wmi.parse_fields(
-        [b"X_VDC_ACCOUNT_UUID: a-one", b"Content_Length: 5", b"Transfer_Encoding: chunked"]
-    )
-    assert fields["x-vdc-account-uuid"] == "a-one"
-    assert wmi.parse_framing(fields, 1) == (0, False)
-
-
-def test_two_spellings_of_the_account_do_not_pick_one():
-    """Two accounts in one head, however spelled, are no account: none of them is believed."""
-    fields = wmi.parse_fields([b"X-VDC-ACCOUNT-UUID: a-one", b"x_vdc_account_uuid: a-two"])
-    assert fields == {"x-vdc-account-uuid": "a-one, a-two"}
-
-
-@pytest.mark.parametrize("spare", [-1, 0])
-def test_longest_field_is_read(spare):
-    """A header line of the limit is read."""
-    value = b"v" * (wmi.MAX_FIELD_LINE - len(b"A: ") + spare)
-    assert wmi.parse_fields([b"A: " + value]) == {"a": value.decode()}
-    assert wmi.MAX_FIELD_LINE == 8192
-
-
-def test_field_over_the_limit_is_refused():
-    """RFC 6585, 5: one byte more is 431."""
-    with pytest.raises(wmi.RequestHeaderFieldsTooLarge):
-        wmi.parse_fields([b"A: " + b"v" * (wmi.MAX_FIELD_LINE - 2)])
-
-
-@pytest.mark.parametrize("count", [wmi.MAX_FIELDS - 1, wmi.MAX_FIELDS])
-def test_most_fields_are_read(count):
-    """As many header lines as the limit are read."""
-    assert len(wmi.parse_fields([b"A%d: 1" % number for number in range(count)])) == count
-    assert wmi.MAX_FIELDS == 64
-
-
-def test_fields_over_the_limit_are_refused():
-    """RFC 6585, 5: one line more is 431, also where all have one name."""
-    with pytest.raises(wmi.RequestHeaderFieldsTooLarge):
-        wmi.parse_fields([b"A: 1"] * (wmi.MAX_FIELDS + 1))
-
-
-# ---- host, target, framing, connection, expect ----
 
 
 @pytest.mark.parametrize(
@@ -191,23 +92,6 @@ def test_hosts(host, name):
 
 
 @pytest.mark.parametrize(
-    "host", ["", "a b", "a:b", "a:", "a/b", "a@b", "a,b", "::1", "[::1", "a:123456", "\xe9", "a\x00"]
-)
-@pytest.mark.parametrize("minor", [0, 1])
-def test_no_hosts(host, minor):
-    """RFC 9112, 3.2: a Host that is not a host is 400, in HTTP/1.0 too."""
-    with pytest.raises(wmi.BadRequest):
-        wmi.parse_host({"host": host}, minor)
-
-
-def test_only_http_1_0_may_leave_host_out():
-    """RFC 9112, 3.2: HTTP/1.1 without Host is 400."""
-    wmi.parse_host({}, 0)
-    with pytest.raises(wmi.BadRequest):
-        wmi.parse_host({}, 1)
-
-
-@pytest.mark.parametrize(
     "target, path, query",
     [
         ("/a/b", "/a/b", ""),
@@ -224,120 +108,6 @@ def test_only_http_1_0_may_leave_host_out():
 def test_targets(target, path, query):
     """RFC 9112, 3.2.1 and 3.2.2: origin-form and absolute-form, nothing decoded yet."""
     assert wmi.parse_target("GET", target) == (path, query)
-
-
-@pytest.mark.parametrize(
-    "target",
-    [
-        "a", "?a", "/a#b", "#", "*", "ftp://h/", "http:/a", "http://", "http://a b/", "http://u@h/", "http://h:x/",
-        "h:443",
-    ],
-)
-def test_no_targets(target):
-    """RFC 9112, 3.2: another form is 400; * belongs to OPTIONS alone (3.2.4)."""
-    with pytest.raises(wmi.BadRequest):
-        wmi.parse_target("GET", target)
-    assert wmi.parse_target("OPTIONS", "*") == ("*", "")
-
-
-@pytest.mark.parametrize(
-    "fields, framing",
-    [
-        ({}, (0, False)),
-        ({"content-length": "0"}, (0, False)),
-        ({"content-length": "0000000000000000007"[-18:]}, (7, False)),
-        ({"transfer-encoding": "chunked"}, (0, True)),
-        ({"transfer-encoding": "Chunked"}, (0, True)),
-    ],
-)
-def test_framing(fields, framing):
-    """RFC 9112, 6.3: a length, or chunks, or no body."""
-    assert wmi.parse_framing(fields, 1) == framing
-
-
-@pytest.mark.parametrize(
-    "length", ["", "+1", "-1", "1_0", "0x1", "1 ", " 1", "1, 1", "\u0663", "1.0", "1e1", "0" * 19, "9" * 19]
-)
-def test_lengths_that_are_none(length):
-    """RFC 9112, 6.3: a length is digits, at most 18 of them."""
-    with pytest.raises(wmi.BadRequest):
-        wmi.parse_framing({"content-length": length}, 1)
-
-
-def test_largest_body():
-    """RFC 9110, 15.5.14: a body of the limit may come, one byte more is 413."""
-    assert wmi.MAX_BODY == 65536
-    for length in (wmi.MAX_BODY - 1, wmi.MAX_BODY):
-        assert wmi.parse_framing({"content-length": str(length)}, 1) == (length, False)
-    with pytest.raises(wmi.ContentTooLarge):
-        wmi.parse_framing({"content-length": str(wmi.MAX_BODY + 1)}, 1)
-
-
-def test_length_and_chunks_exclude_one_another():
-    """RFC 9112, 6.1: both together are how requests are smuggled."""
-    with pytest.raises(wmi.BadRequest):
-        wmi.parse_framing({"content-length": "5", "transfer-encoding": "chunked"}, 1)
-    with pytest.raises(wmi.BadRequest):
-        wmi.parse_framing({"transfer-encoding": "chunked"}, 0)
-    with pytest.raises(wmi.BadRequest):
-        wmi.parse_framing({"transfer-encoding": "gzip"}, 0)
-
-
-@pytest.mark.parametrize("coding", ["gzip", "identity", "chunked, chunked", "gzip, chunked", "xchunked", ""])
-def test_unknown_codings(coding):
-    """RFC 9112, 6.1: a coding that is not understood is 501."""
-    with pytest.raises(wmi.UnknownTransferCoding):
-        wmi.parse_framing({"transfer-encoding": coding}, 1)
-
-
-@pytest.mark.parametrize(
-    "connection, minor, kept",
-    [
-        (None, 1, True),
-        (None, 0, False),
-        ("keep-alive", 0, True),
-        ("Keep-Alive", 0, True),
-        ("close", 1, False),
-        ("CLOSE", 1, False),
-        ("keep-alive, close", 1, False),
-        ("keep-alive,close", 0, False),
-        ("x-close", 1, True),
-        ("upgrade", 1, True),
-        ("", 1, True),
-        (" close ", 1, False),
-    ],
-)
-def test_keep_alive(connection, minor, kept):
-    """RFC 9112, 9.3: HTTP/1.1 stays open unless close is said, HTTP/1.0 only when asked to."""
-    fields = {} if connection is None else {"connection": connection}
-    assert wmi.parse_keep_alive(fields, minor) is kept
-
-
-def test_expect():
-    """RFC 9110, 10.1.1: 100-continue is met in HTTP/1.1, ignored in 1.0; anything else is 417."""
-    assert wmi.parse_expect({"expect": "100-Continue"}, 1) is True
-    assert wmi.parse_expect({"expect": "100-continue"}, 0) is False
-    assert wmi.parse_expect({}, 1) is False
-    with pytest.raises(wmi.ExpectationFailed):
-        wmi.parse_expect({"expect": "a-miracle"}, 1)
-
-
-def head_of(size):
-    """Return a legal head of so many bytes."""
-    head = b"GET / HTTP/1.1\r\nHost: a\r\n"
-    while size - len(head) > 8000:
-        head += b"A: " + b"a" * 4000 + b"\r\n"
-    return head + b"B: " + b"b" * (size - len(head) - 7) + b"\r\n\r\n"
-
-
-def test_largest_head():
-    """RFC 6585, 5: a head of the limit is read, one byte more is 431."""
-    assert wmi.MAX_HEAD == 32768
-    for size in (wmi.MAX_HEAD - 1, wmi.MAX_HEAD):
-        assert len(head_of(size)) == size
-        assert wmi.parse_head(head_of(size)).path == "/"
-    with pytest.raises(wmi.RequestHeaderFieldsTooLarge):
-        wmi.parse_head(head_of(wmi.MAX_HEAD + 1))
 
 
 def test_head_is_put_together():
@@ -362,14 +132,6 @@ def test_head_is_put_together():
     }
 
 
-@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
-def test_an_empty_line_is_no_field(version):
-    """RFC 9112, 2.1: the head ends with its first empty line; another one in it is not a field."""
-    with pytest.raises(wmi.BadRequest):
-        wmi.parse_head(b"GET / HTTP/" + version + b"\r\n\r\n\r\n")
-    assert wmi.parse_head(b"GET / HTTP/1.0\r\n\r\n").fields == {}
-
-
 @pytest.mark.parametrize(
     "buffer",
     [
@@ -383,12 +145,6 @@ def test_hopeless_heads_are_refused_early(buffer):
         wmi.check_partial(buffer, 0)
 
 
-@pytest.mark.parametrize("size", range(1, 60))
-def test_good_heads_are_waited_for(size):
-    """No beginning of a good head is refused."""
-    wmi.check_partial(b"GET / HTTP/1.1\r\nHost: images.example\r\nAccept: text/*, */*\r\n"[:size], 0)
-
-
 # ---- the reader: RFC 9112, 6 and 7 ----
 
 
@@ -399,36 +155,6 @@ def body_of(*pieces):
 
 PUT = b"PUT / HTTP/1.1\r\nHost: a\r\n"
 CHUNKED = PUT + b"Transfer-Encoding: chunked\r\n\r\n"
-
-
-def test_body_is_not_the_next_request():
-    """RFC 9112, 6: exactly the body is read, and the next request begins after it."""
-    sized = PUT + b"Content-Length: 19\r\n\r\nGET /x HTTP/1.1\r\n\r\n"
-    text = sized + CHUNKED + b"2\r\nab\r\n0\r\n\r\n" + PUT + b"\r\n"
-    bodies = [request.body for request in read_requests([text[:40], text[40:]]) if request]
-    assert bodies == [b"GET /x HTTP/1.1\r\n\r\n", b"ab", b""]
-
-
-def test_a_request_leaves_the_reader_whole():
-    """No part of a request is shown: not a head before its body, not a body before its trailers."""
-    for text in (PUT + b"Content-Length: 2\r\n\r\nab", CHUNKED + b"2\r\nab\r\n0\r\nA: b\r\n\r\n"):
-        waited, found, *_ = read_requests([text[:-1], text[-1:]])
-        assert waited is None and found.body == b"ab"
-
-
-@pytest.mark.parametrize("size", [wmi.MAX_BODY - 1, wmi.MAX_BODY])
-@pytest.mark.parametrize("chunk", [1000, 65536])
-def test_largest_chunked_body(size, chunk):
-    """RFC 9112, 7.1: chunks of any size make a body of at most the limit."""
-    sizes = [min(chunk, size - start) for start in range(0, size, chunk)]
-    chunks = [b"%x\r\n" % length + b"a" * length + b"\r\n" for length in sizes]
-    assert len(body_of(CHUNKED, *chunks, b"0\r\n\r\n")) == size
-
-
-def test_chunked_body_over_the_limit():
-    """RFC 9110, 15.5.14: one byte more is 413, as soon as its chunk is announced."""
-    with pytest.raises(wmi.ContentTooLarge):
-        body_of(CHUNKED, b"10000\r\n" + b"a" * 65536 + b"\r\n", b"1\r\n")
 
 
 def test_longest_chunk_line():
@@ -770,19 +496,14 @@ def test_an_answer_from_before_a_restore_is_not_served(target):
     assert b"a-shpoolxx" in ask(service, request(target)).body
 
 
-@pytest.mark.parametrize(
-    "targets",
-    [
-        [
-            "/api/images", "/api/images.yml", "/api/images.json", "/api/images?limit=1", "/api/images?start=1",
-            "/api/11.12/images", "/api/12.03/images", "/api/12.03/images?is_public=true", "/api/images/wmi-one",
-            "/api/11.12/images/wmi-one.yml",
-        ],
-    ],
-)
-def test_everything_that_decides_an_answer_is_in_its_key(service, storage, targets):
+def test_everything_that_decides_an_answer_is_in_its_key(service, storage):
     """Path, query and account each have answers and ETags of their own, whatever was asked before."""
     storage.add(image("wmi-two", account_id="a-other", is_public=True))
+    targets = [
+        "/api/images", "/api/images.yml", "/api/images.json", "/api/images?limit=1", "/api/images?start=1",
+        "/api/11.12/images", "/api/12.03/images", "/api/12.03/images?is_public=true", "/api/12.03/images?state=deleted",
+        "/api/12.03/images?sort_by=id.asc", "/api/images/wmi-one", "/api/11.12/images/wmi-one.yml",
+    ]
     fresh = {}
     for target, account in itertools.product(targets, [ACCOUNT, "a-other", "a-third"]):
         fresh[target, account] = ask(wmi.Service(storage), request(target, account=account))
@@ -892,72 +613,7 @@ def test_threads_see_each_acknowledged_change(tmp_path):
     assert wrong == []
 
 
-WRITER = """
-import sys, wmi
-with wmi.open_storage(sys.argv[1]) as storage:
-    for number in range(1, int(sys.argv[2])):
-        storage.replace("wmi-one", lambda record: {**record, "description": str(number)})
-        print(number, flush=True)
-"""
-
-
-@pytest.mark.parametrize("scheme", ["json", "sqlite"])
-def test_another_process_is_seen_at_once(scheme, tmp_path):
-    """What a second process has acknowledged shows in the very next answer, while both work."""
-    url = f"{scheme}:{tmp_path / 'images'}"
-    with wmi.open_storage(url) as storage:
-        storage.add(image(description="0"))
-        service = wmi.Service(storage)
-        last, asked = [0], 0
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, url, "60"], stdout=subprocess.PIPE,
-            cwd=os.path.dirname(os.path.abspath(wmi.__file__)),
-        )
-
-        def follow():
-            for line in writer.stdout:
-                last[0] = int(line)
-
-        follower = threading.Thread(target=follow)
-        follower.start()
-        while follower.is_alive():
-            before = last[0]
-            shown = json.loads(ask(service, request("/api/images/wmi-one")).body)
-            assert int(shown["description"]) >= before
-            asked += 1
-        follower.join()
-        writer.stdout.close()
-        assert writer.wait() == 0
-        assert json.loads(ask(service, request("/api/images/wmi-one")).body)["description"] == "59"
-        assert asked > 1
-
-
 # ---- the service: conditions ----
-
-
-@pytest.mark.parametrize("form", ["{}", "W/{}", '"x", {}', '{} ,"y"', 'W/"a",W/{}', "*", " * "])
-@pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_if_none_match(service, form, method):
-    """RFC 9110, 13.1.2: one of the tags, compared weakly, or * is answered 304 without a body."""
-    tag = etag_of(ask(service, request()))
-    answer = ask(service, request(method=method, If_None_Match=form.format(tag)))
-    assert (answer.status, answer.body, etag_of(answer)) == (304, b"", tag)
-    assert "content-length" not in fields_of(answer)
-
-
-def test_304_says_how_to_cache(service):
-    """RFC 9110, 15.4.5: a 304 has the ETag and Cache-Control that the 200 has."""
-    whole = fields_of(ask(service, request()))
-    short = fields_of(ask(service, request(If_None_Match=whole["etag"])))
-    for name in ("etag", "cache-control"):
-        assert short.get(name) == whole[name]
-
-
-@pytest.mark.parametrize("form", ['"other"', "{}x", "'{}'", "W/W/{}", "", ",", "**"])
-def test_other_tags_get_the_whole_answer(service, form):
-    """RFC 9110, 13.1.2: without a matching tag the answer is whole."""
-    tag = etag_of(ask(service, request())).strip('"')
-    assert ask(service, request(If_None_Match=form.format(tag))).status == 200
 
 
 def test_a_stale_tag_gets_the_new_answer(service, storage):
@@ -969,13 +625,6 @@ def test_a_stale_tag_gets_the_new_answer(service, storage):
     answer = ask(service, request("/api/images/wmi-one", If_None_Match=old))
     assert answer.status == 200
     assert etag_of(answer) != old
-
-
-def test_conditions_do_not_hide_errors(service):
-    """RFC 9110, 13.2.1: a condition counts only where the answer would be a success."""
-    assert ask(service, request("/api/images/wmi-none", If_None_Match="*")).status == 404
-    assert ask(service, request(account="", If_None_Match="*")).status == 400
-    assert ask(service, request("/api/images?start=x", If_None_Match="*")).status == 400
 
 
 # ---- the service: errors ----
@@ -1046,14 +695,6 @@ def test_a_fault_of_ours_is_500(method, target, lines):
     assert len(lines) == 1 and "secret" in lines[0] and target in lines[0]
 
 
-def test_closed_store(storage, service):
-    """A store that was closed answers 503, and does so again."""
-    storage.close()
-    for _ in range(2):
-        answer = service.answer(request())
-        assert (answer.status, json.loads(answer.body)["code"]) == (503, "110")
-
-
 def test_a_store_that_recovers_is_served_again(storage):
     """Nothing of a failure is remembered."""
 
@@ -1068,86 +709,12 @@ def test_a_store_that_recovers_is_served_again(storage):
     assert service.answer(request()).status == 200
 
 
-@pytest.mark.parametrize(
-    "id",
-    ["wmi-%ff", "%ED%A0%80", "%00", "wmi-%0d%0aX:%20y", "wmi-%3Cscript%3E", "%F0%9F%92%A9", "wmi-%E2%80%A8"],
-)
-@pytest.mark.parametrize("extension", ["", ".yml"])
-def test_hostile_ids_are_answered_in_text_that_can_be_read(service, id, extension):
-    """An id that is none is told back, escaped, in valid UTF-8, and never reaches the head."""
-    answer = service.answer(request(f"/api/images/{id}{extension}"))
-    assert answer.status == 400
-    answer.body.decode("utf-8")
-    assert b"X: y" not in answer.head
-    if not extension:
-        assert json.loads(answer.body)["message"].startswith("Invalid UUID Syntax: ")
-    else:
-        assert answer.body.count(b"\n:message:") == 1
-
-
-@pytest.mark.parametrize(
-    "method, target, allowed",
-    [
-        ("POST", "/api/images", "GET, HEAD, OPTIONS"),
-        ("DELETE", "/api/images", "GET, HEAD, OPTIONS"),
-        ("PUT", "/api/images/wmi-one", "GET, HEAD, OPTIONS, DELETE"),
-        ("get", "/api/images", "GET, HEAD, OPTIONS"),
-        ("PATCH", "/api/12.03/images/wmi-one", "GET, HEAD, OPTIONS, DELETE, PUT"),
-        ("TRACE", "/api/images", "GET, HEAD, OPTIONS"),
-    ],
-)
-def test_methods(service, method, target, allowed):
-    """RFC 9110, 15.5.6: another method is 405 and says which there are; OPTIONS says it with 204."""
-    answer = service.answer(request(target, method))
-    assert answer.status == 405
-    assert fields_of(answer)["allow"] == allowed
-    options = service.answer(request(target, "OPTIONS", account=""))
-    assert (options.status, options.body, fields_of(options)) == (204, b"", {"allow": allowed})
-
-
 # ---- the service: PUT ----
 
 
 def put(service, body, kind="application/json", target="/api/12.03/images/wmi-one"):
     """Return the answer to a PUT."""
     return service.answer(request(target, "PUT", Content_Type=kind)._replace(body=body))
-
-
-@pytest.mark.parametrize(
-    "body, kind",
-    [
-        (b'{"display_name": "new"}', "application/json"),
-        (b'{"image": {"display_name": "new"}}', "application/json; charset=utf-8"),
-        (b"display_name=new", "application/x-www-form-urlencoded"),
-        (b"display_name=new", ""),
-        (b"x=y&display_name=new", ""),
-    ],
-)
-def test_put_sets_fields(service, storage, body, kind):
-    """The fields come in a form or as JSON, flat or in "image"; what is unknown is ignored."""
-    answer = put(service, body, kind)
-    assert (answer.status, json.loads(answer.body)["display_name"]) == (200, "new")
-    assert storage.get("wmi-one")["display_name"] == "new"
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"{", b"[]", b"1", b"null", b'"x"', b'{"image": 5}', b'{"display_name": 5}', b"\xff", b"NaN",
-        b'{"display_name": "\\ud800"}', b'{"display_name": ["x"]}', b'{"image": []}',
-    ],
-)
-def test_put_of_nonsense_is_400(service, storage, body):
-    """A body that cannot be used is 400 with DCMGR's code, and changes nothing."""
-    before = storage.get("wmi-one")
-    answer = put(service, body)
-    assert (answer.status, json.loads(answer.body)["code"]) == (400, "143")
-    assert storage.get("wmi-one") == before
-
-
-def test_put_of_another_type_is_415(service):
-    """RFC 9110, 15.5.16: neither a form nor JSON is 415."""
-    assert put(service, b"<a/>", "text/xml").status == 415
 
 
 @pytest.mark.parametrize("template", ['{{"display_name": {}}}', '{{"image": {}}}', "{}"])
@@ -1225,20 +792,14 @@ def test_a_large_index_comes_in_pieces():
 
 
 @pytest.mark.parametrize("count", [0, 1, wmi.PAGE_AT_ONCE - 1, wmi.PAGE_AT_ONCE, wmi.PAGE_AT_ONCE + 1])
-@pytest.mark.parametrize("target", ["/api/images", "/api/11.12/images", "/api/images.yml"])
-def test_streamed_or_not_it_is_the_same_answer(count, target):
+@pytest.mark.parametrize("extension", [".json", ".yml"])
+@pytest.mark.parametrize("path", ["/api/images", "/api/11.12/images", "/api/12.03/images"])
+def test_streamed_or_not_it_is_the_same_answer(count, path, extension):
     """At the edge between one piece and a stream nothing is lost, doubled or spelled otherwise."""
-    answer = wmi.Service(Many(count)).answer(request(target))
-    body = b"".join(pieces_of(answer))
-    assert body.count(b"id: wmi-" if target.endswith("yml") else b'"id":"wmi-') == count * (
-        1 + target.endswith("yml")
-    )
-    if not target.endswith("yml"):
-        shown = json.loads(body)
-        shown = shown[0] if isinstance(shown, list) else shown
-        assert [row["id"] for row in shown.get("results", shown.get("result"))] == [
-            f"wmi-{n}" for n in range(count)
-        ]
+    answer = wmi.Service(Many(count)).answer(request(f"{path}{extension}?limit=2000"))
+    body = b"".join(pieces_of(answer)).decode()
+    assert re.findall(r'\bid(?:":"|: )(wmi-\d+)', body) == [f"wmi-{n}" for n in range(count)]
+    assert extension == ".yml" or json.loads(body)
 
 
 def head(minor, method="GET", more=""):

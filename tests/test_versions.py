@@ -131,20 +131,12 @@ def test_an_unknown_account_sees_what_is_public(server, version):
 
 
 def test_limit_and_start_page_the_list(server, version):
-    """The total is the same on every page, past the end too; limit 0 is the default."""
+    """As they stand in a query; what each number shows is in test_catalog.py."""
     default = 250 if version == "12.03" else None
     ids = LISTED[version]
     for query, start, limit, page in [
-        ("?start=0&limit=1", 0, 1, ids[:1]),
-        ("?start=1&limit=1", 1, 1, ids[1:2]),
-        ("?limit=2&start=1", 1, 2, ids[1:]),
-        ("?start=1", 1, default, ids[1:]),
-        ("?limit=2", 0, 2, ids[:2]),
-        ("?start=0&limit=0", 0, default, ids),
-        ("?start=3", 3, default, []),
-        ("?start=100&limit=10", 100, 10, []),
-        ("?start=999999999999999999&limit=999999999999999999", 10**18 - 1, 10**18 - 1, []),
-        ("?start=01&limit=002", 1, 2, ids[1:]),
+        ("?limit=1&start=01", 1, 1, ids[1:2]),
+        ("?start=100&limit=0", 100, default, []),
         ("?", 0, default, ids),
         ("?&start=1&", 1, default, ids[1:]),
     ]:
@@ -188,24 +180,15 @@ def test_unknown_parameters_are_ignored(server, version):
 @pytest.mark.parametrize(
     ("query", "ids"),
     [
-        ("is_public=true", ["wmi-gone2", "wmi-their1", "wmi-gone1", "wmi-mine2", "wmi-mine1"]),
-        ("is_public=0", ["wmi-gone1", "wmi-mine2"]),
         ("service_type=lb", []),
-        ("state=alive", ["wmi-mine2", "wmi-mine1"]),
-        ("state=deleted", ["wmi-gone1"]),
         ("state=alive&is_public=true", ["wmi-their1", "wmi-mine2", "wmi-mine1"]),
         ("created_since=2011-11-23T16:36:01%2B09:00", []),
         ("created_until=2011-11-23T07:36:00Z", ["wmi-gone1", "wmi-mine2", "wmi-mine1"]),
         ("deleted_since=2011-12-24", ["wmi-gone1"]),
         ("deleted_until=2011-12-23T23:59:59Z", []),
-        ("sort_by=id.asc", ["wmi-mine1", "wmi-mine2", "wmi-gone1"]),
-        ("sort_by=uuid.asc", ["wmi-gone1", "wmi-mine1", "wmi-mine2"]),
         ("sort_by=deleted_at.desc&limit=1", ["wmi-gone1"]),
         ("filter=deleted_at.nil", ["wmi-mine2", "wmi-mine1"]),
-        ("filter=deleted_at.not_nil", ["wmi-gone1"]),
-        ("filter[]=deleted_at.not_nil", ["wmi-gone1"]),
-        ("filter%5B%5D=deleted_at.nil&filter[]=root_device.nil", ["wmi-mine2", "wmi-mine1"]),
-        ("filter[]=deleted_at.nil&filter[]=deleted_at.not_nil", []),
+        ("filter%5B%5D=deleted_at.not_nil&filter[]=root_device.nil", ["wmi-gone1"]),
     ],
 )
 def test_the_filters_of_12_03(server, query, ids):
@@ -239,15 +222,6 @@ def test_only_filter_takes_a_list(server, query):
     """And only a list: one with keys, or one beside a single value, is unusable."""
     answer = call(server, "GET", f"{PATHS['12.03']}?{query}")
     refused(answer, "12.03", "InvalidParameter", 400, "143", re.match("[a-z_]+", query)[0])
-
-
-@pytest.mark.parametrize("field", ["created", "deleted"])
-def test_a_range_that_is_backwards_is_refused(server, field):
-    """In the originals' words."""
-    query = f"{field}_since=2012-01-02T00:00:00Z&{field}_until=2012-01-01T00:00:00Z"
-    message = f"{field}_since is larger than {field}_until"
-    refused(call(server, "GET", f"{PATHS['12.03']}?{query}"), "12.03", "InvalidParameter", 400, "143",
-            message)
 
 
 # ---- show ----
@@ -515,35 +489,6 @@ def test_destroy_answers_the_id_in_an_array(changing, version):
     assert (status, headers["content-type"], body) == (200, "text/yaml;charset=utf-8", b"---\n- wmi-mine2\n")
 
 
-@pytest.mark.parametrize("version", ["document", "11.12"])
-def test_a_deleted_image_is_gone(changing, version):
-    """Show and a second destroy are 404, and the list is shorter."""
-    target = f"{PATHS[version]}/wmi-mine2"
-    assert call(changing, "DELETE", target)[0] == 200
-    for method in ("GET", "DELETE"):
-        refused(call(changing, method, target), version, "UnknownUUIDResource", 404, "100", "wmi-mine2")
-    assert listing(changing, version)[3] == ["wmi-their1", "wmi-mine1"]
-    assert listing(changing, version)[0] == 2
-
-
-def test_in_12_03_a_deleted_image_stays(changing):
-    """State deleted, deleted_at set once; deleting it again is fine and changes nothing."""
-    target = f"{PATHS['12.03']}/wmi-mine2"
-    before = call(changing, "GET", target)[2]
-    assert call(changing, "DELETE", target)[2] == ["wmi-mine2"]
-    after = call(changing, "GET", target)[2]
-    assert after["state"] == "deleted"
-    assert after["deleted_at"] == after["updated_at"] > before["updated_at"]
-    assert {**after, "state": "available", "deleted_at": None, "updated_at": before["updated_at"]} == before
-    tag = call(changing, "GET", target)[1]["etag"]
-    assert call(changing, "DELETE", target)[2] == ["wmi-mine2"]
-    assert call(changing, "GET", target)[2] == after
-    assert call(changing, "DELETE", f"{PATHS['12.03']}/wmi-gone1")[0] == 200
-    assert call(changing, "GET", f"{PATHS['12.03']}/wmi-gone1")[2]["deleted_at"] == DELETED["deleted_at"]
-    assert tag
-    assert listing(changing, "12.03")[3] == LISTED["12.03"]
-
-
 def test_one_store_is_seen_by_all_versions(changing):
     """What 12.03 deletes is gone in the others, and the other way round."""
     assert call(changing, "DELETE", f"{PATHS['12.03']}/wmi-mine1")[0] == 200
@@ -604,6 +549,7 @@ def names(server):
         ("", FORM, b"display_name=a%26b%3Dc%2B%25", ("a&b=c+%", "one\n")),
         ("", FORM, b"is_public=false&state=deleted&id=wmi-x&x[]=1", ("", "one\n")),
         ("", FORM, b"", ("", "one\n")),
+        ("", FORM, b"description=one%0A", ("", "one\n")),
         ("?display_name=q", None, b"", ("q", "one\n")),
         ("?display_name=q&description=%E6%97%A5", None, b"", ("q", "日")),
         ("?display_name=q", "application/json", b"", ("q", "one\n")),
@@ -688,12 +634,6 @@ def test_put_refuses_other_media_types(changing, kind):
     assert names(changing) == ("", "one\n")
 
 
-def test_put_query_in_brackets_is_refused(changing):
-    """As in the index."""
-    answer = call(changing, "PUT", f"{IMAGE}?display_name[]=x")
-    refused(answer, "12.03", "InvalidParameter", 400, "143", "display_name")
-
-
 def test_put_answers_yaml_too(changing):
     """:id first, at the line's start, as mussel greps it."""
     status, headers, body = call(changing, "PUT", f"{IMAGE}.yml", body=b"display_name=x")
@@ -707,14 +647,6 @@ def test_put_may_rename_what_is_deleted(changing):
     data = call(changing, "PUT", f"{PATHS['12.03']}/wmi-gone1", body=b"display_name=x")[2]
     assert (data["display_name"], data["state"]) == ("x", "deleted")
     assert data["deleted_at"] == DELETED["deleted_at"]
-
-
-def test_put_with_what_is_there_already_changes_nothing(changing):
-    """Neither the time of change nor the ETag."""
-    tag = call(changing, "GET", IMAGE)[1]["etag"]
-    data = call(changing, "PUT", IMAGE, body=b"description=one%0A")[2]
-    assert data["updated_at"] == TIMES["updated_at"]
-    assert tag
 
 
 # ---- methods ----
@@ -781,26 +713,17 @@ def test_an_etag_saves_the_body(changing, version):
         tag = call(changing, "GET", target)[1]["etag"]
         assert re.fullmatch('"[!#-~]+"', tag)
         for method in ("GET", "HEAD"):
-            for given in (tag, f"W/{tag}", f'"x", {tag}', f'{tag},"y"', "*"):
+            for given in (tag, f"W/{tag}", f'"x", {tag}', f'{tag} ,"y"', f'W/"a",W/{tag}', "*", " * "):
                 status, headers, body = call(changing, method, target, If_None_Match=given)
-                assert (status, headers["etag"], body) == (304, tag, b"")
-            for given in ('"x"', tag[:-2] + '"', tag.strip('"'), '"*"'):
+                assert (status, headers["etag"], headers["cache-control"], body) == (304, tag, "private, no-cache", b"")
+                assert "content-length" not in headers
+            for given in ('"x"', tag[:-2] + '"', tag.strip('"'), f"{tag}x", f"W/W/{tag}", '"*"', "**", "", ","):
                 assert call(changing, method, target, If_None_Match=given)[0] == 200
         mine, others = call(changing, "GET", target), call(changing, "GET", target, OTHER)
         assert (others[1]["etag"] == tag) == (others[2] == mine[2])
     tag = call(changing, "GET", PATHS[version])[1]["etag"]
     assert call(changing, "DELETE", f"{PATHS[version]}/wmi-mine2")[0] == 200
     assert call(changing, "GET", PATHS[version], If_None_Match=tag)[0] == 200
-
-
-def test_no_two_answers_share_an_etag(server):
-    """Not between versions, formats, pages, filters or callers: answers have the same tag if they are the same."""
-    rests = ("", ".yml", "?limit=1", "?limit=2", "/wmi-mine1")
-    targets = [path + rest for path in PATHS.values() for rest in rests]
-    targets += [f"{PATHS['12.03']}?{query}" for query in ("state=alive", "is_public=true", "sort_by=id.asc")]
-    answers = [call(server, "GET", target, account) for target in targets for account in (ME, OTHER)]
-    tags = {(headers["etag"], repr(body)) for _, headers, body in answers}
-    assert len({tag for tag, _ in tags}) == len({body for _, body in tags}) == len(tags) > len(answers) / 2
 
 
 def test_only_what_is_shown_has_an_etag(server, version):
@@ -811,15 +734,6 @@ def test_only_what_is_shown_has_an_etag(server, version):
     assert headers["x-content-type-options"] == "nosniff"
     answer = call(server, "GET", f"{PATHS[version]}/wmi-nope", If_None_Match="*")
     refused(answer, version, "UnknownUUIDResource", 404, "100", "wmi-nope")
-
-
-def test_a_change_is_seen_at_once(changing, version):
-    """What was answered before, and may be remembered, is not answered after a change."""
-    for _ in range(3):
-        assert listing(changing, version)[0] == 3
-    wmi.Catalog(changing.server.service.storage).register({"id": "wmi-new", "account_id": ME})
-    assert listing(changing, version)[0] == 4
-    assert listing(changing, version)[3][0] == "wmi-new"
 
 
 # ---- --unversioned ----
@@ -849,26 +763,7 @@ def test_unversioned_is_one_of_the_versions():
         wmi.Service(store(), unversioned="13.08")
 
 
-# ---- long lists ----
-
-
-@pytest.mark.parametrize("extension", [".json", ".yml"])
-def test_a_streamed_index_is_the_same_as_a_short_one(version, extension):
-    """Beyond a thousand images the answer comes in chunks: nothing is lost, doubled or out of order."""
-    storage = wmi.open_storage("memory:")
-    storage.add_all(wmi.image_record({"id": f"wmi-{n}", "account_id": ME,
-                                      "description": "é" * 20}) for n in range(1500))
-    with serving(storage) as server:
-        target = f"{PATHS[version]}{extension}?limit=1400"
-        _, headers, body = server.request("GET", target, ACCOUNT)
-        assert headers.get("transfer-encoding") == "chunked"
-        if extension == ".json":
-            data = json.loads(body)
-            images = (data if version == "document" else data[0])[ENVELOPES[version][3]]
-            ids = [image["id"] for image in images]
-        else:
-            ids = re.findall(r"^ *- :id: (\S+)$", body.decode(), re.MULTILINE)
-        assert ids == [f"wmi-{n}" for n in range(1499, 99, -1)]
+# ---- errors ----
 
 
 def test_every_error_is_in_the_form_of_the_api(server):
