@@ -91,6 +91,13 @@ def test_hosts(host, name):
     assert wmi.parse_host({"host": host}, 1) == name
 
 
+@pytest.mark.parametrize("host", ["a:", "a:123456"])
+def test_no_hosts(host):
+    """A port has one to five digits; other hosts that are none are in corpus.py."""
+    with pytest.raises(wmi.BadRequest):
+        wmi.parse_host({"host": host}, 1)
+
+
 @pytest.mark.parametrize(
     "target, path, query",
     [

@@ -19,8 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from serving import parse_answer, read_requests, serving
-from support import ACCOUNT, SECONDS, leaders, until
-from test_tls import make_certificate
+from support import ACCOUNT, SECONDS, Stuck, connect, image, leaders, make_certificate, until
 
 import wmi
 
@@ -50,8 +49,7 @@ def write(path, content, moment=TIME):
 def store(uri, **fields):
     """Return a store with one image."""
     storage = wmi.MemoryStorage()
-    fields = {"id": "wmi-one", "account_id": ACCOUNT, "source": {"uri": uri}, **fields}
-    storage.add(wmi.image_record(fields))
+    storage.add(image(source={"uri": uri}, **fields))
     return storage
 
 
@@ -66,8 +64,7 @@ def plain(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     storage = store(write(folder / "one.raw", TEXT), md5sum=MD5)
     for id, content in (("wmi-empty", b""), ("wmi-unsummed", TEXT)):
-        source = {"uri": write(folder / id, content)}
-        storage.add(wmi.image_record({"id": id, "account_id": ACCOUNT, "source": source}))
+        storage.add(image(id, source={"uri": write(folder / id, content)}))
     with serving(storage, files=str(folder)) as served:
         yield served
 
@@ -115,26 +112,11 @@ RANGES = [
     ("14.2 several", "bytes=2000-,3000-", ALL),
     ("14.2 other unit", "lines=0-1", ALL),
     ("14.2 other unit", "byte=0-1", ALL),
-    ("14.2 malformed", "bytes", ALL),
-    ("14.2 malformed", "bytes=", ALL),
-    ("14.2 malformed", "bytes=-", ALL),
-    ("14.2 malformed", "bytes=,", ALL),
-    ("14.2 malformed", "bytes=5", ALL),
-    ("14.2 malformed", "bytes=9-5", ALL),
-    ("14.2 malformed", "bytes=" + "9" * 30 + "-5", ALL),
-    ("14.2 malformed", "bytes=--5", ALL),
-    ("14.2 malformed", "bytes=+1-2", ALL),
-    ("14.2 malformed", "bytes=1-+2", ALL),
-    ("14.2 malformed", "bytes=1 - 2", ALL),
-    ("14.2 malformed", "bytes=1-2-3", ALL),
-    ("14.2 malformed", "bytes=0x1-0x2", ALL),
-    ("14.2 malformed", "bytes=1_0-20", ALL),
-    ("14.2 malformed", "bytes=1.5-2", ALL),
-    ("14.2 malformed", "bytes=a-b", ALL),
-    ("14.2 malformed", "bytes==1-2", ALL),
-    ("14.2 malformed", "bytes:1-2", ALL),
-    ("14.2 malformed", "bytes=\u0661-\u0662", ALL),  # digits, but not of ASCII
-    ("14.2 malformed", "", ALL),
+]
+MALFORMED = [  # 14.2: answered with all of it
+    "", "bytes", "bytes=", "bytes=-", "bytes=,", "bytes=5", "bytes=9-5", "bytes=" + "9" * 30 + "-5", "bytes=--5",
+    "bytes=+1-2", "bytes=1-+2", "bytes=1 - 2", "bytes=1-2-3", "bytes=0x1-0x2", "bytes=1_0-20", "bytes=1.5-2",
+    "bytes=a-b", "bytes==1-2", "bytes:1-2", "bytes=\u0661-\u0662",  # digits, but not of ASCII
 ]
 R = {"Range": "bytes=1-2"}
 CONDITIONS = [
@@ -187,6 +169,7 @@ CONDITIONS = [
     ("13.2.2 order", {"If-Unmodified-Since": BEFORE, "If-None-Match": E}, FAILED),
     ("13.2.2 order", {"If-Match": E, "If-None-Match": E}, SAME),
 ]
+RANGES += [("14.2 malformed", field, ALL) for field in MALFORMED]
 CASES = [(section, {"Range": field}, answer) for section, field, answer in RANGES] + CONDITIONS
 
 
@@ -278,7 +261,7 @@ def test_last_modified_is_never_in_the_future(tmp_path):
 )
 def test_the_name_to_save_it_under_is_safe(name, saved, tmp_path):
     """No path, no hidden file, no option, and nothing that ends the header field."""
-    record = wmi.image_record({"id": "wmi-one", "account_id": ACCOUNT, "source": {"uri": f"file:///x/{name}"}})
+    record = image(source={"uri": f"file:///x/{name}"})
     (request,) = [each for each in read_requests([b"GET /a HTTP/1.1\r\nHost: a\r\n\r\n"]) if each]
     write(tmp_path / "a", TEXT)
     answer = wmi.file_answer(request, record, open(tmp_path / "a", "rb"))
@@ -297,8 +280,7 @@ def test_who_may_show_an_image_may_have_its_file(prefix, tmp_path):
     """For each caller and image the answer is that of show: the file, or the same error."""
     storage = wmi.MemoryStorage()
     for number, fields in enumerate([{"is_public": True}, {"is_public": False}, DELETED]):
-        source = {"uri": write(tmp_path / f"{number}.raw", TEXT)}
-        storage.add(wmi.image_record({"id": f"wmi-{number}", "account_id": ACCOUNT, "source": source, **fields}))
+        storage.add(image(f"wmi-{number}", source={"uri": write(tmp_path / f"{number}.raw", TEXT)}, **fields))
     statuses = set()
     with serving(storage, files=str(tmp_path)) as served:
         for caller, id in itertools.product(
@@ -467,7 +449,7 @@ def test_a_link_that_is_put_there_after_the_path_was_resolved(what, place, monke
             os.symlink(target, place / what)
         return found
 
-    record = wmi.image_record({"account_id": ACCOUNT, "source": {"uri": f"file://{place}/sub/in"}})
+    record = image(source={"uri": f"file://{place}/sub/in"})
     monkeypatch.setattr(os.path, "realpath", realpath)
     with pytest.raises(wmi.NotFound):
         wmi.open_image_file(str(place), record)
@@ -511,7 +493,7 @@ def test_a_deep_path_takes_two_descriptors(place, monkeypatch):
     """However deep the file is, the folders on the way are closed at once."""
     deep = place.joinpath(*["d"] * 100)
     deep.mkdir(parents=True)
-    record = wmi.image_record({"account_id": ACCOUNT, "source": {"uri": write(deep / "in", TEXT)}})
+    record = image(source={"uri": write(deep / "in", TEXT)})
     before, counts, original = descriptors(), [], os.open
 
     def count(*arguments, **options):
@@ -567,18 +549,25 @@ def rest(peer):
     return bytes(text)
 
 
+@contextlib.contextmanager
+def downloading(big, tls, requests=GET + CLOSE, log=lambda line: None):
+    """Serve the big file, with TLS or without, and ask for it on a connection."""
+    options, wrap = tls
+    with serving(store(big.as_uri()), log=log, files=str(big.parent), **options) as served:
+        with wrap(connect(served)) as peer:
+            peer.sendall(requests)
+            yield served, peer
+
+
 @pytest.mark.parametrize(
     "start, end", [(0, 5_000_000), (1, 2), (12345, 2_000_000), (BIG - 5, BIG), (0, 16384), (7, 16392)]
 )
 def test_a_range_is_sent_exactly(big, tls, start, end):
     """The bytes of the range, no more and no fewer; then the connection goes on."""
-    options, wrap = tls
     content = memoryview(big.read_bytes())
     ask = GET + b"Range: bytes=%d-%d\r\n" % (start, end - 1)
-    with serving(store(big.as_uri()), files=str(big.parent), **options) as served:
-        with wrap(socket.create_connection((served.host, served.port), SECONDS)) as peer:
-            peer.sendall((ask + b"\r\n") * 2 + ask + CLOSE)
-            text = rest(peer)
+    with downloading(big, tls, (ask + b"\r\n") * 2 + ask + CLOSE) as (_, peer):
+        text = rest(peer)
     at = 0
     for _ in range(3):
         head = text[at : text.index(b"\r\n\r\n", at)]
@@ -591,23 +580,20 @@ def test_a_range_is_sent_exactly(big, tls, start, end):
 
 def test_junk_on_other_connections_cuts_nothing(big, tls):
     """A handshake that fails is no failure of those who are served meanwhile."""
-    options, wrap = tls
-    with serving(store(big.as_uri()), files=str(big.parent), **options) as served:
-        with wrap(socket.create_connection((served.host, served.port), SECONDS)) as peer:
-            peer.sendall(GET + CLOSE)
-            text = bytearray()
-            for _ in range(10):
-                with socket.create_connection((served.host, served.port), SECONDS) as other:
-                    other.sendall(b"nonsense\r\n\r\n")
-                    rest(other)
-                for _ in range(100):  # so that the server sends, until it has to wait again
-                    text += peer.recv(16384)
-            text += rest(peer)
+    text = bytearray()
+    with downloading(big, tls) as (served, peer):
+        for _ in range(10):
+            with connect(served) as other:
+                other.sendall(b"nonsense\r\n\r\n")
+                rest(other)
+            for _ in range(100):  # so that the server sends, until it has to wait again
+                text += peer.recv(16384)
+        text += rest(peer)
     body = bytes(text).partition(b"\r\n\r\n")[2]
     assert len(body) == BIG and hash(body) == hash(big.read_bytes())
 
 
-def test_a_disk_that_fails_is_in_the_log(big, monkeypatch):
+def test_a_disk_that_fails_is_in_the_log(big, tls, monkeypatch):
     """A read error cuts the answer; nothing is wrong with the client, so the log says what is."""
     log = []
 
@@ -616,10 +602,8 @@ def test_a_disk_that_fails_is_in_the_log(big, monkeypatch):
 
     for name in ("sendfile", "pread"):
         monkeypatch.setattr(os, name, fail, raising=False)
-    with serving(store(big.as_uri()), log=log.append, files=str(big.parent)) as served:
-        with socket.create_connection((served.host, served.port), SECONDS) as peer:
-            peer.sendall(GET + CLOSE)
-            assert rest(peer).endswith(b"\r\n\r\n")
+    with downloading(big, tls, log=log.append) as (_, peer):
+        assert rest(peer).endswith(b"\r\n\r\n")
         until(lambda: any("error: " in line and "Input/output" in line for line in log))
 
 
@@ -644,16 +628,14 @@ def write_at(path, place, content):
 @pytest.mark.parametrize("how", CHANGES)
 def test_a_file_that_changes_while_it_is_sent(how, big, tls):
     """It is cut before its end, and the log says why; one that was replaced is sent as it was, to its end."""
-    log, (options, wrap), content = [], tls, big.read_bytes()
-    with serving(store(big.as_uri()), log=log.append, files=str(big.parent), **options) as served:
-        with wrap(socket.create_connection((served.host, served.port), SECONDS)) as peer:
-            peer.sendall(GET + CLOSE)
-            text = peer.recv(1000)
-            CHANGES[how](big)
-            with socket.create_connection((served.host, served.port), SECONDS) as other:  # it serves others meanwhile
-                other.sendall(b"nonsense\r\n\r\n")
-                assert options or b" 400 " in other.recv(100)
-            text += rest(peer)
+    log, content = [], big.read_bytes()
+    with downloading(big, tls, log=log.append) as (served, peer):
+        text = peer.recv(1000)
+        CHANGES[how](big)
+        with connect(served) as other:  # it serves others meanwhile
+            other.sendall(b"nonsense\r\n\r\n")
+            assert tls[0] or b" 400 " in other.recv(100)
+        text += rest(peer)
     head, _, body = text.partition(b"\r\n\r\n")
     assert b"Content-Length: %d\r\n" % BIG in head + b"\r\n"
     if how in ("is replaced", "is deleted"):
@@ -693,7 +675,7 @@ def test_files_are_closed(how, big, tls, monkeypatch):
     """Whatever the answer is and wherever the client goes away, no file stays open."""
     monkeypatch.setattr(wmi, "SEND_SECONDS", 0.3 if how == "reads nothing" else SECONDS)
     lines = {"304": b"If-None-Match: *\r\n", "412": b'If-Match: "a"\r\n', "416": b"Range: bytes=99999999-\r\n"}
-    (options, wrap), there = tls, str(big.resolve())
+    method, there = b"HEAD" if how == "HEAD" else b"GET", str(big.resolve())
 
     def opened():
         names = []
@@ -702,17 +684,15 @@ def test_files_are_closed(how, big, tls, monkeypatch):
                 names.append(os.readlink(f"/proc/self/fd/{name}"))
         return there in names
 
-    with serving(store(big.as_uri()), files=str(big.parent), **options) as served:
-        with wrap(socket.create_connection((served.host, served.port), SECONDS)) as peer:
-            peer.sendall(GET.replace(b"GET", b"HEAD" if how == "HEAD" else b"GET") + lines.get(how, b"") + b"\r\n")
-            text = bytearray(peer.recv(100))
-            assert text.startswith(b"HTTP/1.1 %s " % how.encode()) or how not in lines
-            if how == "hangs up":
-                assert opened()
-                peer.close()
-            while how == "reads all" and len(text) < BIG:
-                text += peer.recv(1 << 18)
-            until(lambda: not opened())
+    with downloading(big, tls, GET.replace(b"GET", method) + lines.get(how, b"") + b"\r\n") as (_, peer):
+        text = bytearray(peer.recv(100))
+        assert text.startswith(b"HTTP/1.1 %s " % how.encode()) or how not in lines
+        if how == "hangs up":
+            assert opened()
+            peer.close()
+        while how == "reads all" and len(text) < BIG:
+            text += peer.recv(1 << 18)
+        until(lambda: not opened())
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no /proc here")
@@ -725,7 +705,7 @@ def test_memory_stays_flat_and_others_are_served(big, tls):
 
     def fetch(served):
         while not counts or (answered < 3 and len(counts) < 99):  # however long the other waits for a processor
-            with wrap(socket.create_connection((served.host, served.port), SECONDS)) as peer:
+            with wrap(connect(served)) as peer:
                 peer.sendall(GET + CLOSE)
                 counts.append(sum(map(len, iter(lambda: peer.recv(1 << 16), b""))))
 
@@ -740,7 +720,7 @@ def test_memory_stays_flat_and_others_are_served(big, tls):
             thread.start()
         most = before
         while any(thread.is_alive() for thread in threads):
-            with wrap(socket.create_connection((served.host, served.port), SECONDS)) as peer:
+            with wrap(connect(served)) as peer:
                 peer.sendall(b"nonsense\r\n\r\n")
                 answered += b" 400 " in peer.recv(100)
             most = max(most, resident())
@@ -751,9 +731,7 @@ def test_memory_stays_flat_and_others_are_served(big, tls):
 def test_readers_that_wait_cost_no_memory(big):
     """Many clients that stop reading a file for a while are not cut for it, and others are answered."""
     with serving(store(big.as_uri()), files=str(big.parent)) as served, contextlib.ExitStack() as peers:
-        waiting = [
-            peers.enter_context(socket.create_connection((served.host, served.port), SECONDS)) for _ in range(100)
-        ]
+        waiting = [peers.enter_context(connect(served)) for _ in range(100)]
         for peer in waiting:
             peer.sendall(GET + CLOSE)
         assert ask(served, path="/api/images/wmi-one")[0] == 200
@@ -761,36 +739,19 @@ def test_readers_that_wait_cost_no_memory(big):
             assert parse_answer(rest(peer))[2] == big.read_bytes()
 
 
-class Stuck(wmi.MemoryStorage):
-    """A store whose `get` waits for as long as it is told to."""
-
-    def __init__(self):
-        super().__init__()
-        self.told = threading.Event()
-
-    def get(self, id):
-        """Wait for the word, then return the record."""
-        assert self.told.wait(SECONDS)
-        return super().get(id)
-
-
 def test_a_store_that_is_stuck_does_not_cut_downloads(big):
     """What was begun goes on to its end while the store keeps as many requests waiting as it may."""
     storage = Stuck()
-    storage.add(wmi.image_record({"id": "wmi-one", "account_id": ACCOUNT, "source": {"uri": big.as_uri()}}))
+    storage.add(image(source={"uri": big.as_uri()}))
     storage.told.set()
     with serving(storage, files=str(big.parent)) as served, contextlib.ExitStack() as peers:
-
-        def connect():
-            return peers.enter_context(socket.create_connection((served.host, served.port), SECONDS))
-
-        peer = connect()
+        peer = peers.enter_context(connect(served))
         peer.sendall(GET + CLOSE)
         text = peer.recv(1000)
         storage.told.clear()
         try:
             for _ in range(2 * wmi.MAX_WAITING):
-                connect().sendall(GET + CLOSE)
+                peers.enter_context(connect(served)).sendall(GET + CLOSE)
             until(lambda: served.server.service.waiting >= wmi.MAX_WAITING)
             text += rest(peer)
         finally:
@@ -810,9 +771,7 @@ def test_a_disk_that_is_stuck_takes_few_threads(big, monkeypatch):
     monkeypatch.setattr(wmi.FileBody, "more", more)
     monkeypatch.setattr(wmi, "WORK_SECONDS", 0.01)
     with serving(store(big.as_uri()), files=str(big.parent)) as served, contextlib.ExitStack() as peers:
-        waiting = [
-            peers.enter_context(socket.create_connection((served.host, served.port), SECONDS)) for _ in range(40)
-        ]
+        waiting = [peers.enter_context(connect(served)) for _ in range(40)]
         for peer in waiting:
             peer.sendall(GET + CLOSE)
             assert peer.recv(1000).startswith(b"HTTP/1.1 200")
