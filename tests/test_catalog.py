@@ -791,6 +791,15 @@ def test_what_a_store_raises_becomes_a_database_error(call, error):
     assert (caught.value.status, caught.value.code) == (503, "110")
 
 
+@pytest.mark.parametrize("filters", [{"service_type": "std"}, {"sort_by": "id.asc"}], ids=["filter", "sort"])
+def test_a_store_that_fails_while_the_images_are_yielded(storage, filters):
+    """The same where they have been counted or sorted, and are then read once more."""
+    page = wmi.Catalog(storage, ME, "12.03").index(0, 20, **filters)
+    storage.close()
+    with pytest.raises(wmi.DatabaseError):
+        list(page.images)
+
+
 def test_absent_and_existing_are_no_failures():
     """A store's KeyError is an unknown image, its FileExistsError a duplicate."""
     catalog = wmi.Catalog(Failing(KeyError("wmi-a")), version="12.03")

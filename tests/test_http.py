@@ -922,5 +922,5 @@ def test_memory_of_a_stream_is_bounded():
         walked = -1
         while walked != storage.walked:  # until it stands still for a while
             walked = storage.walked
-            threading.Event().wait(0.3)
+            threading.Event().wait(0.1)
         assert walked < 30_000  # what the kernel's buffers hold
