@@ -861,7 +861,7 @@ def test_sqlite_finds_by_index(base, path, name):
 
 
 def test_sqlite_pages_cost_the_same_anywhere(path):
-    """Any of 10,000 images is reached with about the work of the first page.
+    """Any of 20,000 images, more than one block of 16,384, is reached with about the work of the first page.
 
     Counted in steps of SQLite's machine, not in seconds: a busy computer counts the same.
     """
@@ -871,7 +871,7 @@ def test_sqlite_pages_cost_the_same_anywhere(path):
                       for n in range(1000))
         steps.append(count_steps(store, 0))
         store.add_all(image(n, ALICE if n % 9 else BOB, is_public=n % 2 == 0)
-                      for n in range(1000, 10_000))
+                      for n in range(1000, 20_000))
         total = store.page(ALICE, 0, 0)[0]
         steps.append(count_steps(store, 0))
         deep = [count_steps(store, start) for start in range(100, total, total // 50)]
