@@ -59,8 +59,8 @@ def ignore_surroundings(monkeypatch):
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-    for name in ("WMI_URL", "WMI_ACCOUNT", "WMI_TOKEN", "WMI_STORE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith(("WMI_", "LISTEN_"))]:
+        monkeypatch.delenv(name)
 
 
 def head(target="/api/images", method="GET", *fields):
@@ -121,13 +121,13 @@ def held(served):
         yield
 
 
-def make_certificate(folder, name):
-    """Return the files of a certificate for this machine, signed by itself, and of its key."""
+def make_certificate(folder, name, names="DNS:localhost,IP:127.0.0.1"):
+    """Return the files of a certificate for these names of this machine, signed by itself, and of its key."""
     files = str(folder / f"{name}.pem"), str(folder / f"{name}.key")
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
          "-out", files[0], "-keyout", files[1], "-subj", f"/CN={name}",
-         "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
+         "-addext", f"subjectAltName={names}"],
         check=True, capture_output=True,
     )
     return files
