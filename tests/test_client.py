@@ -24,7 +24,7 @@ import time
 
 import pytest
 from serving import serving
-from support import ACCOUNT, SECONDS, ignore_surroundings, image
+from support import ACCOUNT, SECONDS, ignore_surroundings, image, make_certificate
 
 import wmi
 
@@ -599,6 +599,7 @@ def test_redirect_on_the_same_server_is_followed(status):
         assert ACCOUNT.encode() in server.requests[1]
 
 
+@pytest.mark.parametrize("status", ["301 M", "302 F", "303 S", "307 T", "308 P"])
 @pytest.mark.parametrize(
     "form",
     [
@@ -606,32 +607,27 @@ def test_redirect_on_the_same_server_is_followed(status):
         "http://u:p@127.0.0.1:{same}/x", "http://127.0.0.1/x",
     ],
 )
-def test_redirect_to_another_server_is_not_followed(form):
-    """The account is never handed to another scheme, host, port or user: not a byte goes there."""
+def test_redirect_to_another_server_is_not_followed(form, status):
+    """Account and token are never handed to another scheme, host, port or user: not a byte goes there."""
     with Scripted(http(SHOWN)) as other:
         target = []
-        with Scripted(lambda stream, request: stream.sendall(moved(target[0]))) as server:
+        with Scripted(lambda stream, request: stream.sendall(moved(target[0], status))) as server:
             target.append(form.format(port=other.port, same=server.port))
-            with pytest.raises(wmi.BadAnswer):
-                client(server).show("wmi-one")
-        assert other.requests == []
-        assert len(server.requests) == 1
+            with pytest.raises(wmi.BadAnswer) as caught:
+                client(server, token="secret").show("wmi-one")
+        assert other.requests == [] and "secret" not in str(caught.value)
+        assert len(server.requests) == 1 and b"\r\nAuthorization: Bearer secret\r\n" in server.requests[0]
 
 
 @pytest.mark.parametrize(
-    "where", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:text/plain,x", "javascript:0"]
-)
-def test_redirect_to_another_scheme_is_an_error(where):
-    """file:, ftp: and whatever there is are not opened."""
-    with Scripted(moved(where)) as server, pytest.raises(wmi.Error):
-        client(server).show("wmi-one")
-
-
-@pytest.mark.parametrize(
-    "where", ["", "http://[", "\x00", "http://h:x/", "//", "?", "http://127.0.0.1:99999999/"]
+    "where",
+    [
+        "file:///etc/passwd", "ftp://127.0.0.1/x", "data:text/plain,x", "javascript:0", "", "http://[", "\x00",
+        "http://h:x/", "//", "?", "http://127.0.0.1:99999999/",
+    ],
 )
 def test_redirect_to_nonsense_is_an_error(where):
-    """A Location that is none is one of our errors."""
+    """file:, ftp: and other schemes are not opened; a Location that is none is one of our errors."""
     with Scripted(moved(where)) as server, pytest.raises(wmi.Error):
         client(server).show("wmi-one")
 
@@ -667,14 +663,6 @@ def test_redirects_are_counted(hops):
             with pytest.raises(wmi.Error):
                 client(server).show("wmi-one")
         assert len(server.requests) == 6
-
-
-def test_redirect_in_a_circle():
-    """A circle ends."""
-    with Scripted(moved("/a")) as server:
-        with pytest.raises(wmi.Error):
-            client(server).show("wmi-one")
-        assert len(server.requests) <= 6
 
 
 @pytest.mark.parametrize("status", ["301 M", "302 F", "303 S", "307 T", "308 P"])
@@ -812,22 +800,23 @@ def test_silent_server():
         assert 0.2 < elapsed(lambda: client(server, timeout=0.3).show("wmi-one")) < 8
 
 
+@contextlib.contextmanager
+def no_room(listener):
+    """Fill the backlog of a listener, so that whoever connects is kept waiting while the block runs."""
+    listener.listen(0)
+    with contextlib.ExitStack() as peers:
+        for _ in range(3):
+            peer = peers.enter_context(socket.socket())
+            peer.setblocking(False)
+            peer.connect_ex(listener.getsockname())
+        yield
+
+
 def test_server_that_does_not_accept():
     """A listener whose backlog is full is given up after the timeout."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        peers = []
-        try:
-            for _ in range(3):
-                peers.append(socket.socket())
-                peers[-1].setblocking(False)
-                peers[-1].connect_ex(listener.getsockname())
-            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            assert elapsed(lambda: client(url, timeout=0.3).show("wmi-one")) < 8
-        finally:
-            for peer in peers:
-                peer.close()
+    with socket.create_server(("127.0.0.1", 0)) as listener, no_room(listener):
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        assert elapsed(lambda: client(url, timeout=0.3).show("wmi-one")) < 8
 
 
 DRIPS = {
@@ -1047,38 +1036,25 @@ def test_a_number_of_a_million_digits_takes_no_time():
 
 def test_a_late_redirect_into_a_full_backlog():
     """A server that redirects late and then accepts no more does not outlast the deadline."""
-    done, peers = threading.Event(), []
+    done = threading.Event()
 
     def act(stream, request):
-        server.listener.listen(0)
-        for _ in range(3):
-            peers.append(socket.socket())
-            peers[-1].setblocking(False)
-            peers[-1].connect_ex(("127.0.0.1", server.port))
-        stream.settimeout(0.4)
-        with contextlib.suppress(socket.timeout):
-            stream.recv(1)
-        stream.sendall(moved("/x"))
-        done.wait(SECONDS)
+        with no_room(server.listener):
+            done.wait(0.4)
+            stream.sendall(moved("/x"))
+            done.wait(SECONDS)
 
     with Scripted(act, b"") as server:
         try:
             assert elapsed(lambda: client(server, timeout=15, deadline=0.5).show("wmi-one")) < 8
         finally:
+            server.listener.listen()  # room again: otherwise what ends the server would have to knock twice
             done.set()
-            for peer in peers:
-                peer.close()
 
 
 def test_each_address_of_a_host_has_its_share_of_the_time(monkeypatch):
     """A host with several addresses that do not answer takes no longer than one."""
-    with socket.socket() as listener, contextlib.ExitStack() as peers:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(3):
-            peer = peers.enter_context(socket.socket())
-            peer.setblocking(False)
-            peer.connect_ex(listener.getsockname())
+    with socket.create_server(("127.0.0.1", 0)) as listener, no_room(listener):
         address = (socket.AF_INET, socket.SOCK_STREAM, 6, "", listener.getsockname())
         monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: [address] * 12)
         assert elapsed(lambda: client("http://four.example", timeout=0.5, deadline=0.5).show("wmi-one")) < 4
@@ -1156,15 +1132,6 @@ def test_nobody_listens():
         client(url, retries=2).index()
 
 
-def test_delete_that_was_done_is_done():
-    """404 for the second try of a DELETE means that the first one had been done."""
-    gone = error("UnknownUUIDResource", 404, "wmi-one")
-    with Scripted(reset, gone) as server:
-        assert client(server, retries=1).destroy("wmi-one") == "wmi-one"
-    with Scripted(gone) as server, pytest.raises(wmi.UnknownUUIDResource):
-        client(server, retries=1).destroy("wmi-one")
-
-
 GONE = error("UnknownUUIDResource", 404, "wmi-one")
 
 
@@ -1216,10 +1183,7 @@ def test_404_of_another_server_is_not_success():
 
 def test_404_after_a_failure_counts_for_other_verbs():
     """Only DELETE takes a 404 for success."""
-    with (
-        Scripted(reset, error("UnknownUUIDResource", 404, "wmi-one")) as server,
-        pytest.raises(wmi.UnknownUUIDResource),
-    ):
+    with Scripted(reset, GONE) as server, pytest.raises(wmi.UnknownUUIDResource):
         client(server, retries=1).show("wmi-one")
 
 
@@ -1293,23 +1257,6 @@ def test_too_large_answers_are_refused(spare):
 
 
 @pytest.mark.parametrize(
-    "begin", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 500 No\r\n\r\n"], ids=["answer", "error"]
-)
-def test_endless_answers_are_refused(begin):
-    """A body without end is read up to the cap, and no further."""
-    sent = [0]
-
-    def flood(stream, request):
-        stream.sendall(begin)
-        while True:
-            sent[0] += stream.send(b" " * 65536)
-
-    with Scripted(flood) as server, pytest.raises(wmi.BadAnswer):
-        client(server, max_answer=1 << 20).show("wmi-one")
-    assert sent[0] < 40 << 20
-
-
-@pytest.mark.parametrize(
     "answer",
     [
         b"HTTP/1.1 200 OK\r\nA: b\r\n", b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 1000,
@@ -1334,11 +1281,7 @@ def certificate(tmp_path_factory):
     """Return the files of a certificate for localhost, signed by itself, and of its key."""
     if not shutil.which("openssl"):
         pytest.skip("the program openssl, which makes a certificate for this test, is not installed")
-    cert, key = (str(tmp_path_factory.mktemp("tls") / name) for name in ("cert.pem", "key.pem"))
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-    command += " -addext subjectAltName=DNS:localhost -addext keyUsage=critical,digitalSignature,keyCertSign"
-    subprocess.run([*command.split(), "-keyout", key, "-out", cert], check=True, capture_output=True)
-    return cert, key
+    return make_certificate(tmp_path_factory.mktemp("tls"), "localhost", "DNS:localhost")
 
 
 @pytest.fixture
@@ -1447,7 +1390,7 @@ def test_deadline_while_sending(https, certificate, scheme):
 def test_https_to_a_server_without_it():
     """A server that does not speak TLS is Unreachable."""
     with Scripted(GOOD) as server, pytest.raises(wmi.Unreachable):
-        client(server.url.replace("http:", "https:"), timeout=0.5).show("wmi-one")
+        client(server.url.replace("http:", "https:"), timeout=0.2).show("wmi-one")
 
 
 def test_deadline_holds_during_the_handshake():
