@@ -19,12 +19,12 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from serving import serving
-from support import ACCOUNT, MODULE, SECONDS, ignore_surroundings, until
+from support import ACCOUNT, MODULE, SECONDS, free_port, ignore_surroundings, make_certificate, until
 from test_client import Scripted
-from test_tls import make_certificate
 
 import wmi
 
@@ -295,26 +295,14 @@ def test_cut_connections_of_a_server_without_ranges(path, lines, out, capfdbinar
     assert [b"If-Range" in each for each in source.requests] == [False] + [lines == ['ETag: "a"']] * 5
 
 
-def test_kill_of_the_server(tmp_path, out, request):
+def test_kill_of_the_server(command, tmp_path, out, request):
     """Killed at random places and started anew, it is asked for what is missing only."""
     (tmp_path / "one.raw").write_bytes(CONTENT * 3)
     store = f"json:{tmp_path}/images.json"
     with wmi.open_storage(store) as storage:
         storage.add(image((tmp_path / "one.raw").as_uri(), CONTENT * 3))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    argv = [sys.executable, MODULE, "serve", "--store", store, "--files", str(tmp_path), "--port", str(port)]
-    servers = []
-
-    def start():
-        servers.append(subprocess.Popen([*argv, "--log", str(tmp_path / "log")], stderr=subprocess.PIPE, text=True))
-        assert "serving" in servers[-1].stderr.readline()
-
-    def kill():
-        servers[-1].kill()
-        servers[-1].wait(SECONDS)
-        servers[-1].stderr.close()
-
+    options = ["--files", str(tmp_path), "--port", str(free_port()), "--log", "log"]
+    servers = [command(*options, store=store)]
     chance = random.Random(2)
     places = sorted(chance.sample(range(len(CONTENT) * 2), 20 if request.config.getoption("--long") else 3))
     heard = [0]
@@ -324,14 +312,11 @@ def test_kill_of_the_server(tmp_path, out, request):
         heard.append(done)
         if places and done >= places[0]:
             places.pop(0)
-            kill()
-            start()
+            servers.pop().end()
+            servers.append(command(*options, store=store))
 
-    start()
-    try:
-        wmi.Client(f"http://127.0.0.1:{port}", ACCOUNT).fetch("wmi-one", "x", progress)
-    finally:
-        kill()
+    wmi.Client(f"http://127.0.0.1:{servers[0].port}", ACCOUNT).fetch("wmi-one", "x", progress)
+    servers.pop().end()
     assert not places and (out / "x").read_bytes() == CONTENT * 3
     statuses = re.findall(r"/file (\d+) ", (tmp_path / "log").read_text())
     assert set(statuses) <= {"200", "206"} and statuses[-1] == "206"
@@ -521,8 +506,7 @@ def test_no_such_image(own, out, refused):
 
 def test_a_source_that_cannot_be_reached(out, refused):
     """The line names the source, not the server of images."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with catalog(image(f"http://127.0.0.1:{port}/a")) as url:
         assert f"the source of wmi-one cannot be fetched: http://127.0.0.1:{port}/a: " in refused(url, "x")
     assert left(out) == []
@@ -628,22 +612,17 @@ def test_two_fetches_to_one_file(own, out, capfd):
 
 def test_many_fetches_to_one_file(own, out):
     """Each of them has all of it or is told that another one fetches; in the end the file is right and alone."""
-    ends = []
 
-    def run():
-        for _ in range(5):
-            try:
-                wmi.Client(own, ACCOUNT).fetch("wmi-one", "x")
-                ends.append((out / "x").read_bytes() == CONTENT)
-            except wmi.FetchError as error:
-                ends.append("is being fetched by another process" in str(error))
+    def run(number):
+        try:
+            wmi.Client(own, ACCOUNT).fetch("wmi-one", "x")
+            return (out / "x").read_bytes() == CONTENT
+        except wmi.FetchError as error:
+            return "is being fetched by another process" in str(error)
 
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert ends == [True] * 20 and left(out) == ["x"]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(run, range(20))) == [True] * 20
+    assert left(out) == ["x"]
 
 
 def test_another_fetch_ends_just_before(own, out, monkeypatch):
@@ -832,8 +811,7 @@ def test_nginx(tmp_path, out):
     (tmp_path / "www").mkdir()
     tmp_path.chmod(0o755)
     (tmp_path / "www" / "one.raw").write_bytes(CONTENT)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     (tmp_path / "conf").write_text(
         f"daemon off; master_process off; pid {tmp_path}/pid; error_log {tmp_path}/error; events {{}}\n"
         f"http {{ access_log {tmp_path}/log combined; client_body_temp_path {tmp_path}/a; proxy_temp_path {tmp_path}/b;"

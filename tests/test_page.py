@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -16,12 +15,12 @@ import urllib.parse
 
 import pytest
 from browser import PROGRAM, Browser
-from serving import SECONDS, parse_answer, read_answer, serving
-from support import MODULE
+from serving import SECONDS, parse_answer, raw, read_answer, serving
+from support import ACCOUNT, image
 
 import wmi
 
-ACCOUNT, OTHER = "a-shpoolxx", "a-other"
+OTHER = "a-other"
 MD5 = "0123456789abcdef" * 2
 HTML = "text/html;charset=utf-8"
 LONGEST = "wmi-" + "w" * 251
@@ -43,16 +42,10 @@ HOSTILE = [
 ]
 
 
-def image(id, **fields):
-    """Return the record of an image."""
-    return wmi.image_record({"id": id, "account_id": ACCOUNT, **fields})
-
-
 def stored(*records):
     """Return a store with these records."""
     storage = wmi.MemoryStorage()
-    for record in records:
-        storage.add(record)
+    storage.add_all(records)
     return storage
 
 
@@ -274,7 +267,7 @@ def test_search(server):
     assert shown(server, "/?q=other+x86_64").ids() == ["wmi-n35", "wmi-n25", "wmi-n5"]
     assert shown(server, "/?q=image+nowhere").ids() == []
     page = shown(server, "/?q=image++of&account=a-shpoolxx")
-    assert ("p", "Images 1 to 20 of 38") in [("p", text) for text in page.texts["p"]]
+    assert "Images 1 to 20 of 38" in page.texts["p"]
     older = shown(server, page.links[-1])
     assert len({*page.ids(), *older.ids()}) == 38 and "account=a-shpoolxx" in page.links[-1]
     assert ("input", "value", "image of") in older.attributes
@@ -304,8 +297,7 @@ def test_first_visit_and_empty_store():
     with serving(wmi.MemoryStorage()) as server:
         page = shown(server, "/")
         assert page.texts["h1"] == ["Public images"]
-        assert page.texts["p"] == ["Name your account to list the images that only it may see, too.",
-                                   "There are no images yet."]
+        assert page.texts["p"] == ["Enter your account to see its private images as well.", "There are no images yet."]
         assert ("input", "name", "account") in page.attributes and "ol" not in page.texts
 
 
@@ -575,28 +567,18 @@ def test_log_in_json():
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_start_line(tmp_path, log_format):
+def test_start_line(command, log_format):
     """One line says what is served and where its page is; with --log-format json that line is JSON, too."""
-    argv = ["serve", "--store", "memory:", "--port", "0", "--log-format", log_format]
-    child = subprocess.Popen([sys.executable, MODULE, *argv], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    try:
-        first = child.stderr.readline()
-        text = first[len("wmi: ") :].rstrip() if log_format == "text" else json.loads(first)["message"]
-        match = re.fullmatch(r"serving memory: on (http://127\.0\.0\.1:(\d+))/api/images \(page: \1/\)", text)
-        with socket.create_connection(("127.0.0.1", int(match[2])), SECONDS) as peer:
-            peer.sendall(b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n")
-            peer.settimeout(SECONDS)
-            answer = b"".join(iter(lambda: peer.recv(65536), b""))
-        assert parse_answer(answer)[0] == 200
-        child.send_signal(signal.SIGTERM)
-        rest = child.stderr.read().splitlines()
-        assert child.wait(30) == 0 and len(rest) == 1
-        cells = rest[0].split(" ") if log_format == "text" else [*json.loads(rest[0]).values()]
-        assert [*map(str, cells)][3:6] == ["GET", "/", "200"]
-    finally:
-        child.kill()
-        child.wait()
-        child.stderr.close()
+    server = command("--log-format", log_format, store="memory:")
+    answer = raw(server.host, server.port, b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n")
+    assert parse_answer(answer)[0] == 200
+    server.process.terminate()
+    assert server.wait() == 0
+    first, line = server.said
+    text = first[len("wmi: ") :].rstrip() if log_format == "text" else json.loads(first)["message"]
+    assert re.fullmatch(r"serving memory: on (http://127\.0\.0\.1:\d+)/api/images \(page: \1/\)", text)
+    cells = line.split(" ") if log_format == "text" else [*json.loads(line).values()]
+    assert [*map(str, cells)][3:6] == ["GET", "/", "200"]
 
 
 # ---- in a real browser ----
