@@ -19,6 +19,7 @@ import ast
 import contextlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -84,21 +85,11 @@ end
 """  # wrk's own thread calls it: the numbers go around, so that each comes again only after all others
 
 
-class Asked:
-    """Say which path comes next: always the same one, or another image each time."""
+class Asked(NamedTuple):
+    """What is asked for: always the same path, or another image each time, from the one after `first`."""
 
-    def __init__(self, path: str, first: int = -1) -> None:
-        self.path, self.first = path, first  # first < 0: always the same path
-
-    def paths(self) -> Iterator[str]:
-        """Yield paths without end."""
-        number = self.first
-        while True:
-            if number < 0:
-                yield self.path
-            else:
-                number = (number + 1) % MANY
-                yield f"{self.path}/{image_id(number)}"
+    path: str
+    first: int = -1  # less than 0: always the same path
 
 
 def load_with_wrk(target: Target, asked: Asked, seconds: float, account: str) -> Load:
@@ -127,7 +118,9 @@ def load_with_wrk(target: Target, asked: Asked, seconds: float, account: str) ->
 def load_with_own(target: Target, asked: Asked, seconds: float, account: str) -> Load:
     """Keep every connection busy from one process, with one request under way on each."""
     tail = f" HTTP/1.1\r\nHost: {target.host}\r\nX-VDC-ACCOUNT-UUID: {account}\r\n\r\n"
-    paths = asked.paths()
+    paths: Iterator[str] = itertools.repeat(asked.path)
+    if asked.first >= 0:
+        paths = (f"{asked.path}/{image_id(number % MANY)}" for number in itertools.count(asked.first + 1))
     times: list[float] = []
     with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
 

@@ -699,35 +699,23 @@ def test_proxies_are_used_when_asked_for(monkeypatch):
     assert len(proxy.requests) == 2
 
 
-class Tunnel:
-    """A connection whose CONNECT is answered before TLS begins on it."""
-
-    def __init__(self, connection, https, answer, heads):
-        while not heads or not heads[-1].endswith(b"\r\n\r\n"):
-            heads.append(connection.recv(65536))
-        connection.sendall(answer)
-        self.stream = https(connection)
-
-    def __enter__(self):
-        return self.stream
-
-    def __exit__(self, *exc):
-        self.stream.close()
-
-
 def test_https_through_a_proxy(https, certificate, monkeypatch):
     """A tunnel is asked for, and the certificate is the server's; the proxy never sees the account."""
     heads = []
 
-    def before(connection):
-        heads.clear()
-        return Tunnel(connection, https, b"HTTP/1.1 200 OK\r\nA: b\r\n\r\n", heads)
+    def open_tunnel(connection):
+        heads.append(b"")
+        while not heads[-1].endswith(b"\r\n\r\n"):
+            heads[-1] += connection.recv(65536)
+        connection.sendall(OK + b"A: b\r\n\r\n")
+        return https(connection)
 
-    with Scripted(http(b"", "502 X"), GOOD, before=before) as proxy:
+    with Scripted(http(b"", "502 X"), GOOD, before=open_tunnel) as proxy:
         monkeypatch.setenv("https_proxy", proxy.url)
         caller = client("https://localhost:81", proxies=True, retries=1, cafile=certificate[0])
         assert caller.show("wmi-one")["id"] == "wmi-one"
-        assert heads[0].startswith(b"CONNECT localhost:81 HTTP/1.") and ACCOUNT.encode() not in heads[0]
+        for connect in heads:
+            assert connect.startswith(b"CONNECT localhost:81 HTTP/1.") and ACCOUNT.encode() not in connect
         for request in proxy.requests:
             assert request.startswith(b"GET /api/images/wmi-one.json HTTP/1.1\r\n")
         assert len(proxy.requests) == 2
@@ -742,10 +730,8 @@ def test_bad_proxies(act, monkeypatch):
     """What a proxy answers to CONNECT is bounded as every answer is."""
     with Scripted(act) as proxy, little_memory(1 << 20):
         monkeypatch.setenv("https_proxy", proxy.url)
-        began = time.monotonic()
-        with pytest.raises((wmi.BadAnswer, wmi.Unreachable)):
-            client("https://localhost:81", proxies=True, deadline=0.4).show("wmi-one")
-        assert time.monotonic() - began < 8
+        caller = client("https://localhost:81", proxies=True, deadline=0.4)
+        assert elapsed(lambda: caller.show("wmi-one"), wmi.BadAnswer, wmi.Unreachable) < 8
         assert ACCOUNT.encode() not in b"".join(proxy.requests)
         gc.collect()
 
@@ -778,10 +764,10 @@ def test_deadline_after_a_late_tunnel(monkeypatch):
 # ---- time ----
 
 
-def elapsed(call):
-    """Return how long a call took that must be Unreachable."""
+def elapsed(call, *errors):
+    """Return how long a call took that must be Unreachable, or one of these errors."""
     began = time.monotonic()
-    with pytest.raises(wmi.Unreachable) as caught:
+    with pytest.raises(errors or wmi.Unreachable) as caught:
         call()
     assert str(caught.value)
     return time.monotonic() - began
@@ -835,10 +821,8 @@ DRIPS = {
 def test_deadline_is_for_the_whole_call(drip):
     """A byte now and then, each within the timeout, does not outlast the deadline."""
     with Scripted(drip) as server:
-        began = time.monotonic()
-        with pytest.raises(wmi.Error):
-            client(server, timeout=15, deadline=0.25, retries=5).show("wmi-one")
-        assert time.monotonic() - began < 8
+        caller = client(server, timeout=15, deadline=0.25, retries=5)
+        assert elapsed(lambda: caller.show("wmi-one"), wmi.Error) < 8
 
 
 def test_answer_without_length_at_the_deadline():
@@ -911,10 +895,8 @@ def little_memory(at_most):
 def test_floods_take_no_memory(flood):
     """What has no end, wherever in an answer, is BadAnswer or Unreachable, within max_answer and 1 MB, and at once."""
     with Scripted(flood) as server, little_memory((1 << 18) + (1 << 20)):
-        began = time.monotonic()
-        with pytest.raises((wmi.BadAnswer, wmi.Unreachable)):
-            client(server, max_answer=1 << 18, deadline=5).show("wmi-one")
-        assert time.monotonic() - began < 8
+        caller = client(server, max_answer=1 << 18, deadline=5)
+        assert elapsed(lambda: caller.show("wmi-one"), wmi.BadAnswer, wmi.Unreachable) < 8
 
 
 def test_redirect_with_a_body_without_end_is_followed():
@@ -1146,7 +1128,7 @@ def test_a_lost_answer_may_have_been_success(loss):
 def test_a_timeout_may_have_been_success():
     """A DELETE that was not answered in time may have been done."""
     with Scripted(hang, GONE) as server:
-        assert client(server, timeout=1, retries=1).destroy("wmi-one") == "wmi-one"
+        assert client(server, timeout=0.2, retries=9).destroy("wmi-one") == "wmi-one"
 
 
 @pytest.mark.parametrize("refusal", ["503", "database"])
@@ -1359,32 +1341,21 @@ def test_deadline_over_https(https, certificate, drip):
 def test_deadline_while_sending(https, certificate, scheme):
     """A server that takes a little of a long request now and then does not outlast the deadline."""
 
-    class Slow:
-        """A connection that takes a little of what is sent each time."""
+    def read_slowly(connection):
+        with connection if scheme == "http" else https(connection) as stream:
+            while not stopped.wait(0.005) and (piece := stream.recv(65536)):  # at most 4 MB until the deadline
+                sizes.append(len(piece))
+        return stream
 
-        def __init__(self, connection):
-            self.stream = connection if scheme == "http" else https(connection)
-
-        def __enter__(self):
-            for _ in range(60):
-                if stopped.wait(0.2) or not self.stream.recv(65536):
-                    break
-            self.stream.close()
-            return self
-
-        def __exit__(self, *exc):
-            pass
-
-        def recv(self, size):
-            return b""
-
-    stopped = threading.Event()
-    with Scripted(b"", before=Slow) as server:
+    sizes, stopped = [], threading.Event()
+    with Scripted(b"", before=read_slowly) as server:
+        server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         caller = client(f"{scheme}://localhost:{server.port}", cafile=certificate[0], deadline=0.3, version="12.03")
         try:
             assert elapsed(lambda: caller.update("wmi-one", display_name="x" * (16 << 20))) < 6
         finally:
             stopped.set()
+    assert sum(sizes) < 10 << 20
 
 
 def test_https_to_a_server_without_it():
