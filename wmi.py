@@ -481,12 +481,7 @@ def _check_time(field: str, value: Any) -> str:
 
 def now() -> str:
     """Return the present time as the API spells it: UTC, whole seconds, such as 2011-11-23T07:36:00Z."""
-    return _spell_time(int(time.time()))
-
-
-@functools.lru_cache(maxsize=2)
-def _spell_time(second: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _mapping_of(**checks: Check) -> Check:
@@ -1025,11 +1020,8 @@ class Catalog:
     def at_least(self, revision: str) -> Catalog:
         """Return a catalog whose reads show this revision, which the store has reached already, or a newer one."""
         storage = self.storage.at_least(revision)
-        if storage is self.storage:  # a store on this machine always shows its newest state
-            return self
-        catalog = copy.copy(self)
-        catalog.storage = storage
-        return catalog
+        # A store on this machine always shows its newest state, and returns itself.
+        return self if storage is self.storage else Catalog(storage, self.account, self.version.name, self._pulse)
 
     def index(self, start: int | str = 0, limit: int | str | None = None, **filters: Any) -> Page:
         """Return the page of images from offset start, at most limit of them, newest first unless sort_by is given.
@@ -1083,7 +1075,13 @@ class Catalog:
         keys = ((_sort_key(self.version, field, record), next(count), record["id"]) for record in walked)
         pick = heapq.nsmallest if order == "asc" else heapq.nlargest
         chosen = pick(end, keys, key=lambda entry: entry[0])[start:]
-        return Page(next(count), start, limit, _guarded(self.storage.get(id) for _, _, id in chosen))
+        return Page(next(count), start, limit, self._visible(id for _, _, id in chosen))
+
+    def _visible(self, ids: Iterable[str]) -> Iterator[Record]:
+        """Yield the images with these ids, without those that were deleted or made private since they were chosen."""
+        for id in ids:
+            with contextlib.suppress(UnknownUUIDResource, OperationNotPermitted):
+                yield self.show(id)
 
     def images(self, **filters: Any) -> Iterator[Record]:
         """Yield every image of the index, in bounded memory."""
@@ -1346,7 +1344,7 @@ class Request(NamedTuple):
     path: str
     query: str
     minor: int  # HTTP/1.minor
-    cache_key: CacheKey  # all that the answer to a GET or HEAD depends on
+    cache_key: CacheKey  # all that an answer which may be kept depends on: see Service
     fields: Mapping[str, str]  # header fields, names in lower case; requests may share it, so it is never changed
     length: int  # of the body, in bytes
     chunked: bool  # the body comes in chunks, and the length is 0
@@ -1365,7 +1363,7 @@ def parse_head(head: bytes) -> Request:
     # The request line comes first: a client that speaks HTTP/2 should be told so, whatever bytes follow.
     line, _, rest = head[:-2].partition(b"\r\n")
     method, target, minor = parse_request_line(line)
-    check_characters(head, len(head))
+    check_characters(head, len(head))  # only the length: the patterns allow no wrong character
     parsed = (_parse_small_fields if len(rest) <= SMALL_HEAD else _parse_field_lines)(rest, minor)
     fields, *_, host, _ = parsed
     path, query = parse_target(method, target)
@@ -1512,6 +1510,7 @@ class Reader:
         self.ended = False  # the client will send no more
         self.owes_continue = False  # the client waits for "100 Continue" before it sends its body
         self._data, self._at = bytearray(), 0  # the bytes that are held, and how many of them are read
+        self.asks_for_head = False  # the request that is being read, legal or not, is a HEAD: its answer has no body
         self._requests = self._read_requests()
 
     def feed(self, piece: bytes) -> None:
@@ -1549,11 +1548,6 @@ class Reader:
         """How many bytes are held."""
         return len(self._data)
 
-    @property
-    def asks_for_head(self) -> bool:
-        """Whether the request that is being read, legal or not, is a HEAD, whose answer must not have a body."""
-        return self._data.startswith(b"HEAD ", self._at)
-
     def _drop_read(self) -> None:
         del self._data[: self._at]
         self._at = 0
@@ -1566,6 +1560,7 @@ class Reader:
             while True:
                 while skipped < MAX_EMPTY_LINES and data.startswith(b"\r\n", self._at):
                     self._at, skipped = self._at + 2, skipped + 1
+                self.asks_for_head = data.startswith(b"HEAD ", self._at)
                 end = data.find(b"\r\n\r\n", self._at + max(0, checked - 3)) + 4
                 if end >= 4:
                     break
@@ -1574,10 +1569,9 @@ class Reader:
                     check_partial(data, checked)
                 self.waits_for, checked = HEAD if data else IDLE, len(data)
                 yield None
-            # 2. Parse the head. It counts as read only if it is legal, because asks_for_head has to see an illegal one.
-            head = bytes(data[self._at : end])
+            # 2. Parse the head.
+            head, self._at = bytes(data[self._at : end]), end
             request = _parse_small_head(head) if len(head) <= SMALL_HEAD else parse_head(head)
-            self._at = end
             # 3. Read the body, which has chunks or a length. If some of it is here, the client does not wait for a 100.
             if request.chunked or request.length:
                 self.waits_for, self.owes_continue = BODY, request.expects_continue and self.is_empty
@@ -1749,11 +1743,10 @@ def render_page(version: Version, page: Page, format: str) -> Generator[str, Non
 
 def gather(texts: Iterator[str], size: int) -> bytes:
     """Return the next texts as at least `size` bytes, or fewer if the texts end; b"" when no text is left."""
-    gathered: list[bytes] = []
-    while size > 0 and (text := next(texts, None)) is not None:
-        gathered.append(text.encode("utf-8"))
-        size -= len(gathered[-1])
-    return b"".join(gathered)
+    gathered = bytearray()
+    while len(gathered) < size and (text := next(texts, None)) is not None:
+        gathered += text.encode("utf-8")
+    return bytes(gathered)
 
 
 class TextBody:
@@ -2185,6 +2178,11 @@ class Connection:
         """Whether nothing has arrived that will be answered."""
         return self.lingering or (self.receiving and self.reader.is_empty and self.reader.waits_for == IDLE)
 
+    @property
+    def is_change(self) -> bool:
+        """Whether its request may change the store."""
+        return self.request is not None and self.request.method not in ("GET", "HEAD")
+
     def receive(self) -> int:
         """Take what has arrived, and return what has to come next: TURN, READ or CLOSE. Raises OSError."""
         try:
@@ -2273,8 +2271,7 @@ class Connection:
 
     def expired(self) -> Exception:
         """Return the result that makes advance() close an idle connection, or refuse a request, at its deadline."""
-        late = RequestTimeout("the request, or the reading of its answer, took too long")
-        return ConnectionAbortedError() if self.is_idle else late
+        return ConnectionAbortedError() if self.is_idle else RequestTimeout("the request or its answer took too long")
 
     def _take_piece(self, result: bytes | int | Exception) -> None:
         """Take a piece of a body, or the size of one that was sent. Raise a failure if it is too late to send it."""
@@ -2466,6 +2463,7 @@ ACCEPT_AT_ONCE = 64  # connections that are accepted in one round
 MAX_BUFFERED = 2 << 20  # bytes of all unfinished requests, and of all answers that clients do not take
 SPARE_DESCRIPTORS = 24  # descriptors that are left to the store, the log and the selector
 WORK_SECONDS = 0.05  # for which work may hold up the leader before another thread takes the lead
+ROUND_SECONDS = 0.01  # of turns and work, then the log is written; it must not have LOG_LINES by then
 CHECK_SECONDS = 0.05  # between two checks of deadlines and other limits
 POLL_SECONDS = 0.005  # between two looks for the results of threads that are held up
 STORE_SECONDS = 10  # for one piece of work; the stores here give up earlier, after 8 s
@@ -2529,7 +2527,7 @@ class Server(http.server.HTTPServer):
         self.socket = listener  # bound already: server_bind would ask the DNS for our own name
         self.socket.setblocking(False)  # another process may accept the connection that select() saw
         self.watched = 0  # like that of a Connection: the selector holds the listener too
-        self.counts, self.worker = memoryview(bytearray(2)).cast("H"), 0  # connections of each worker; our index
+        self.counts, self.worker = memoryview(bytearray(4)).cast("I"), 0  # connections of each worker; our index
         descriptors = (_descriptors() - SPARE_DESCRIPTORS) // (2 if files else 1)  # an answer may hold an open file
         self._max_connections = min(max_connections, max(1, descriptors))
         self._connections: set[Connection] = set()
@@ -2658,10 +2656,11 @@ class Server(http.server.HTTPServer):
         if (self._turns or self._queue) and not self._work(me, None, self.service.look)[0]:
             return
         # 2. Give each connection its turn. What needs no work does not wait for what does.
-        while self._turns:
+        until = time.monotonic() + ROUND_SECONDS
+        while self._turns and time.monotonic() < until:
             self._take_turn(*self._turns.popleft())
         # 3. Work, but not for so long that clients which send something in the meantime would notice.
-        while self._queue and time.monotonic() - self.round_time < WORK_SECONDS:
+        while self._queue and time.monotonic() < until:
             connection = self._queue.popleft()
             leads, result = self._work(me, connection, connection.work)
             if not leads:
@@ -2688,7 +2687,7 @@ class Server(http.server.HTTPServer):
                 self._receive_from(connection)
         self.round_time, self.clock = time.monotonic(), now()
         if accepting:  # last, since it may close an idle connection: what has arrived there must have been taken
-            # A round may take WORK_SECONDS. If it accepted one client only, a burst of them would be served late.
+            # A round may take long. If it accepted one client only, a burst of them would be served late.
             for _ in range(ACCEPT_AT_ONCE):
                 if not self._accept() or len(self._connections) >= self._max_connections:
                     break  # full: the next _accept() would close a connection, even if select() shows no client
@@ -2717,7 +2716,7 @@ class Server(http.server.HTTPServer):
             self._watch(connection, 0)
             self._postponed.append(connection)
             return
-        if result is not None and connection.request and connection.request.method not in ("GET", "HEAD"):
+        if result is not None and connection.is_change:
             self.round_time = time.monotonic()  # what is answered from now on has to show this change
         wants = connection.advance(result)
         connection.queued_since = self.round_time if wants == WORK else 0.0
@@ -2843,7 +2842,7 @@ class Server(http.server.HTTPServer):
             self._held.update((thread, None) for thread, each in self._held.items() if each in late)
         self._postponed = [each for each in self._postponed if each not in late]
         for each in late:
-            self._give_turn(each, DatabaseError("the store takes too long; try again"))
+            self._give_turn(each, DatabaseError(_UNKNOWN if each.is_change else "the store takes too long; try again"))
         # 4. Accept connections again, if there was no room for them before; when stopping, accept no more.
         self._watch(self, 0 if self.stopping else READ)
         if self.stopping:
@@ -2876,20 +2875,16 @@ class Server(http.server.HTTPServer):
             lost, self._lost_lines = self._lost_lines, 0
             lines = [self._lines.popleft() for _ in range(len(self._lines))]
             lines += [self.log_format.failure(now(), f"{lost} lines of the log are lost")] if lost else []
-            text = "".join(lines)
-            for part in lines if len(text) > PIPE_BUF else [text]:
+            # As many lines in each write as fit into PIPE_BUF, or one that is longer.
+            for part in re.findall(rf"(?s).{{1,{PIPE_BUF - 1}}}\n|.+?\n", "".join(lines)):
                 self._log(part)
         self._log_lock.release()
 
 
 def _descriptors() -> int:
     """Return how many descriptors this process may have."""
-    try:
-        import resource  # here: only POSIX systems have it
-    except ImportError:
-        return sys.maxsize
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+    limit = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1  # -1: there is no limit
+    return limit if limit > 0 else sys.maxsize
 
 
 ####################################################################################################
@@ -2958,7 +2953,7 @@ def run_server(
         return _run_here(make_server, announce, renew)
     import mmap  # here: one process has nothing to share
 
-    parent, counts = os.getpid(), memoryview(mmap.mmap(-1, 2 * workers)).cast("H")
+    parent, counts = os.getpid(), memoryview(mmap.mmap(-1, 4 * workers)).cast("I")
     children: dict[int, int] = {}  # process id -> number of the worker, which is its place among the counts
     signals: list[int] = []  # the signals to stop that have come, in order
 
@@ -2991,8 +2986,12 @@ def run_server(
         while len(children) < workers and not signals:
             block_signals(True)
             number = min({*range(workers)} - {*children.values()})
-            if not signals:  # one may have come just before the signals were blocked
-                children[os.fork() or _exit_as_worker(make_server, renew, (parent, counts, number))] = number
+            try:
+                if not signals:  # one may have come just before the signals were blocked
+                    children[os.fork() or _exit_as_worker(make_server, renew, (parent, counts, number))] = number
+            except OSError as error:  # too little memory, or too many processes: the other workers go on
+                print(f"wmi: cannot start a worker: {error}; trying again", file=sys.stderr, flush=True)
+                time.sleep(1)
             block_signals(False)
         # 2. Wait until one of them ends. If it ends soon, it may be unable to start: then wait a second before a fork.
         waited = time.monotonic()
@@ -3170,7 +3169,7 @@ class Client:
             except Error as error:
                 if method == "DELETE" and lost and isinstance(error, UnknownUUIDResource):
                     return None
-                # If urllib raises URLError, the request was not sent. After a 503 nothing was done, or this is unknown.
+                # If urllib raises URLError, the request was not sent. At a 503 nothing was done, except _UNKNOWN.
                 unsent = isinstance(error.__cause__, urllib.error.URLError)
                 lost |= (error.status in (502, 504) and not unsent) or str(error) == _UNKNOWN
                 growing = random.uniform(0.05, 0.1) * 2**attempt  # random, so that clients do not march in step
@@ -3216,7 +3215,7 @@ class Client:
 
     def _read(self, answer: Any) -> Any:
         """Return what an answer holds in JSON, or raise the error in it, as the same class that the catalog raises."""
-        succeeded, body = 200 <= answer.status < 300, self._read_body(answer)
+        succeeded, body = 200 <= answer.status < 300, b"".join(_body_pieces(answer, self._max_answer))
         try:
             shown = _JSON.decode(body.decode("utf-8-sig"))
             if succeeded:
@@ -3232,13 +3231,6 @@ class Client:
         seconds = re.fullmatch("[0-9]{1,9}", answer.headers.get("Retry-After", ""))
         found.status, found.code, found.retry_after = answer.status, code, float(seconds[0] if seconds else 0)
         raise found
-
-    def _read_body(self, answer: Any) -> bytearray:
-        """Return the whole body. Raises ConnectionError if it is cut short, BadAnswer if it is too large."""
-        body = bytearray()
-        for piece in _body_pieces(answer, self._max_answer):
-            body += piece
-        return body
 
 
 def _make_opener(proxies: bool, cafile: str | None, url: str) -> urllib.request.OpenerDirector:
@@ -3775,7 +3767,7 @@ _OPTIONS: dict[str, dict[str, _Option]] = {  # by the title of their group in --
         "log_format": ("", "text (the default) or json", {"choices": LOG_FORMATS, "default": "text"}),
     },
     "where the images are": {  # the environment has defaults: WMI_STORE, WMI_URL, …
-        "store": ("", "SCHEME:LOCATION (default: %(default)s)", {"metavar": "URL", "default": _DEFAULT_STORE}),
+        "store": ("", f"SCHEME:LOCATION (default: {_DEFAULT_STORE})", {"metavar": "URL"}),
         "url": ("", "use the server at http://HOST:PORT, not a store", {"metavar": "URL"}),
         "cacert": ("", "certificates to trust for https (PEM)", {"metavar": "FILE"}),
         "account": ("", "your account (default on a store: the operator)", {"metavar": "A"}),
@@ -3890,13 +3882,24 @@ def _parse_arguments(argv: Sequence[str]) -> Any:
         command.register("action", "toggle", argparse.BooleanOptionalAction)
         command.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
         # Without FILE: standard input or output. The last three are for `serve` without the part Optional.
-        command.set_defaults(run=run, file="-", files=None, tokens=None, tls_cert=None)
+        command.set_defaults(run=run, file="-", files=None, tokens=None, tls_cert=None, places={*arguments.split()})
         if name in argv:  # to add those of every command would take longer than most commands do
             _add_arguments(command, arguments.split())
     # As in vdc-manage, --account_id is the same as --account-id; what follows "--" is left as it is.
     end = [*argv, "--"].index("--")
     dashed = [re.sub("^--[^=]*", lambda match: match[0].replace("_", "-"), word) for word in argv[:end]]
-    return parser.parse_args([*dashed, *argv[end:]])
+    return _completed(parser.parse_args([*dashed, *argv[end:]]))
+
+
+def _completed(options: Any) -> Any:
+    """Set the options that were not given, but for which the environment has a variable."""
+    # An option beats the variables: with --store, WMI_URL does not count, and with --token, WMI_TOKEN_FILE does not.
+    for names in (("store", "url"), ("token", "token_file"), ("account",), ("cacert",)):
+        if all(getattr(options, name, None) is None for name in names):
+            for name in options.places.intersection(names):
+                default = _DEFAULT_STORE if name == "store" else None
+                setattr(options, name, os.environ.get(f"WMI_{name.upper()}") or default)
+    return options
 
 
 def _add_arguments(command: Any, names: Sequence[str]) -> None:
@@ -3910,8 +3913,6 @@ def _add_arguments(command: Any, names: Sequence[str]) -> None:
             if name in names:
                 if "action" not in settings:
                     settings = {"metavar": name.split("_")[-1].upper(), **settings}
-                    if name in _PLACES.split():
-                        settings["default"] = os.environ.get(f"WMI_{name.upper()}") or settings.get("default")
                 group.add_argument(f"--{name.replace('_', '-')}", *short.split(), help=help, **settings)
 
 
@@ -4612,11 +4613,11 @@ Progress = Callable[[int, Union[int, None]], object]  # takes the bytes that hav
 def fetch_image(client: Client, id: str, path: str | None, progress: Progress) -> str:
     """Fetch the file of an image to path, and return the path.
 
-    A path of "-" is standard output; None is the name of the file in the image's source. If that source is a file://
-    URI, the client's server sends the file. If it is an http or https URI, the file is fetched from there, and neither
-    account nor token is sent to that server. The bytes are kept in path.part until the file is complete and has the
-    md5sum of the catalog. A later call fetches only what is missing. Raises FetchError, Unreachable, the errors of
-    show, and OSError for files on this machine.
+    A path of "-" is standard output; None is the name of the file in the image's source, and then no existing file is
+    replaced. If the source is a file:// URI, the client's server sends the file. If it is an http or https URI, the
+    file is fetched from there, and neither account nor token is sent to that server. The bytes are kept in path.part
+    until the file is complete and has the md5sum of the catalog. A later call fetches only what is missing. Raises
+    FetchError, Unreachable, the errors of show, and OSError for files on this machine.
     """
     # 1. Find out where the file is.
     image, source = client.show(id), client
@@ -4627,7 +4628,7 @@ def fetch_image(client: Client, id: str, path: str | None, progress: Progress) -
         source = client._anonymous_client(uri)
     elif not uri.startswith("file:"):
         raise FetchError(f"{id} has no file to fetch: its source is {brief(shown)}")
-    path, tries = path or unused_name(image), 0
+    replaces, path, tries = path is not None, path or unused_name(image), 0
     # 2. Ask for what is missing until all of it is here. Only tries in a row that brought nothing are counted, so a
     #    line that breaks now and then delays a large file but does not stop it.
     with _Arrival(path, url, image.get("md5sum")) as arrival:
@@ -4646,17 +4647,21 @@ def fetch_image(client: Client, id: str, path: str | None, progress: Progress) -
                     raise FetchError(f"the source of {id} cannot be fetched: {error}") from error
                 time.sleep(min(_PAUSE_AT_MOST, max(error.retry_after, random.uniform(0.05, 0.1) * 2**tries)))
         # 3. Check the file, and give it its name.
-        arrival.finish()
+        arrival.finish(replaces)
     return path
 
 
 def unused_name(image: Record) -> str:
     """Return the name of the file in an image's source, or else its id. Raises FetchError if that file exists here."""
     # Whoever registered the image has chosen the name. It must not replace a file of the user.
-    name = safe_name(str((image.get("source") or {}).get("uri", ""))) or str(image["id"])
-    if os.path.lexists(name):
-        raise FetchError(f"{name} exists already; to replace it, or to use another name, give -O FILE")
-    return name
+    return check_unused(safe_name(str((image.get("source") or {}).get("uri", ""))) or str(image["id"]))
+
+
+def check_unused(path: str) -> str:
+    """Return the path. Raises FetchError if there is a file."""
+    if os.path.lexists(path):
+        raise FetchError(f"{path} exists already; to replace it, or to use another name, give -O FILE")
+    return path
 
 
 class _Arrival:
@@ -4798,7 +4803,7 @@ class _Arrival:
             with open(os.open(self._note, flags, 0o666), "w", encoding="ascii") as file:
                 json.dump(self._about, file)
 
-    def finish(self) -> None:
+    def finish(self, replaces: bool) -> None:
         """Give the file its name, if its MD5 is that of the catalog. Raises FetchError."""
         found, md5sum = self._digest.hexdigest(), self._about["md5sum"]
         if md5sum and found != md5sum:
@@ -4806,6 +4811,8 @@ class _Arrival:
         with _naming(self._path or self._part):
             self._file.flush()
             if self._path:
+                if not replaces:
+                    check_unused(self._path)
                 os.fsync(self._file.fileno())
                 # The note is removed first, while the lock on the part keeps other processes from writing a note of the
                 # same name. After the rename, the note could be that of another fetch.
@@ -4850,7 +4857,7 @@ def _fetch(options: Any) -> None:
     path = options.output_file or unused_name(client.show(options.id))
     _refuse_store_file(path, os.environ.get("WMI_STORE") or _DEFAULT_STORE)  # or a file that would become its journal
     with _Progress("fetched", 1 << 20, " MiB") as progress:
-        client.fetch(options.id, path, progress)
+        path = client.fetch(options.id, options.output_file, progress)
     if path != "-":
         _write(path + "\n")
 

@@ -246,11 +246,11 @@ class Command:
             self.said.append(line)
             if "serving" in line:
                 break
-        self._drain = threading.Thread(target=self._read)
-        self._drain.start()
         found = re.search(r"http://([^/ ]*):(\d+)/", self.said[-1])
         self.host, self.port = (found[1].strip("[]"), int(found[2])) if found else ("", 0)
         self.pid = self.process.pid
+        self._drain = threading.Thread(target=self._read)
+        self._drain.start()
 
     def _read(self):
         for line in self.process.stderr:

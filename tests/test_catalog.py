@@ -815,3 +815,12 @@ def test_an_error_of_the_rules_is_not_taken_for_the_stores(storage):
     with contextlib.closing(storage):
         assert outcome(wmi.Catalog(storage, VISITOR).destroy, "wmi-mypublic") is wmi.OperationNotPermitted
     assert outcome(wmi.Catalog(storage, ME).destroy, "wmi-mypublic") is wmi.DatabaseError
+
+
+def test_a_sorted_list_shows_nothing_that_has_become_private():
+    """The images are read one by one after they were sorted; what was hidden or deleted since is left out."""
+    with filled({"id": f"wmi-{n}", "account_id": ME, "is_public": True} for n in range(4)) as storage:
+        page = wmi.Catalog(storage, "a-other", "12.03").index(is_public=True, sort_by="uuid.asc")
+        storage.replace("wmi-1", lambda record: {**record, "is_public": False, "description": "secret"})
+        storage.delete("wmi-2")
+        assert [shown["id"] for shown in page.images] == ["wmi-0", "wmi-3"]

@@ -447,6 +447,19 @@ def test_environment(done, monkeypatch):
         assert done("list", "-o", "id", "--account", "a-other") == ""
 
 
+def test_an_option_beats_the_variable_of_its_alternative(monkeypatch):
+    """Whoever names a store must not change a server's images because WMI_URL is set; the same for tokens."""
+    for name in ("STORE", "URL", "TOKEN", "TOKEN_FILE"):
+        monkeypatch.setenv(f"WMI_{name}", f"variable {name}")
+    options = wmi._parse_arguments(["delete", "wmi-0", "--store", "json:x", "--token", "t"])
+    assert (options.store, options.url, options.token, options.token_file) == ("json:x", None, "t", None)
+    options = wmi._parse_arguments(["delete", "wmi-0", "--url", "http://x", "--token-file", "f"])
+    assert (options.url, options.token, options.token_file) == ("http://x", None, "f")
+    options = wmi._parse_arguments(["delete", "wmi-0"])
+    assert (options.store, options.url) == ("variable STORE", "variable URL")
+    assert wmi._parse_arguments(["check"]).url is None  # the argument, not the option
+
+
 @pytest.mark.parametrize("argv", [["list"], ["show", "wmi-0"], ["delete", "wmi-0"], ["modify", "wmi-0", "-d", "x"]])
 def test_certificates_are_passed_on(run, monkeypatch, argv):
     """--cacert or WMI_CACERT says which ones the client trusts; without them it is not told any."""

@@ -192,12 +192,31 @@ def test_with_every_connection_busy_a_new_one_waits(storage, text):
         assert read_answer(late)[0] == 200
 
 
+@pytest.mark.parametrize("fields, body", [
+    ("Content-Length: 9", b"x"), ("Transfer-Encoding: chunked", b"x\r\n"), ("Transfer-Encoding: gzip", b""),
+])
+def test_an_error_in_a_head_request_has_no_body(served, fields, body):
+    """Neither if its head is refused, nor if the body that comes with it is (RFC 9110, 9.3.2)."""
+    with connect(served) as peer:
+        peer.sendall(head("/api/images", "HEAD", fields) + body)
+        peer.shutdown(socket.SHUT_WR)
+        answer = rest(peer)
+    assert answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 501 ")) and answer.endswith(b"\r\n\r\n")
+
+
+def test_more_connections_than_16_bits_count(unserved):
+    """--max-connections has no bound, so nor have the counts that workers share."""
+    unserved.counts[unserved.worker] = 70_000
+    assert max(unserved.counts) == 70_000
+
+
 @pytest.mark.skipif(resource is None, reason="POSIX only")
 def test_connections_leave_descriptors_to_the_store(storage, monkeypatch):
     """However many connections are allowed, those that the process has no descriptors for are not taken."""
-    monkeypatch.setattr(resource, "getrlimit", lambda which: (50, 50))
-    with serving(storage, max_connections=1000) as served:
-        assert served.server._max_connections == 50 - wmi.SPARE_DESCRIPTORS
+    for limit, expected in ((50, 50 - wmi.SPARE_DESCRIPTORS), (-1, 1000)):  # -1: no limit
+        monkeypatch.setattr(os, "sysconf", lambda name, limit=limit: limit)
+        with serving(storage, max_connections=1000) as served:
+            assert served.server._max_connections == expected
 
 
 EXHAUSTED = """

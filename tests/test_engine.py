@@ -33,6 +33,7 @@ from support import (
     drive,
     head,
     held,
+    image,
     leaders,
     make_certificate,
     no_thread,
@@ -483,6 +484,24 @@ def test_many_long_works_delay_what_needs_no_store():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork") or not os.path.exists("/proc/self/stat"), reason="workers, and /proc")
+def test_pipelined_changes_delay_nobody_else():
+    """Each change moves the time from which answers have to be new; it must not prolong the round."""
+    class Slowly(wmi.MemoryStorage):
+        def replace(self, id, change):
+            time.sleep(0.002)
+            return super().replace(id, change)
+
+    with Slowly() as storage, serving(storage) as served, contextlib.ExitStack() as stack:
+        storage.add(image())
+        puts = head("/api/12.03/images/wmi-one?display_name=x", "PUT", "Content-Length: 0") * 100
+        peers = [stack.enter_context(connect(served)) for _ in range(12)]
+        for peer in peers:
+            peer.sendall(puts)
+        assert served.raw(head("/nowhere", "GET", "Connection: close")).startswith(b"HTTP/1.1 404 ")
+        received = sum(len(peer.recv(1 << 20)) for peer in peers)
+        assert received < len(peers) * len(puts) / 2  # the answers to most of them are still to come
+
+
 def test_a_worker_that_stands_still_does_not_make_another_spin(tmp_path):
     """What a worker with fewer connections does not take in time, another one takes, at little cost."""
     process = subprocess.Popen(

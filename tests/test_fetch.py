@@ -252,6 +252,15 @@ def test_the_name_of_the_source_replaces_no_file(own, out, refused):
     assert (out / "one.raw").read_bytes() == b"mine" and left(out) == ["one.raw"]
 
 
+def test_the_name_of_the_source_replaces_no_file_that_is_made_meanwhile(own, out):
+    """A download may take an hour; what arrived is kept, and taken by the next call that names a file."""
+    with pytest.raises(wmi.FetchError, match="exists already"):
+        wmi.Client(own, ACCOUNT).fetch("wmi-one", progress=lambda done, total: (out / "one.raw").write_bytes(b"mine"))
+    assert (out / "one.raw").read_bytes() == b"mine" and (out / "one.raw.part").read_bytes() == CONTENT
+    wmi.Client(own, ACCOUNT).fetch("wmi-one", "one.raw")
+    assert (out / "one.raw").read_bytes() == CONTENT and left(out) == ["one.raw"]
+
+
 @pytest.mark.parametrize("name", ["images.db", "images.db-journal", "images.db-wal", "other.json", "other.json.lock"])
 def test_no_store_is_replaced(name, out, refused, monkeypatch):
     """Neither under the name of the source nor with -O: a journal beside a store would be part of it."""

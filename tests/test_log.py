@@ -23,6 +23,7 @@ from support import (
     head,
     held,
     leaders,
+    rest,
     until,
 )
 
@@ -173,6 +174,25 @@ def test_log_lines_of_processes_never_interleave(command, tmp_path, target):
 
 
 # ---- a log that is slow, or fails ----
+
+
+def test_many_requests_at_once_lose_no_line(served, log):
+    """A log that is read gets a line for each request, however many answers are known when a round begins."""
+    many = GET * (wmi.PIECE // len(GET))
+    with contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(connect(served)) for _ in range(60)]
+        for _ in range(3):  # then the answer is kept
+            peers[0].sendall(GET)
+            assert read_answer(peers[0])[0] == 200
+        with held(served):
+            for peer in peers:
+                peer.sendall(many)
+        for peer in peers:
+            peer.sendall(CLOSE)
+            rest(peer)
+    count = 3 + len(peers) * (many.count(b"GET") + 1)
+    assert count > 2 * wmi.LOG_LINES
+    until(lambda: len(log) == count)
 
 
 def test_a_log_that_nobody_reads_stops_nobody(storage):

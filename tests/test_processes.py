@@ -123,6 +123,33 @@ def test_workers_that_cannot_start_do_not_spin(command, tmp_path):
     assert server.wait() == 0
 
 
+FORKLESS = """
+import errno, os, sys, wmi
+fork, calls = os.fork, []
+def failing():
+    calls.append(1)
+    if len(calls) in (1, 4):
+        raise BlockingIOError(errno.EAGAIN, "no more processes")
+    return fork()
+os.fork = failing
+sys.exit(wmi.main())
+"""
+
+
+@needs_proc
+def test_a_fork_that_fails_is_tried_again(command, tmp_path):
+    """For want of memory or processes; the other workers go on meanwhile."""
+    server = command("--workers", "2", program=("-c", FORKLESS))
+    first = until(lambda: (found := children(server.pid)) and len(found) == 2 and found)
+    killed = min(first)
+    os.kill(killed, signal.SIGKILL)
+    until(lambda: [line for line in server.said if "cannot start a worker: " in line][1:], "the second failure")
+    server.ready()
+    until(lambda: len(found := children(server.pid) - {killed}) == 2 and first - {killed} < found)
+    os.kill(server.pid, signal.SIGTERM)
+    assert server.wait() == 0
+
+
 # ---- sockets that are given, and sockets of files ----
 
 

@@ -13,7 +13,7 @@ import time
 
 import pytest
 from serving import read_answer, serving
-from support import ACCOUNT, SECONDS, Stuck, connect, head, leaders, until
+from support import ACCOUNT, SECONDS, Stuck, connect, head, image, leaders, until
 
 import wmi
 
@@ -36,6 +36,25 @@ def test_what_the_store_does_not_answer_is_503_in_time(monkeypatch):
         peer.sendall(head("/api/images/wmi-2"))
         assert json.loads(read_answer(peer)[2])["id"] == "wmi-2"
     assert [line.split()[5] for line in log if "/wmi-1.yml " in line] == ["503"]
+
+
+def test_a_change_that_takes_too_long_is_said_to_be_unknown(monkeypatch):
+    """Its thread may still make it, so nobody is told to try again; the client then takes 404 for success."""
+    monkeypatch.setattr(wmi, "STORE_SECONDS", 0.3)
+    told = threading.Event()
+
+    class Sinking(wmi.MemoryStorage):
+        def replace(self, id, change):
+            assert told.wait(SECONDS)
+            return super().replace(id, change)
+
+    with Sinking() as storage, serving(storage) as served, connect(served) as peer:
+        storage.add(image())
+        peer.sendall(head("/api/images/wmi-one", "DELETE"))
+        status, _, body = read_answer(peer)
+        assert status == 503 and json.loads(body)["message"] == wmi._UNKNOWN
+        told.set()
+        until(lambda: storage.get("wmi-one")["deleted_at"])
 
 
 def test_threads_are_bounded(monkeypatch):
