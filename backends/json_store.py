@@ -11,11 +11,18 @@ How it works:
    disk, renamed over the old one, and the directory is synced. Only then is the change done.
 5. Writers in all processes take a lock (flock) of the file itself. They try again and again, instead of waiting inside
    flock(), which has no time limit: whoever may read the file may hold this lock forever.
-6. Each call looks once at the times of the file (`stat`), and so notices what another process or an editor has written.
+6. Each call looks at the times of the file (`stat`), and so notices what another process or an editor has written.
    The file of the state in memory stays open, so that no other file can get its inode number. Two edits
    within one tick of the file system's clock look the same to `stat`; so until the file is older than a tick, its
    content is compared as well.
-7. A file that cannot be parsed is refused, with line and column, and never overwritten.
+7. A file that cannot be parsed is refused, with line and column, and never overwritten. So is a file in which an object
+   has a key twice, such as two lists of images after a merge: one of the two would be lost.
+8. An editor takes no lock. So a change looks at the times and the size of the file once more just before the rename,
+   and is refused if they are not those of the state that it began with. What is not noticed: an edit in the
+   microseconds between this look and the rename, and one of the same size in the same tick as the change before.
+9. A missing or empty file is an empty store. But many programs empty a file before they write it, so to a process that
+   has seen something in the file, an empty one is an error. It neither reads nor changes the store until the file has
+   content again, or is removed.
 
 Left out: anything that would make a change cheaper than writing the whole file. Ten thousand images are fine; for more
 there is sqlite.
@@ -159,7 +166,8 @@ class JsonStorage:
         if start < 0:
             raise ValueError(f"start {start} must not be negative")
         lines = _view(self._current(), (account, public, deleted))
-        return map(_decode, islice(reversed(lines) if oldest_first else lines, start, None))
+        first = min(start, len(lines))  # islice() takes no number that is larger than an index can be
+        return map(_decode, islice(reversed(lines) if oldest_first else lines, first, None))
 
     def revision(self) -> str:
         """Return a text that changes whenever the file does."""
@@ -171,10 +179,9 @@ class JsonStorage:
 
     def check(self, repair: bool = False) -> Iterator[str]:
         """Read the file again and yield what is wrong. There is nothing to repair: all that is kept is the records."""
-        if self._closed:
-            raise ValueError(f"closed: {self._path}")
         try:
-            _release(_load(self._path)[0])
+            self._current()  # raises if the store is closed, or its file was emptied
+            _release(_load(self._path)[0])  # parsed anew
         except OSError as error:
             return iter([str(error)])
         return iter([])
@@ -194,7 +201,7 @@ class JsonStorage:
 
     def _current(self) -> _State:
         """Return the newest state. The file is read again only if it has changed, or may have."""
-        # The state is looked at again under the lock: of many threads that find it old, one reads the file.
+        # The state is looked at again under the lock: once the file has settled, only one of many threads reads it.
         state = self._state
         if not self._is_newest(state):
             with self._loading:
@@ -243,8 +250,8 @@ class JsonStorage:
                 state = self._current()
                 rows = state.rows.copy()
                 yield rows
-                # 3. Write it. Readers see the old state until the new one is on the disk.
-                written = _save(self._path, lock, rows, state.change + 1)
+                # 3. Write it. Readers see the old state until the new file, which is synced, is renamed.
+                written = _save(self._path, lock, state, rows)
                 with self._loading:
                     self._install(*written)
             finally:
@@ -329,7 +336,10 @@ def _identity(found: os.stat_result) -> tuple[int, ...]:
 
 @_naming_file
 def _load(path: str, known: _State | None = None) -> tuple[int | None, _State]:
-    """Return the file, if it has to stay open, and its state. A missing or empty file is an empty store."""
+    """Return the file, if it has to stay open, and its state. A missing or empty file is an empty store.
+
+    If the content is still that of the known state, it is not parsed again. Raises OSError if it is empty, and was not.
+    """
     now = time.time_ns()
     try:
         file = os.open(path, os.O_RDONLY | BINARY)
@@ -341,6 +351,9 @@ def _load(path: str, known: _State | None = None) -> tuple[int | None, _State]:
             text = stream.read()
         revision = _digest(text)
         if known is None or known.revision != revision:
+            if known and not text:
+                raise OSError(f"{path}: emptied by another program; nothing was changed: try again, restore the file,"
+                              " or remove it to begin without images")
             rows, change = _parse(path, text) if text else ({}, 0)
             known = _State(rows, change, revision, identity, False, {})
     except BaseException:
@@ -379,7 +392,7 @@ def _digest(text: bytes) -> str:
 
 def _busy(path: str) -> OSError:
     return OSError(
-        f"{path}: locked by another program for {BUSY_S:g} s; nothing was changed: try again, or end that program"
+        f"{path}: locked by another thread or program for {BUSY_S:g} s; nothing was changed: try again, or end it"
     )
 
 
@@ -422,8 +435,9 @@ def _is_at(path: str, file: int) -> bool:
 
 
 @_naming_file
-def _save(path: str, lock: int, rows: dict[str, _Row], change: int) -> tuple[int | None, _State]:
-    """Write all rows, so that after a crash the file has either the old content or the new one."""
+def _save(path: str, lock: int, old: _State, rows: dict[str, _Row]) -> tuple[int | None, _State]:
+    """Write all rows, so that after a crash the file has either the content of the old state or the new one."""
+    change = old.change + 1
     text = HEAD.format(change).encode() + b",\n".join([r.line for r in rows.values()]) + TAIL
     new = path + ".new"  # always the same name, so that the next change finds what a crash left behind
     pin: int | None = None
@@ -437,9 +451,9 @@ def _save(path: str, lock: int, rows: dict[str, _Row], change: int) -> tuple[int
         # 2. Sync it before it is renamed: otherwise a power failure could leave an empty file under the old name.
         os.fsync(pin)
         pin = _keep(pin)
-        # 3. Rename it, but not over a file that an editor has put there after the lock was taken.
-        if POSIX and not _is_at(path, lock):
-            raise OSError(f"{path}: replaced or removed by others; nothing was changed")
+        # 3. Rename it, but not over what an editor has put there or written since the old state was read: see 8.
+        if POSIX and not (_identify(path) == _identity(os.fstat(lock)) == old.identity):
+            raise OSError(f"{path}: replaced or edited by others, or removed; nothing was changed: try again")
         os.replace(new, path)
         new = ""  # from now on a file of that name belongs to the next writer
         _sync_directory(os.path.dirname(path))
@@ -459,10 +473,11 @@ def _write(file: int, text: bytes) -> None:
 
 
 def _inherit(new: int | str, old: os.stat_result) -> None:
-    """Give the new file the owner and mode of the old one: a change by root must not lock out its owner."""
+    """Give the new file the owner, group and mode of the old one: a change must not lock out those who had access."""
     if hasattr(os, "chown"):
-        with suppress(PermissionError):
-            os.chown(new, old.st_uid, old.st_gid)
+        for owner, group in ((-1, old.st_gid), (old.st_uid, -1)):  # members may set the group, only root any owner
+            with suppress(PermissionError):
+                os.chown(new, owner, group)
     os.chmod(new, stat.S_IMODE(old.st_mode))
 
 
@@ -482,7 +497,8 @@ def _sync_directory(path: str) -> None:
 def _parse(path: str, text: bytes) -> tuple[dict[str, _Row], int]:
     """Return the rows and the counter of changes. Raises OSError with line and column."""
     try:
-        whole = json.loads(text.decode())
+        decoded = text.decode()
+        whole = json.loads(decoded, object_pairs_hook=functools.partial(_object, decoded))
     except UnicodeDecodeError as error:
         raise _fault(path, text[: error.start].decode(), "this is not UTF-8") from error
     except json.JSONDecodeError as error:
@@ -498,9 +514,34 @@ def _parse(path: str, text: bytes) -> tuple[dict[str, _Row], int]:
             if id in rows:
                 raise ValueError(f"the id {id!r} appears here a second time")
         except ValueError as error:
-            raise _fault(path, _before(text.decode(), n), str(error)) from error
+            raise _fault(path, _before(decoded, n), str(error)) from error
         rows[id] = row
     return rows, whole["change"]
+
+
+def _object(text: str, pairs: list[tuple[str, Any]]) -> Record:
+    """Return an object of the text. Raises JSONDecodeError if it has a key twice: json.loads() would drop a value."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        key, place = _repeated_key(text)
+        raise json.JSONDecodeError(f"the key {key!r} appears here a second time", text, place)
+    return made
+
+
+def _repeated_key(text: str) -> tuple[str, int]:
+    """Return the first key that its object has twice, and the place of the second one. There must be one."""
+    keys: list[set[str]] = []  # of each object that is open
+    for token in re.finditer(r'[{}]|("(?:[^"\\]|\\.)*")(\s*:)?', text):  # a brace or a string, perhaps a key
+        if token[0] == "{":
+            keys.append(set())
+        elif token[0] == "}":
+            keys.pop()
+        elif token[2]:
+            key = json.loads(token[1])
+            if key in keys[-1]:
+                return key, token.start()
+            keys[-1].add(key)
+    raise AssertionError("no key is repeated")
 
 
 def _head_fault(whole: Any) -> str:

@@ -8,14 +8,16 @@ How it works:
    is the private images of the account plus the public ones of everybody. Each key has an index that ends in the
    serial, so SQLite merges a page from indexes and sorts nothing.
 3. The table `tally` counts the images of each key, by blocks of serials. Triggers update the counts in the transaction
-   that makes the change, whoever makes it. See "Counts" below.
+   that makes the change, whoever makes it. See "Counts" below. There is one exception: SQLite fires no trigger for a
+   row that OR REPLACE removes, except with PRAGMA recursive_triggers. This store does not use OR REPLACE. If somebody
+   does in the sqlite3 shell, the row stays counted until `check --repair` counts anew.
 4. A trigger draws a new random revision for every change, even one that is made with the sqlite3 shell.
 5. Durability is left to SQLite, with a rollback journal and full synchronisation. A change begins with BEGIN IMMEDIATE,
    because a transaction that has begun by reading cannot wait for its turn to write. If another program keeps the file
    in WAL mode, and this version of SQLite might damage it in that mode, the file is only read.
 6. A process has two connections, one to read and one to write, each under a lock. They are opened again after a fork,
-   and when another file stands at the path. One deadline per call bounds the wait for that lock and for the locks of
-   the file.
+   and when another file stands at the path. One deadline per call bounds the wait for that lock and then for a lock of
+   the file. The few calls that wait for the file more than once may take as long again.
 7. While nobody writes the file, single images are read through a third connection, which takes no locks of the file:
    locking costs more than the search. One `stat` afterwards tells whether the file was still the same.
 8. Many records at once first go into a temporary table, so that no lock is held while their source is slow.
@@ -58,7 +60,7 @@ LAST = 2**63 - 1  # the highest serial that SQLite can give
 EVERYBODY = b""  # in place of an account, in `tally`: a blob equals no text, not even an empty one
 SETTLED_NS = 3 * 10**9  # age at which the next write is sure to give the file another time, on any file system
 LOCKED = "database is locked"  # in the words of SQLite, and in ours:
-BUSY = "locked by another program for {:g} s; nothing was changed: try again, or end that program"
+BUSY = "locked by another thread or program for {:g} s; nothing was changed: try again, or end it"
 NEEDED, WAL_SAFE = (3, 24, 0), (3, 51, 3)  # the first with upsert; the first in which a WAL of many writers is safe
 APPLICATION_ID = 0x776D6931  # "wmi1" at offset 68 of the file tells it from other databases
 
@@ -260,7 +262,7 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
     def _copied(self, keys: list[Key], order: str, start: int) -> Iterator[str]:
         """Yield the texts of records from a temporary table, so that writers wait only while it is filled."""
         with self._private() as db:
-            select, values = _query(keys, order, (0, LAST), -1, start)
+            select, values = _query(keys, order, (0, LAST), -1, min(start, LAST))
             db.execute("CREATE TEMP TABLE frozen (serial, record)")
             db.allow()
             db.execute("INSERT INTO frozen " + select, values)
@@ -327,16 +329,16 @@ class SqliteStorage(AbstractContextManager["SqliteStorage"]):
         try:
             return _parse_json(text)
         except (TypeError, ValueError, RecursionError) as error:
-            raise OSError(f"{self._path}: a record does not parse: {error}") from error
+            raise OSError(f"{self._path}: a record does not parse, `check` says which: {error}") from error
 
 
 class _Database(sqlite3.Connection):
-    """A connection whose statements wait for locks until one deadline, all of them together."""
+    """A connection whose statements wait for locks, each for as long as was left at the last allow()."""
 
     path, deadline, allowed = "", 0.0, -1
 
     def allow(self) -> None:
-        """Let the next statement wait for locks until the deadline."""
+        """Let each statement from now on wait for locks for as long as is left until the deadline."""
         # fetchall(), here and wherever nobody needs the rows: PyPy resets an unfinished statement later, from another
         # thread, and crashes.
         if (left := max(0, round(1000 * (self.deadline - time.monotonic())))) != self.allowed:
@@ -373,7 +375,7 @@ class _Connection:
     def __init__(self, path: str) -> None:
         self._path, self._lock, self._closed, self._changed = path, threading.RLock(), False, False
         self._db: _Database | None = None
-        self._seen: tuple[int, ...] = ()  # what _identify() returned last; `_changed`: it was something else before
+        self._seen: tuple[int, ...] = ()  # what _identify() returned last; `_changed`: differs from the time before
 
     def __enter__(self) -> _Database:
         deadline = _deadline()
@@ -576,7 +578,9 @@ def _connect(path: str, deadline: float) -> _Database:
         db.allow()
         db.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
         db.execute("PRAGMA synchronous = EXTRA")  # FULL, and the removal of the journal is synced as well
+        db.execute("BEGIN")  # so that no other process makes the store in the midst of _version()
         version = _version(db)
+        db.execute("COMMIT")
         if db.is_unsafe():
             with suppress(sqlite3.OperationalError):  # another program has the file open: then it is only read
                 db.execute("PRAGMA journal_mode = DELETE").fetchall()
@@ -594,7 +598,10 @@ def _connect(path: str, deadline: float) -> _Database:
 
 
 def _version(db: _Database) -> int:
-    """Return the version of the schema, 0 for an empty file. Raises OSError unless it is a store of images."""
+    """Return the version of the schema, 0 for an empty file. Raises OSError unless it is a store of images.
+
+    The caller has begun a transaction: what SQLite reads and the size of the file must be of one moment.
+    """
     ((owner, version, _),) = db.execute(VERSION).fetchall()
     if os.stat(db.path).st_size == 0:  # not by what SQLite says: it takes a file of a few bytes for empty, too
         return 0
@@ -633,11 +640,11 @@ def _faults(db: _Database, repair: bool) -> Iterator[str]:
 
 
 def _check_row(db: _Database, repair: bool, serial: int, *columns: Any) -> Iterator[str]:
-    """Yield a fault if a record does not parse, or does not agree with its columns."""
+    """Yield a fault if a record does not parse, does not agree with its columns, or is a BLOB, which reads refuse."""
     try:
-        row = _row(json.loads(columns[-1]))
-        if row[:-1] != columns[:-1]:
-            yield f"image {serial} ({columns[0]}): columns differ from the record"
+        row = _row(json.loads(columns[-1]))  # which takes bytes, too
+        if row[:-1] != columns[:-1] or type(columns[-1]) is not str:
+            yield f"image {serial} ({columns[0]}): columns differ from the record, or it is not TEXT"
             if repair:
                 db.execute(REPLACE, (*row, serial))
     except (TypeError, ValueError, RecursionError, sqlite3.IntegrityError) as error:

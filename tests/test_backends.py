@@ -359,7 +359,7 @@ def test_a_call_waits_for_a_locked_file_no_longer_than_it_may(module, path, monk
         for seconds, error in results:
             assert 0.35 < seconds < 6  # one after the other they would take 12
             assert str(error).startswith(
-                f"{path}: locked by another program for 0.4 s; nothing was changed: try again")
+                f"{path}: locked by another thread or program for 0.4 s; nothing was changed: try again")
         assert store.page(None, 0, 9) == (1, [image(1)])
         store.add(image(2))
         assert list(store.check()) == []
@@ -1354,3 +1354,174 @@ def test_sqlite_check_finds_an_index_that_lies(path):
         list(store.check(repair=True))
         assert list(store.check()) == []
         assert len(store.page(ALICE, 0, 99)[1]) == 50
+
+
+# ---- others at work on the file ----
+
+
+@contextlib.contextmanager
+def emptied(path):
+    """Yield a store that knows image 1, and the content that its file had before it was emptied."""
+    with opened(json_store, path, image(1)) as store:
+        good = content(path)
+        assert store.get("wmi-00000001") == image(1)
+        overwrite(path, b"")
+        yield store, good
+
+
+def test_json_emptied_under_a_running_process_is_refused(path):
+    """Others empty a file before they write it: until they have, nothing is read as absent, and nothing is written."""
+    with emptied(path) as (store, good):
+        for verb in (lambda: store.add(image(2)), lambda: store.add_all([image(2)]), lambda: store.page(None, 0, 1),
+                     lambda: store.get("wmi-00000001"), lambda: store.delete("wmi-00000001"), store.revision):
+            with pytest.raises(OSError, match=f"^{path}: emptied by another program; nothing was changed: try again"):
+                verb()
+        assert ["emptied" in fault for fault in store.check()] == [True]
+        assert content(path) == b""
+        assert files(path) == ["images"]
+        overwrite(path, good)  # the other program is done
+        store.add(image(2))
+        assert list(store.walk()) == [image(2), image(1)]
+
+
+def test_json_emptied_may_be_removed(path):
+    """As the error says: then the store begins anew."""
+    with emptied(path) as (store, _):
+        os.unlink(path)
+        store.add(image(2))
+        assert list(store.walk()) == [image(2)]
+
+
+@pytest.mark.parametrize("edit", [b'"available"', b'"edited"', b'"available" '])
+def test_json_edited_in_place_while_a_change_is_worked_out(path, edit):
+    """The change is refused, for it belongs to what was there before; the edit stays."""
+    with opened(json_store, path, image(1), image(2)) as store:
+        edited = content(path).replace(b'"available"', edit)
+
+        def change(record):
+            time.sleep(0.02)  # longer than a tick of the clock that stamps the file
+            overwrite(path, edited)
+            return {**record, "state": "changed"}
+
+        with pytest.raises(OSError, match=f"^{path}: replaced.*edited.*nothing was changed"):
+            store.replace("wmi-00000002", change)
+        assert content(path) == edited
+        assert files(path) == ["images"]
+        store.add(image(3))
+        assert [record["state"] for record in store.walk(oldest_first=True)][:2] == [json.loads(edit)] * 2
+
+
+@pytest.mark.parametrize(("old", "new", "fault"), [
+    ('"version": 1,', '"version": 1, "version": 1,', ":1:40: the key 'version' "),
+    ("]}\n", '],\n "images": []}\n', ":6:2: the key 'images' "),
+    ('"virtio": true', '"virtio": true, "virtio": false', r":3:\d+: the key 'virtio' "),
+    ('"x86_64",', r'"a\"}{", "\u0061rch": "x86",', r":3:\d+: the key 'arch' "),
+])
+def test_json_with_a_key_twice_is_refused(path, old, new, fault):
+    """Of two values one would be lost: as after a merge that left two lists of images."""
+    with opened(json_store, path, image(1), image(2)) as store:
+        good = content(path)
+        bad = good.decode().replace(old, new, 1).encode()
+        overwrite(path, bad)
+        for verb in (lambda: store.page(None, 0, 1), lambda: store.add(image(4)),
+                     lambda: json_store.open_storage(path)):
+            with pytest.raises(OSError, match=f"^{path}{fault}appears here a second time"):
+                verb()
+        assert [line.startswith(path + ":") for line in store.check()] == [True]
+        assert content(path) == bad
+        overwrite(path, good)
+        assert store.page(None, 0, 9) == (2, [image(2), image(1)])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or os.getuid() != 0, reason="needs root, to be two other users")
+def test_json_keeps_the_group_when_it_cannot_keep_the_owner():
+    """A change by a member of the file's group does not lock out the other members, nor the owner."""
+    folder = tempfile.mkdtemp()
+    try:
+        path = os.path.join(folder, "images")
+        with opened(json_store, path, image(1)):
+            pass
+        os.chmod(folder, 0o777)
+        os.chmod(path, 0o660)
+        os.chown(path, 12001, 13000)
+        printed = run("""
+            import os, wmi
+            from wmi import json_store
+            from wmi.contract import image
+            os.setgroups([13000])
+            os.setgid(12002)
+            os.setuid(12002)
+            with json_store.open_storage(sys.argv[1]) as store:
+                store.add(image(2))
+            print("added")
+            """, path)
+        found = os.stat(path)
+        assert (printed, found.st_gid, stat.S_IMODE(found.st_mode)) == ("added\n", 13000, 0o660)
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_walk_from_beyond_the_end_is_empty(module, path):
+    """However far beyond: the start may be larger than what SQLite or an index of Python can hold."""
+    with opened(module, path, image(1), image(2)) as store:
+        for start in (2, 2**63 - 1, 2**63, 10**30):
+            for frozen in (True, False):
+                for oldest_first in (True, False):
+                    assert list(store.walk(start=start, frozen=frozen, oldest_first=oldest_first)) == []
+
+
+def test_sqlite_opened_as_another_makes_it(path, monkeypatch):
+    """Whoever finds the new file empty, and then not, looks at both at one moment."""
+    class Slow:
+        """The module os. After the first look at whose file it is, another process makes a store of it, if it can."""
+
+        def __getattr__(self, name):
+            return getattr(os, name)
+
+        def stat(self, name):
+            if threading.current_thread() is not maker and not maker.ident:
+                maker.start()
+                maker.join(0.3)
+            return os.stat(name)
+
+    made = []
+    maker = threading.Thread(target=lambda: made.append(sqlite_store.open_storage(path)))
+    overwrite(path, b"")
+    monkeypatch.setattr(sqlite_store, "os", Slow())
+    with sqlite_store.open_storage(path) as store:
+        maker.join(30)
+        made[0].add(image(1))
+        made[0].close()
+        assert list(store.walk()) == [image(1)]
+
+
+@pytest.mark.parametrize("blob", ["CAST(record AS BLOB)", "x'ff'"])
+def test_sqlite_a_record_that_is_not_text(base, path, blob):
+    """As the shell's readfile() makes it: reading it is OSError; check finds it, and repairs it if it can be read."""
+    sql(path, f"UPDATE image SET record = {blob} WHERE id = 'wmi-00000002'")
+    for verb in (lambda: base.get("wmi-00000002"), lambda: base.page(None, 0, 9), lambda: list(base.walk()),
+                 lambda: base.replace("wmi-00000002", dict)):
+        with pytest.raises(OSError, match=f"^{path}: a record does not parse, `check` says which: "):
+            verb()
+    for repair in (False, True):
+        fault, = base.check(repair=repair)
+        assert "image 2 (wmi-00000002): " in fault
+    if blob == "x'ff'":
+        assert len(list(base.check())) == 1
+    else:
+        assert list(base.check()) == []
+        assert base.get("wmi-00000002") == image(2)
+
+
+def test_sqlite_repair_counts_what_a_shell_replaced(base, path):
+    """Triggers do not see the row that INSERT OR REPLACE removes, unless they are told to; check sees it."""
+    statement = """INSERT OR REPLACE INTO image (id, account_id, is_public, deleted, record)
+        SELECT id, account_id, is_public, deleted, record FROM image WHERE id = 'wmi-00000001'"""
+    before = base.revision()
+    sql(path, "PRAGMA recursive_triggers = ON", statement)
+    assert list(base.check()) == []
+    assert base.revision() != before
+    sql(path, statement)
+    assert all("count" in fault for fault in base.check(repair=True))
+    assert list(base.check()) == []
+    assert base.page(ALICE, 0, 9) == (3, [image(1), image(3), image(2)])
