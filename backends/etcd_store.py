@@ -33,13 +33,14 @@ Theory of operation:
 5. Reads. etcd has no offsets, and finds keys only by their names. So a process that needs pages keeps a replica: a
    private SQLite file that follows the cluster by a watch. A read asks the cluster for the revision, waits until the
    replica has reached it, and is answered from the replica. Every change that was reported as done before the read
-   began is in the answer. A process that only gets and changes single images asks etcd, and has no replica. `check`
-   compares the replica with etcd, both at the same revision, whatever others change.
+   began is in the answer. A process that only gets and changes single images, without at_least(), asks etcd, and has
+   no replica. `check` compares the replica with etcd, both at the same revision, whatever others change.
 6. Other histories. If the cluster was wiped, or restored from a snapshot, the replica shows what never happened. This
    is noticed by the key `change`: at a revision that the replica has reached, it has another value or another
    mod_revision than it had. Then a new replica is made from all keys.
-7. Time limits. A try at one member takes at most TRY_S, and a call with all of its tries CALL_S. After a call that no
-   member has answered, other calls fail at once for DOWN_S; then one of them tries again.
+7. Time limits. A try at one member takes at most TRY_S (a request for many images PAGE_S), and a call with all of its
+   tries CALL_S, or FENCE_S longer if the answer to a change is lost. After a call that no member has answered, other
+   calls fail at once for DOWN_S; then one of them tries again.
 
 Left out: search in fields, client certificates, and leases that are kept alive for clients (an old session is replaced
 by a new one).
@@ -72,19 +73,19 @@ from .sqlite_store import ADD, CACHE_KIB, DELETE, LIVE, LOAD_CACHE_KIB, Record, 
 # Seconds: for one member to answer; for a whole call (a server gives up after 10 s); and then, if its answer was lost,
 # to find out whether the change was made.
 TRY_S, CALL_S, FENCE_S = 1.5, 5.0, 2.5
-# Seconds: between two rounds through all members; for which calls fail at once after one that no member answered; for
-# which a read waits for the watch before the watch is started again.
+# Seconds: between two rounds through all members; how long calls fail at once after one that no member answered; how
+# long a read waits for the watch before the watch is started again.
 PAUSE_S, DOWN_S, SILENT_S = 0.1, 1.0, 1.0
-# Seconds of the lease of a client's session, and of a load's, which is renewed before each transaction.
+# Seconds of the lease of a client's session, and of a load's, which is renewed before each batch.
 SESSION_S, LOAD_S = 3600, 120
-# Images and bytes in one transaction, for which etcd allows 128 operations and 1.5 MiB; images, if each needs a
-# transaction of its own inside.
+# Images and bytes in one transaction, for which etcd allows 128 operations and 1.5 MiB; images in one transaction that
+# holds a nested transaction for each.
 AT_ONCE, BYTES_AT_ONCE, NESTED_AT_ONCE = 100, 500_000, 16
 PAGE_S, PAGE, PAGE_BYTES = 4.0, 5000, 4_000_000  # seconds, images and bytes of one request that reads many images
 FOLDER, LEFT_S = "wmi-etcd-", 60  # a folder of this age in seconds that nobody locks was left by a killed process
 EXHAUSTED, UNDECIDED = 8, (1, 2, 4, 13, 14, 15)  # gRPC's codes of errors; after UNDECIDED a change may have been made
 CLOSED = "closed: the store in etcd"
-OTHERS = "etcd: others are changing the same images; nothing was changed: try again"
+OTHERS = "etcd: no time was left, or others are changing the same images; nothing was changed: try again"
 FORM_PATTERN = r"(https?://[^/,@?#]+(?:,https?://[^/,@?#]+)*)/+([^?#]*[^?#/])/*(?:\?cafile=(.+))?"
 
 STAGED = "CREATE TEMP TABLE staged (revision, n, id, account_id, is_public, deleted, record)"
@@ -713,8 +714,8 @@ def _make_folder() -> tuple[str, int]:
 
 def _remove_folder(folder: str, lock: int, pid: int, connection: Any) -> None:
     if pid == os.getpid():
-        with suppress(AttributeError):  # it is not open, or this is PyPy; otherwise it may be adding a million images
-            connection._db.interrupt()
+        with suppress(AttributeError):  # it is not open, or this is PyPy
+            connection._db.interrupt()  # it may be adding a million images
         connection.close()
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
@@ -733,10 +734,10 @@ class _Follower:
 
     def __init__(self, cluster: _Cluster) -> None:
         self._cluster, self._closed, self._stale = cluster, False, False
-        self._changed = threading.Condition()  # guards the attributes below, and tells readers of a new state
+        self._changed = threading.Condition()  # guards the start of the thread, and tells readers of a new state
         self._thread: threading.Thread | None = None
         self._why = ""  # why the replica is not up to date
-        self.state, self._progress = _State(), 0.0  # the latter: when events arrived, or the watch was cut
+        self.state, self._progress = _State(), 0.0  # the latter: when events arrived, or CALL_S after the watch was cut
 
     def start(self) -> bool:
         """Start the thread, unless it is running. Return whether there is a replica."""
@@ -968,7 +969,7 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
         return self._opened(asking=True).follower.revision()
 
     def at_least(self, revision: str) -> EtcdStorage:
-        """Return this store for reads from the replica, without a request to the cluster."""
+        """Return this store for reads from the replica, once there is one, without a request to the cluster."""
         return EtcdStorage(self._location, self._client, revision)
 
     def check(self, repair: bool = False) -> Iterator[str]:
