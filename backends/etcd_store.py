@@ -68,7 +68,7 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from .sqlite_store import ADD, CACHE_KIB, DELETE, LIVE, LOAD_CACHE_KIB, Record, SqliteStorage, _encode, _inherited, _row
+from .sqlite_store import ADD, CACHE_KIB, LOAD_CACHE_KIB, Record, SqliteStorage, _Connection, _encode, _inherited, _row
 
 # Seconds: for one member to answer; for a whole call (a server gives up after 10 s); and then, if its answer was lost,
 # to find out whether the change was made.
@@ -76,8 +76,7 @@ TRY_S, CALL_S, FENCE_S = 1.5, 5.0, 2.5
 # Seconds: between two rounds through all members; how long calls fail at once after one that no member answered; how
 # long a read waits for the watch before the watch is started again.
 PAUSE_S, DOWN_S, SILENT_S = 0.1, 1.0, 1.0
-# Seconds of the lease of a client's session, and of a load's, which is renewed before each batch.
-SESSION_S, LOAD_S = 3600, 120
+SESSION_S = 3600  # seconds of a session's lease; that of a load is renewed before each batch
 # Images and bytes in one transaction, for which etcd allows 128 operations and 1.5 MiB; images in one transaction that
 # holds a nested transaction for each.
 AT_ONCE, BYTES_AT_ONCE, NESTED_AT_ONCE = 100, 500_000, 16
@@ -96,11 +95,12 @@ SETTLE = f"""INSERT INTO image SELECT NULL, id, account_id, is_public, deleted, 
     DROP TABLE staged; PRAGMA cache_size = -{CACHE_KIB}"""
 CHANGE = "UPDATE image SET account_id = ?, is_public = ?, deleted = ?, record = ? WHERE id = ?"
 REACHED = "REPLACE INTO reached (rowid, revision) VALUES (1, ?)"
+SORT = "CREATE TEMP TABLE sorted AS SELECT id, serial FROM frozen JOIN staged USING (id) ORDER BY revision, n"
 DIFFERENCES = """SELECT id, 'is missing, or has another record in etcd' FROM (
     SELECT id, record FROM staged EXCEPT SELECT id, record FROM frozen) UNION ALL
     SELECT id, 'is not in etcd' FROM frozen WHERE id NOT IN (SELECT id FROM staged) UNION ALL
-    SELECT id, 'is before ' || other || ', and in etcd after it' FROM (SELECT id, serial, lag(serial) OVER o AS s,
-    lag(id) OVER o AS other FROM frozen JOIN staged USING (id) WINDOW o AS (ORDER BY revision, n)) WHERE serial < s"""
+    SELECT later.id, 'is before ' || earlier.id || ', and in etcd after it' FROM sorted AS earlier JOIN sorted AS later
+    ON later.rowid = earlier.rowid + 1 WHERE later.serial < earlier.serial"""
 
 Ops = Sequence[Record]  # comparisons or operations, as etcd takes them
 Row = tuple[int, str, bool, str]  # place among the images that are added together, id, whether a tombstone, JSON
@@ -196,14 +196,17 @@ class _Cluster:
         if not match:  # the message does not show the location, which may hold a password
             raise ValueError("not etcd:http[s]://HOST:PORT[,...]/PREFIX[?cafile=FILE], without a password")
         self._urls, self._prefix = match[1].split(","), f"/{match[2]}/".encode()
-        self._context = ssl.create_default_context(cafile=match[3]) if "https:" in location else None
+        try:
+            self._context = ssl.create_default_context(cafile=match[3]) if "https:" in location else None
+        except OSError as error:
+            raise ValueError(f"cafile: {match[3]} is not a file of PEM certificates: {error.args[-1]}") from error
         # The Authorization field, if etcd wants it; the index of the member to ask; the key `change`.
         self._field, self.at, self.change = "", 0, self.key("change")
         self._idle: list[_Channel] = []
         self._watching: _Channel | None = None
         self._failure: Exception | None = None  # of the last call, if no member answered it
-        self._again = 0.0  # time.monotonic() from which a call may try again after a failure
-        self._bound = threading.local()  # `until`: time.monotonic() at which the work of this thread has to end
+        # time.monotonic() from which a call may try again after a failure, and `until` which a thread may work.
+        self._again, self._bound = 0.0, threading.local()
 
     def allow(self, seconds: float) -> None:
         """Give this thread so many seconds from now on for what it does next."""
@@ -235,8 +238,8 @@ class _Cluster:
         With repeat=False the request is sent at most once. Raises _Unanswered if it was sent and not answered.
         """
         # A member that fails before the request is sent is always passed over: nothing can have happened there.
-        logged_in, failure = False, Exception("no time is left")
-        in_time = self.left() > TRY_S  # otherwise a failure says nothing about the members
+        # If less time is left than one try may take (not `in_time`), a failure says nothing about the members.
+        logged_in, in_time, failure = False, self.left() > TRY_S, Exception("no time is left")
         while (left := self.left()) > 0:
             at, channel = self.at, None
             try:
@@ -258,7 +261,8 @@ class _Cluster:
                 if channel and not repeat:
                     raise _Unanswered(str(error)) from error
                 time.sleep(0 if self.at else min(PAUSE_S, left))  # pause after the last member of the list
-        self._failure, self._again = failure, time.monotonic() + (DOWN_S if in_time else 0.0)
+        if in_time:
+            self._failure, self._again = failure, time.monotonic() + DOWN_S
         raise _no_quorum(failure) from failure
 
     def _connect(self, seconds: float) -> _Channel:
@@ -322,12 +326,11 @@ class _Cluster:
     def watch(self, start: int) -> Generator[Record, None, None]:
         """Yield the answers of a watch from a revision on, with the events of `change`, images and loads."""
         # In fragments of 2 MB: otherwise, a watch that has to catch up gets a thousand revisions in one answer.
-        create = {"key": _text(self.change), "range_end": _text(self.key("m")), "start_revision": start,
-                  "fragment": True}
+        body = {"key": _text(self.change), "range_end": _text(self.key("m")), "start_revision": start, "fragment": True}
         # With this field, a member that has lost the others ends the watch. Without it, the member would be silent.
         fields = self._field + "Grpc-Metadata-hasleader: true\r\n"
         with closing(self._connect(TRY_S)) as self._watching:
-            for line in self._watching.watch("/v3/watch", {"create_request": create}, fields):
+            for line in self._watching.watch("/v3/watch", {"create_request": body}, fields):
                 answer = json.loads(line)
                 if "result" not in answer or "canceled" in answer["result"]:
                     raise _error(answer.get("error", answer))
@@ -466,8 +469,7 @@ class _Changes:
         end = time.monotonic() + self._cluster.left() + FENCE_S
         while self._cluster.left() > 0:
             # 1. Send the change once, with a session that no other change is using.
-            session = self._take_session()
-            name = os.urandom(8).hex().encode()
+            session, name = self._take_session(), os.urandom(8).hex().encode()
             puts = [_put(session.key, name, session.lease), _put(self._cluster.change, name)]
             try:
                 held, found, revision = self._cluster.transact(
@@ -507,11 +509,11 @@ class _Changes:
         """Return a session that no other change is using."""
         with suppress(IndexError):
             return self._sessions.pop()
-        return self._begin_session(os.urandom(8).hex(), SESSION_S)
+        return self._begin_session(os.urandom(8).hex())
 
-    def _begin_session(self, name: str, seconds: int) -> _Session:
+    def _begin_session(self, name: str) -> _Session:
         key = self._key("session/", name)
-        lease = self._cluster.call("/v3/lease/grant", {"TTL": seconds})["ID"]
+        lease = self._cluster.call("/v3/lease/grant", {"TTL": SESSION_S})["ID"]
         # The put may be sent twice, and the revision be that of the first. Then the comparison of the change that uses
         # this session fails, nothing is done, and commit() tries another session.
         return _Session(key, lease, self._cluster.transact([], [_put(key, b"", lease)])[2])
@@ -564,9 +566,10 @@ class _Changes:
 
     def load(self, batches: Iterable[Sequence[Row]]) -> None:
         """Add the images of all batches, or none. Raises FileExistsError and OSError."""
-        # 1. The session, with a short lease: if this process is killed, the load is over two minutes later.
+        # 1. The session. Its lease bounds how long the source may be silent and, if this process is killed, how long it
+        #    takes until check() may remove the intents.
         name = os.urandom(8).hex()
-        session = self._begin_session(name, LOAD_S)
+        session = self._begin_session(name)
         try:
             # 2. The intents. Nobody sees them yet.
             for rows in batches:
@@ -622,12 +625,14 @@ class _Replica(SqliteStorage):
     """A private copy of what etcd held at one revision."""
 
     def __init__(self) -> None:
+        # A replica that is replaced by another may still be read by a walk. It is removed when nothing refers to it,
+        # even if it could not be opened.
         folder, lock = _make_folder()
-        super().__init__(os.path.join(folder, "images.db"))
-        self._writes = self._reads  # one connection: with two, applying events would wait for the locks of readers
-        # A replica that is replaced by another may still be read by a walk. It is closed when nothing refers to it.
-        self.remove = weakref.finalize(self, _remove_folder, folder, lock, os.getpid(), self._reads)
-        with self._reads as db:
+        connection = _Connection(os.path.join(folder, "images.db"))
+        self.remove = weakref.finalize(self, _remove_folder, folder, lock, os.getpid(), connection)
+        super().__init__(connection._path)
+        self._reads = self._writes = connection  # with two, applying events would wait for the locks of readers
+        with connection as db:
             db.executescript(PREPARE)
 
     def stage(self, images: Iterable[_Image]) -> None:
@@ -652,24 +657,24 @@ class _Replica(SqliteStorage):
 
     def apply(self, events: Sequence[_Pair], split: Callable[[_Pair], tuple[str, str]]) -> None:
         """Apply the events of whole revisions, in their order. Raises _Rewritten."""
-        # In one transaction, so that no reader sees half a revision.
+        # In one transaction, so that no reader sees half a revision. If it has to wait for a walk that copies the
+        # images, it waits at the beginning: after a COMMIT that failed, another connection would be opened.
         with self._reads as db:
-            db.begin()
+            db.execute("BEGIN EXCLUSIVE")
             for pair in events:
                 kind, name = split(pair)
                 if kind == "load":
                     self._publish(db, name)
                 elif kind == "image":
                     image = _read(pair, lambda load: 0)
-                    row = _row(image.record) if image.record else ()
                     db.execute("DELETE FROM intent WHERE id = ?", (name,))
                     if image.load:
                         self._intend(db, image)
-                    elif not row:
-                        db.execute(DELETE, (name,))
+                    elif not image.record:
+                        db.execute("DELETE FROM image WHERE id = ?", (name,))
                     elif image.order[0] == pair.put:  # it was registered by this very put
-                        db.execute(ADD.format("image"), row)
-                    elif not db.execute(CHANGE, (*row[1:], name)).rowcount:
+                        db.execute(ADD.format("image"), _row(image.record))
+                    elif not db.execute(CHANGE, (*_row(image.record)[1:], name)).rowcount:
                         raise _Rewritten
             db.execute(REACHED, (events[-1].put,))
 
@@ -681,7 +686,7 @@ class _Replica(SqliteStorage):
     def has_live(self, id: str) -> bool:
         """Return whether there is an image with this id that is not a tombstone."""
         with self._reads as db:
-            return bool(db.execute(LIVE, (id,)).fetchall())
+            return bool(db.execute("SELECT 1 FROM image WHERE id = ? AND NOT deleted", (id,)).fetchall())
 
     def compare(self, cluster: _Cluster, revision: int) -> Iterator[str]:
         """Yield each difference from etcd, at the given revision or at that of this replica, whichever is newer."""
@@ -695,6 +700,7 @@ class _Replica(SqliteStorage):
             db.execute(STAGED)
             images = _images(cluster, max(revision, reached))
             db.executemany(STAGE, ((*image.order, *_row(image.record)) for image in images if image.record))
+            db.execute(SORT)
             yield from (f"the copy here: {id} {fault}" for id, fault in db.execute(DIFFERENCES))
 
 
@@ -733,7 +739,7 @@ class _Follower:
     """The replica, and the thread that makes it and follows the cluster. Threads may share it."""
 
     def __init__(self, cluster: _Cluster) -> None:
-        self._cluster, self._closed, self._stale = cluster, False, False
+        self._cluster, self.closed, self._stale = cluster, False, False
         self._changed = threading.Condition()  # guards the start of the thread, and tells readers of a new state
         self._thread: threading.Thread | None = None
         self._why = ""  # why the replica is not up to date
@@ -742,7 +748,7 @@ class _Follower:
     def start(self) -> bool:
         """Start the thread, unless it is running. Return whether there is a replica."""
         with self._changed:
-            if not self._thread and not self._closed:
+            if not self._thread and not self.closed:
                 self._thread = threading.Thread(target=self._run, name="wmi-etcd", daemon=True)
                 self._thread.start()
         return bool(self.state.replica)
@@ -758,7 +764,7 @@ class _Follower:
             self.renew()
         while not (state := self.state).replica or self._stale or state.applied < revision:
             with self._changed:
-                if self._closed:
+                if self.closed:
                     raise ValueError(CLOSED)
                 self._changed.wait_for(lambda: self.state is not state, PAUSE_S)
             now, since = time.monotonic(), max(began, self._progress)
@@ -788,7 +794,7 @@ class _Follower:
 
     def close(self) -> None:
         """End the thread and remove the replica."""
-        self._closed = True
+        self.closed = True
         thread, until = self._thread, time.monotonic() + DOWN_S
         while thread and thread.is_alive() and time.monotonic() < until:
             self._cluster.cut_watch()
@@ -799,13 +805,14 @@ class _Follower:
     # The methods below run in the thread of the follower.
 
     def _run(self) -> None:
-        while not self._closed:
+        while not self.closed:
             self._cluster.allow(CALL_S)
             work = self._make if self._stale or not self.state.replica else self._follow
             try:
                 work()
             except Exception as error:  # of any kind: the thread must go on, and readers that give up are told why
-                self._stale |= isinstance(error, (_Rewritten, _Refused))
+                if isinstance(error, (_Rewritten, _Refused)):  # not `|=`, which could undo what renew() does meanwhile
+                    self._stale = True
                 self._why = str(error) or repr(error)  # not the error itself, which would keep a failed replica alive
                 time.sleep(PAUSE_S if self.state.replica else DOWN_S)
 
@@ -824,7 +831,7 @@ class _Follower:
 
     def _advance(self, state: _State) -> _State:
         with self._changed:
-            if self._closed or self._stale:
+            if self.closed or self._stale:
                 raise _Rewritten
             self.state, self._progress, self._why = state, max(self._progress, time.monotonic()), ""
             self._changed.notify_all()
@@ -842,6 +849,8 @@ class _Follower:
                     try:
                         state.replica.apply(whole, self._cluster.split)
                     except Exception as error:
+                        if "locked by" in str(error):  # another thread copies the replica, which is sound: try again
+                            raise
                         raise _Rewritten from error
                     # Not the revision in the header of the answer, which may be ahead of the events.
                     last = [state.last, *(pair for pair in whole if pair.key == self._cluster.change)][-1]
@@ -867,8 +876,7 @@ class _Client:
     """The connections and the replica of a process; a store and its views share them."""
 
     def __init__(self, location: str) -> None:
-        self.pid, self.closed = os.getpid(), False
-        self.cluster = _Cluster(location)
+        self.pid, self.cluster = os.getpid(), _Cluster(location)
         self.changes, self.follower = _Changes(self.cluster), _Follower(self.cluster)
 
 
@@ -881,7 +889,7 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
 
     def _opened(self, asking: bool = False) -> _Client:
         """Return the client of this process, and give the thread CALL_S. Raises ValueError if the store is closed."""
-        if self._client.closed:
+        if self._client.follower.closed:
             raise ValueError(CLOSED)
         if self._client.pid != os.getpid():
             _inherited.append(self._client)
@@ -953,16 +961,13 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
         """Remove the record altogether. Raises KeyError."""
         self._opened(asking=True).changes.change(id, lambda record: "")
 
-    def page(self, account: str | None, start: int, limit: int, *, public: bool = True,
-             deleted: bool | None = False) -> tuple[int, list[Record]]:
+    def page(self, account: str | None, start: int, limit: int, **options: Any) -> tuple[int, list[Record]]:
         """Return how many records are in the scope, and those from offset start, newest first, at most limit."""
-        return self._replica().page(account, start, limit, public=public, deleted=deleted)
+        return self._replica().page(account, start, limit, **options)
 
-    def walk(self, account: str | None = None, *, public: bool = True, deleted: bool | None = None, start: int = 0,
-             oldest_first: bool = False, frozen: bool = False) -> Iterator[Record]:
+    def walk(self, account: str | None = None, **options: Any) -> Iterator[Record]:
         """Yield the records of the scope from offset start; those of a frozen walk are all of one revision."""
-        scope: Any = {"public": public, "deleted": deleted, "start": start}
-        return self._replica().walk(account, **scope, oldest_first=oldest_first, frozen=frozen)
+        return self._replica().walk(account, **options)
 
     def revision(self) -> str:
         """Return a text that changes with every change. It costs one request to the cluster."""
@@ -989,8 +994,7 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
 
     def close(self) -> None:
         """Close every connection; a second call is harmless. Every other call raises ValueError from now on."""
-        if not self._client.closed and self._client.pid == os.getpid():
-            self._client.closed = True
+        if self._client.pid == os.getpid():
             self._client.follower.close()
             self._client.cluster.close()
 

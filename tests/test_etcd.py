@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import itertools
 import json
 import os
@@ -26,7 +27,7 @@ from serving import parse_answer, raw, read_answer, serving
 from support import free_port, until
 
 import wmi
-from wmi import etcd_store
+from wmi import etcd_store, sqlite_store
 from wmi.contract import ALICE, StorageContract, dead, ids, image
 
 ID = "wmi-00000001"
@@ -228,7 +229,7 @@ LOADER = """
 import sys; sys.path[:] = {path!r}
 from wmi import etcd_store
 from wmi.contract import image
-etcd_store.LOAD_S = 2
+etcd_store.SESSION_S = 2
 etcd_store.open_storage({location!r}).add_all(image(n) for n in range({count}))
 """
 
@@ -341,6 +342,23 @@ def test_a_load_whose_source_fails_leaves_nothing(single, opened):
         assert list(again.walk(oldest_first=True)) == list(store.walk(oldest_first=True)) == [image(n) for n in want]
 
 
+def test_a_load_waits_for_its_source(single, opened):
+    """While the source is silent, no session can be renewed: each lives for an hour, and is renewed by what comes."""
+    def leases():
+        found = single.ask("/v3/lease/leases", {}).get("leases", [])
+        return {each["ID"]: int(single.ask("/v3/lease/timetolive", each)["TTL"]) for each in found}
+
+    def source():
+        yield from (image(n) for n in range(250))
+        during.update(leases())
+        yield image(250)
+
+    store, before, during = opened(single.location()), leases(), {}
+    assert store.add_all(source()) == 251
+    ours = [seconds for lease, seconds in during.items() if lease not in before]
+    assert len(ours) == 2 and min(ours) > 3500  # of the client and of the load
+
+
 # ---- members that are gone ----
 
 
@@ -388,6 +406,23 @@ def test_a_call_without_time_does_not_stop_the_others(single, opened):
     thread.start()
     thread.join()
     assert store.get(ID) == image(1)
+
+
+def test_a_call_without_time_does_not_fail_those_that_come_next(single, opened, hasty):
+    """Nor need the others wait until one of them has been answered: several are served at once."""
+    with Relay(single.clients[0]) as relay:
+        store, held = opened(f"{relay.url}/t/{single.location().partition('/t/')[2]}"), []
+        store.add(image(1))
+        store._client.cluster.allow(0.0)
+        with pytest.raises(OSError, match="no time is left"):
+            store._client.changes.find(ID)
+        relay.hold = b"/v3/kv/range"
+        thread = threading.Thread(target=lambda: held.append(store.get(ID)))
+        thread.start()
+        until(lambda: relay.held)
+        assert store.get(ID) == image(1)
+        thread.join()
+        assert held == [image(1)]
 
 
 def test_a_member_that_is_started_again_is_asked_at_once(opened):
@@ -660,6 +695,16 @@ def test_a_location_that_is_none(location):
     assert "s3cret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["missing.pem", "empty.pem", "text.pem", ""])
+def test_a_cafile_that_is_none(tmp_path, name):
+    """The error names the file and says what it has to be."""
+    (tmp_path / "empty.pem").touch()
+    (tmp_path / "text.pem").write_text("hello")
+    path = str(tmp_path / name)  # the last one is a folder
+    with pytest.raises(ValueError, match=f"{re.escape(path)} is not a file of PEM certificates"):
+        etcd_store.open_storage(f"https://127.0.0.1:2379/x?cafile={path}")
+
+
 def test_what_is_too_large_is_refused(single, opened):
     """An image that etcd does not take is an error; nothing is done, and the store goes on."""
     store = opened(single.location())
@@ -733,6 +778,12 @@ def test_check_compares_the_copy_with_etcd(single, opened, kind):
         assert len(faults) < 5 or kind == "uncounted"
     assert list(store.check()) == [] and list(store.walk()) == want and store.page(None, 0, 0, deleted=None)[0] == 251
     assert store.revision() == revision
+
+
+def test_check_works_with_the_oldest_sqlite():
+    """SQLite 3.24, which is allowed, has no window functions."""
+    assert sqlite_store.NEEDED == (3, 24, 0)
+    assert not re.search(r"\bOVER\b", pathlib.Path(etcd_store.__file__).read_text(encoding="utf-8"))
 
 
 def test_check_beside_writers_reports_no_false_fault(single, opened, pytestconfig):
@@ -850,6 +901,25 @@ def test_a_key_that_is_not_ours_does_no_lasting_harm(single, opened):
     assert store.at_least(store.revision()).page(None, 0, 0)[0] == 2
 
 
+def test_a_copy_is_kept_while_a_walk_holds_events_back(single, opened, monkeypatch):
+    """A frozen walk of a large store on a slow disk takes longer than a call may wait for locks: events come later."""
+    monkeypatch.setattr(sqlite_store, "BUSY_S", 0.2)
+    store = opened(single.location())
+    store.add_all(image(n) for n in range(3))
+    view = store.at_least(store.revision())
+    assert view.page(None, 0, 0)[0] == 3
+    follower = store._client.follower
+    copy, connection = follower.state.replica, follower.state.replica._reads._db
+    with contextlib.closing(sqlite3.connect(copy._path, isolation_level=None)) as walk:
+        walk.execute("BEGIN")
+        assert walk.execute("SELECT count(*) FROM image").fetchall() == [(3,)]
+        store.add(image(9))
+        until(lambda: follower._why)
+        until(lambda: works(lambda: view.page(None, 0, 0)))
+    assert store.page(None, 0, 1) == (4, [image(9)])
+    assert follower.state.replica is copy and copy._reads._db is connection  # as fast as before
+
+
 ENDLESS = "WITH RECURSIVE n(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n) SELECT sum(i) FROM n"
 
 
@@ -932,6 +1002,23 @@ def test_a_copy_leaves_nothing(single, opened, tmp_path, monkeypatch):
     with etcd_store.open_storage(location) as store:
         store.page(None, 0, 0)
         assert len(os.listdir(tmp_path)) == 1 and folder not in os.listdir(tmp_path)
+
+
+def test_a_copy_that_cannot_be_made_leaves_nothing(single, opened, tmp_path, monkeypatch):
+    """It is tried again and again, here with an SQLite that is too old: no folder is left, and no descriptor."""
+    monkeypatch.setattr(etcd_store.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(etcd_store, "CALL_S", 1.0)
+    monkeypatch.setattr(etcd_store, "DOWN_S", 0.01)
+    store = opened(single.location())
+    store.add(image(1))
+    before = len(os.listdir("/dev/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3, "sqlite_version_info", (3, 23, 9))
+        with pytest.raises(OSError, match="too old"):
+            store.page(None, 0, 0)
+    assert store.page(None, 0, 0)[0] == 1
+    until(lambda: gc.collect() >= 0 and len(os.listdir(tmp_path)) == 1)
+    assert len(os.listdir("/dev/fd")) < before + 10
 
 
 def test_copies_change_nothing(single, tmp_path):
