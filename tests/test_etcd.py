@@ -1017,7 +1017,8 @@ def test_a_copy_that_cannot_be_made_leaves_nothing(single, opened, tmp_path, mon
         with pytest.raises(OSError, match="too old"):
             store.page(None, 0, 0)
     assert store.page(None, 0, 0)[0] == 1
-    until(lambda: gc.collect() >= 0 and len(os.listdir(tmp_path)) == 1)
+    gc.collect()  # for PyPy, which does this when it needs memory
+    until(lambda: len(os.listdir(tmp_path)) == 1)
     assert len(os.listdir("/dev/fd")) < before + 10
 
 
