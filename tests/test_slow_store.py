@@ -13,7 +13,7 @@ import time
 
 import pytest
 from serving import read_answer, serving
-from support import ACCOUNT, SECONDS, Stuck, connect, head, image, leaders, until
+from support import ACCOUNT, SECONDS, Stuck, connect, connections, head, image, leaders, rest, until
 
 import wmi
 
@@ -270,6 +270,22 @@ def test_walks_are_bounded(monkeypatch):
         for peer in peers:
             peer.settimeout(60)
             assert peer.recv(15) == b"HTTP/1.1 200 OK"
+
+
+def test_a_stream_whose_store_hangs_is_cut(monkeypatch):
+    """Its place is free again, although a thread still waits in the walk; that is no fault of the server."""
+    monkeypatch.setattr(wmi, "STORE_SECONDS", 0.3)
+    log = []
+    with Long(20_000) as storage, serving(storage, log=log.append) as served, connect(served, 4096) as peer:
+        peer.sendall(head("/api/images"))
+        assert peer.recv(15) == b"HTTP/1.1 200 OK"
+        storage.going.clear()
+        rest(peer)
+        until(lambda: not connections(served))
+        assert served.server.service._streams._value == wmi.MAX_STREAMS
+        storage.going.set()
+        until(lambda: leaders() == 1)
+    assert not [line for line in log if "ValueError" in line]
 
 
 def test_streams_are_bounded(monkeypatch):
