@@ -223,6 +223,23 @@ def test_another_history_is_noticed_by_reads(opened, hasty):
         assert store.page(None, 0, 9) == (1, [image(100)])
 
 
+def test_another_history_that_is_longer_is_noticed_by_the_watch(opened):
+    """A watch that begins again there must not go on where the old one ended."""
+    with Cluster() as old, Cluster() as new, Relay(old.clients[0]) as relay:
+        prefix = old.location().partition("/t/")[2]
+        store = opened(f"{relay.url}/t/{prefix}")
+        store.add_all(image(n) for n in range(20))
+        assert store.page(None, 0, 0)[0] == 20
+        writer = opened(f"{new.clients[0]}/t/{prefix}")
+        for n in range(40):
+            writer.add(image(100 + n))
+        host, port = new.clients[0].rpartition("/")[2].split(":")
+        relay.target = host, int(port)
+        relay.cut()
+        until(lambda: works(store.revision))
+        assert store.page(None, 0, 1) == (40, [image(139)])
+
+
 # ---- loads ----
 
 LOADER = """
