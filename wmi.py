@@ -2392,7 +2392,7 @@ def listen(host: str = "127.0.0.1", port: int = 9001, unix_socket: str | None = 
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             return socket.create_server((host, port), family=family, backlog=128)
-        except OSError as error:  # with the address in the message; as the file name, main() prints it in front
+        except OSError as error:  # the address takes the place of a file name, which main() prints before the message
             raise OSError(error.errno, str(error.strerror).partition(" (while")[0], f"{host}:{port}") from error
     with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
         try:
@@ -2463,7 +2463,7 @@ ACCEPT_AT_ONCE = 64  # connections that are accepted in one round
 MAX_BUFFERED = 2 << 20  # bytes of all unfinished requests, and of all answers that clients do not take
 SPARE_DESCRIPTORS = 24  # descriptors that are left to the store, the log and the selector
 WORK_SECONDS = 0.05  # for which work may hold up the leader before another thread takes the lead
-ROUND_SECONDS = 0.01  # of turns and work, then the log is written; it must not have LOG_LINES by then
+ROUND_SECONDS = 0.01  # of turns and work, then the log is written: often enough that LOG_LINES never wait for that
 CHECK_SECONDS = 0.05  # between two checks of deadlines and other limits
 POLL_SECONDS = 0.005  # between two looks for the results of threads that are held up
 STORE_SECONDS = 10  # for one piece of work; the stores here give up earlier, after 8 s
@@ -2690,7 +2690,7 @@ class Server(http.server.HTTPServer):
             # A round may take long. If it accepted one client only, a burst of them would be served late.
             for _ in range(ACCEPT_AT_ONCE):
                 if not self._accept() or len(self._connections) >= self._max_connections:
-                    break  # full: the next _accept() would close a connection, even if select() shows no client
+                    break  # full: the next _accept() would close a connection, even if no other client waits
             self.round_time = time.monotonic()  # the requests of new connections are taken, too
 
     def _receive_from(self, connection: Connection) -> None:
@@ -2977,7 +2977,7 @@ def run_server(
 
     for signum in (*_STOPS, signal.SIGALRM):
         signal.signal(signum, stop)
-    if renew:
+    if renew and hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, hang_up)
     block_signals(False)
     announce()
@@ -3037,7 +3037,7 @@ def _run_here(
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN if place else stop)
-    if renew:
+    if renew and hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, hang_up)
     block_signals(False)
     announce()
@@ -3114,7 +3114,7 @@ class Client:
         params = {"start": start, "limit": limit, **filters}
         tests = [("filter[]", test) for test in params.pop("filter")] if isinstance(filters.get("filter"), list) else []
         given = [(name, _spelled(value)) for name, value in params.items() if value is not None]
-        answer = self._call("GET", f".json?{urllib.parse.urlencode(given + tests)}")
+        answer = self._call("GET", f".json?{urllib.parse.urlencode(given + tests, errors='replace')}")
         try:
             body = answer[0] if isinstance(answer, list) else answer  # the deployed servers wrap it in an array
             total = body["owner_total"] if "owner_total" in body else body["total"]
@@ -3145,7 +3145,8 @@ class Client:
         """Set display_name or description and return the image; see Catalog.update."""
         check_id_syntax(id)
         check_updatable(self.version, fields)
-        return _shown_record(self._call("PUT", f"/{id}.json", urllib.parse.urlencode(fields).encode()))
+        form = urllib.parse.urlencode({name: _check_text(name, value) for name, value in fields.items()})
+        return _shown_record(self._call("PUT", f"/{id}.json", form.encode()))
 
     def fetch(self, id: str, path: str | None = None, progress: Progress = lambda done, total: None) -> str:
         """Fetch the image's file and return its path; see fetch_image."""
@@ -3169,12 +3170,11 @@ class Client:
             except Error as error:
                 if method == "DELETE" and lost and isinstance(error, UnknownUUIDResource):
                     return None
-                # If urllib raises URLError, the request was not sent. At a 503 nothing was done, except _UNKNOWN.
-                unsent = isinstance(error.__cause__, urllib.error.URLError)
-                lost |= (error.status in (502, 504) and not unsent) or str(error) == _UNKNOWN
+                # Nothing was done if the answer is 503, or if urllib raised URLError: then the request was not sent.
+                lost |= error.status in (502, 504) and not isinstance(error.__cause__, urllib.error.URLError)
                 growing = random.uniform(0.05, 0.1) * 2**attempt  # random, so that clients do not march in step
                 pause = min(_PAUSE_AT_MOST, max(growing, error.retry_after))
-                lasting = error.status not in (502, 503, 504) or isinstance(error, BadAnswer)
+                lasting = error.status not in (502, 503, 504) or isinstance(error, BadAnswer) or str(error) == _UNKNOWN
                 if lasting or attempt >= self._retries or time.monotonic() + pause > until:
                     raise
                 time.sleep(pause)
@@ -3634,7 +3634,7 @@ def _describe_file(path: str, fields: dict[str, Any]) -> None:
     """Set the source and the checksum of an image whose file is on this machine. Raises InvalidParameter."""
     if not os.path.isfile(path):
         raise InvalidParameter(f"{path} is not a file here; give the path of a file, or a URI such as file:///…")
-    fields["source"] = {"uri": "file://" + urllib.parse.quote(os.path.abspath(path))}
+    fields["source"] = {"uri": "file://" + urllib.parse.quote(os.fsencode(os.path.abspath(path)))}
     image_record(fields)  # raises for a wrong field now, and not after the MD5 of a large file
     if "md5sum" not in fields:
         digest = hashlib.md5(usedforsecurity=False)  # the API's checksum; no secret depends on it
@@ -3881,8 +3881,8 @@ def _parse_arguments(argv: Sequence[str]) -> Any:
         )
         command.register("action", "toggle", argparse.BooleanOptionalAction)
         command.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
-        # Without FILE: standard input or output. The last three are for `serve` without the part Optional.
-        command.set_defaults(run=run, file="-", files=None, tokens=None, tls_cert=None, places={*arguments.split()})
+        # Without FILE: standard input or output. Those that are None are for `serve` without the part Optional.
+        command.set_defaults(run=run, file="-", files=None, tokens=None, tls_cert=None, accepted={*arguments.split()})
         if name in argv:  # to add those of every command would take longer than most commands do
             _add_arguments(command, arguments.split())
     # As in vdc-manage, --account_id is the same as --account-id; what follows "--" is left as it is.
@@ -3896,7 +3896,7 @@ def _completed(options: Any) -> Any:
     # An option beats the variables: with --store, WMI_URL does not count, and with --token, WMI_TOKEN_FILE does not.
     for names in (("store", "url"), ("token", "token_file"), ("account",), ("cacert",)):
         if all(getattr(options, name, None) is None for name in names):
-            for name in options.places.intersection(names):
+            for name in options.accepted.intersection(names):
                 default = _DEFAULT_STORE if name == "store" else None
                 setattr(options, name, os.environ.get(f"WMI_{name.upper()}") or default)
     return options
@@ -4198,7 +4198,7 @@ def file_answer(request: Request, record: Record, file: BinaryIO) -> Answer:
 
 
 def safe_name(uri: str) -> str:
-    """Return the last part of a URI as a file name that is safe on every system; "" if no letter is left."""
+    """Return the last part of a URI as a file name that is safe on every system; "" if nothing is left of it."""
     name = urllib.parse.unquote(uri.partition("?")[0]).rpartition("/")[2]
     return re.sub("[^A-Za-z0-9._-]", "_", name)[:200].lstrip(".-")
 
@@ -4811,9 +4811,9 @@ class _Arrival:
         with _naming(self._path or self._part):
             self._file.flush()
             if self._path:
+                os.fsync(self._file.fileno())
                 if not replaces:
                     check_unused(self._path)
-                os.fsync(self._file.fileno())
                 # The note is removed first, while the lock on the part keeps other processes from writing a note of the
                 # same name. After the rename, the note could be that of another fetch.
                 _remove(self._note)
@@ -4855,7 +4855,7 @@ def _open_alone(path: str) -> Iterator[BinaryIO]:
 def _fetch(options: Any) -> None:
     client = _client(options)
     path = options.output_file or unused_name(client.show(options.id))
-    _refuse_store_file(path, os.environ.get("WMI_STORE") or _DEFAULT_STORE)  # or a file that would become its journal
+    _refuse_store_file(path, os.environ.get("WMI_STORE") or _DEFAULT_STORE)  # nor its journal, which need not exist
     with _Progress("fetched", 1 << 20, " MiB") as progress:
         path = client.fetch(options.id, options.output_file, progress)
     if path != "-":

@@ -118,6 +118,13 @@ def content(path):
 # ---- add ----
 
 
+def test_add_local_of_a_name_that_is_not_utf_8(done):
+    """Its URI has the bytes of the name."""
+    with open(b"caf\xe9.raw", "wb"):
+        done("add", "local", os.fsdecode(b"caf\xe9.raw"), "-a", ACCOUNT)
+    assert kept()[0]["source"]["uri"].endswith("/caf%E9.raw")
+
+
 def test_add_local_of_a_file(done, tmp_path):
     """A file that is here is stored as a file:// URI, with its checksum; the id is all that is printed."""
     path = tmp_path / "a b é%.raw"
