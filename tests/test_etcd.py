@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import unittest
+from concurrent.futures import ThreadPoolExecutor
 
 import members
 import pytest
@@ -754,6 +755,25 @@ def test_a_value_that_is_not_ours_is_refused(single, opened, value):
     store.add(image(4))
     assert store.at_least(store.revision()).page(None, 0, 0)[0] == 2
     assert list(store.check()) == [] and list(store.walk()) == [image(4), image(1)]
+
+
+def test_a_copy_that_cannot_be_made_holds_up_nobody(single, opened, monkeypatch):
+    """A read says why, in time; and one that still waits ends when the store is closed."""
+    location = single.location()
+    opened(location).add(image(1))
+    key = f"/t/{location.partition('/t/')[2]}/image/wmi-00000002"
+    single.ask("/v3/kv/put", {"key": encode(key), "value": encode("hello")})
+    store = opened(location)
+    with monkeypatch.context() as shorter:
+        shorter.setattr(etcd_store, "CALL_S", 0.5)
+        with pytest.raises(OSError, match="being made: .*wmi-00000002"):
+            store.page(None, 0, 1)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(store.page, None, 0, 1)
+        until(waiting.running)
+        store.close()
+        with pytest.raises(ValueError, match="closed"):
+            waiting.result(etcd_store.CALL_S / 2)
 
 
 # ---- the copy and its check ----
