@@ -97,7 +97,7 @@ except ImportError:  # in a Python that was built without it, everything but TLS
     ssl = None  # type: ignore[assignment]
 
 __version__ = "1.1.0"
-__all__ = [  # and the errors, which are the subclasses of Error
+__all__ = [  # the errors, which are the subclasses of Error, are public too
     "VERSIONS", "Catalog", "Client", "Error", "MemoryStorage", "Page", "Server", "Storage", "image_record", "listen",
     "main", "open_storage", "register_backend", "run_server",
 ]
@@ -998,7 +998,7 @@ class Page(NamedTuple):
     total: int
     start: int
     limit: int | None  # None: no limit
-    images: Iterable[Record]  # a list if it is short, otherwise an iterator that reads the store as it goes
+    images: Iterable[Record]  # a list, or an iterator that reads the store as it goes: if long, filtered or sorted
 
 
 class Catalog:
@@ -2463,7 +2463,7 @@ ACCEPT_AT_ONCE = 64  # connections that are accepted in one round
 MAX_BUFFERED = 2 << 20  # bytes of all unfinished requests, and of all answers that clients do not take
 SPARE_DESCRIPTORS = 24  # descriptors that are left to the store, the log and the selector
 WORK_SECONDS = 0.05  # for which work may hold up the leader before another thread takes the lead
-ROUND_SECONDS = 0.01  # of turns and work, then the log is written: often enough that LOG_LINES never wait for that
+ROUND_SECONDS = 0.01  # of turns and work, then the log is written, before LOG_LINES can be waiting
 CHECK_SECONDS = 0.05  # between two checks of deadlines and other limits
 POLL_SECONDS = 0.005  # between two looks for the results of threads that are held up
 STORE_SECONDS = 10  # for one piece of work; the stores here give up earlier, after 8 s
@@ -4855,7 +4855,7 @@ def _open_alone(path: str) -> Iterator[BinaryIO]:
 def _fetch(options: Any) -> None:
     client = _client(options)
     path = options.output_file or unused_name(client.show(options.id))
-    _refuse_store_file(path, os.environ.get("WMI_STORE") or _DEFAULT_STORE)  # nor its journal, which need not exist
+    _refuse_store_file(path, os.environ.get("WMI_STORE") or _DEFAULT_STORE)  # its journal too, even if there is none
     with _Progress("fetched", 1 << 20, " MiB") as progress:
         path = client.fetch(options.id, options.output_file, progress)
     if path != "-":

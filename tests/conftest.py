@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,8 @@ from serving import serving
 from support import Command, image
 
 import wmi
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets `pytest &` ignore it, and so all its children
 
 # The whole suite is run in three processes, as tests often wait. Each share takes about as long as all other files.
 SHARES = [
