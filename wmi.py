@@ -947,17 +947,21 @@ def _known_schemes() -> str:
     return ", ".join(sorted({*_openers, *_entry_points(), *stores}))
 
 
-@contextlib.contextmanager
-def storage_errors(id: str = "") -> Iterator[None]:
-    """Turn what a store raises into errors of this module; the only place that does."""
-    try:
-        yield
-    except FileExistsError as error:
-        raise DuplicateUUID(f"{error} is registered already") from error
-    except KeyError as error:
-        raise UnknownUUIDResource(id) from error
-    except (OSError, ValueError) as error:
-        raise DatabaseError(_STORE_SAYS.get(getattr(error, "errno", 0) or 0, "the store cannot answer")) from error
+class storage_errors:  # noqa: N801  # used as a function; a generator would leave a cycle for each error on Python 3.12
+    """Context manager that turns what a store raises into errors of this module; the only place that does."""
+
+    def __init__(self, id: str = "") -> None:
+        self._id = id
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, FileExistsError):
+            raise DuplicateUUID(f"{error} is registered already") from error
+        if isinstance(error, KeyError):
+            raise UnknownUUIDResource(self._id) from error
+        if isinstance(error, (OSError, ValueError)):
+            raise DatabaseError(_STORE_SAYS.get(getattr(error, "errno", 0) or 0, "the store cannot answer")) from error
 
 
 _UNKNOWN = "it is unknown whether this was done; look before trying again"
@@ -1570,8 +1574,9 @@ class Reader:
                 self.waits_for, checked = HEAD if data else IDLE, len(data)
                 yield None
             # 2. Parse the head.
-            head, self._at = bytes(data[self._at : end]), end
+            head = bytes(data[self._at : end])
             request = _parse_small_head(head) if len(head) <= SMALL_HEAD else parse_head(head)
+            self._at = end  # only now: a connection whose request is refused is not idle
             # 3. Read the body, which has chunks or a length. If some of it is here, the client does not wait for a 100.
             if request.chunked or request.length:
                 self.waits_for, self.owes_continue = BODY, request.expects_continue and self.is_empty
@@ -2169,7 +2174,7 @@ class Connection:
         self.body: Body | None = None  # the source of more bytes to send, as long as it has any
         # Times. The first bytes of the request came at `began`, from which the log counts. `phase` (IDLE, HEAD, BODY)
         # says what the server waits for; it has waited since `waiting_since`, and gives up at `deadline`.
-        self.began = self.waiting_since = server.round_time
+        self.began = self.waiting_since = self.arrived = server.round_time  # the last: when all of the request was here
         self.phase = IDLE
         self.deadline = server.round_time + IDLE_SECONDS
 
@@ -2229,7 +2234,7 @@ class Connection:
                 # 6. Answer it, if the answer is kept. All of the request had arrived by `round_time`.
                 if request is not None:
                     request = self.request = service.identify(request)
-                    self.phase, self.receiving = IDLE, False
+                    self.phase, self.receiving, self.arrived = IDLE, False, server.round_time
                     answer = service.kept_answer(request, server.round_time)
                     if answer is None:
                         return WORK
@@ -2253,7 +2258,7 @@ class Connection:
                 self.server.service.check_waiting(self.body.most_waiting)
                 return self.body.more(self.socket)
             assert self.request is not None
-            return self.server.service.answer(self.request, self.server.round_time, self._check_alive)
+            return self.server.service.answer(self.request, self.arrived, self._check_alive)
         except Exception as error:
             return error
 
@@ -2463,7 +2468,7 @@ ACCEPT_AT_ONCE = 64  # connections that are accepted in one round
 MAX_BUFFERED = 2 << 20  # bytes of all unfinished requests, and of all answers that clients do not take
 SPARE_DESCRIPTORS = 24  # descriptors that are left to the store, the log and the selector
 WORK_SECONDS = 0.05  # for which work may hold up the leader before another thread takes the lead
-ROUND_SECONDS = 0.01  # of turns and work, then the log is written, before LOG_LINES can be waiting
+ROUND_SECONDS = 0.01  # of turns, then the log is written, before LOG_LINES can be waiting
 CHECK_SECONDS = 0.05  # between two checks of deadlines and other limits
 POLL_SECONDS = 0.005  # between two looks for the results of threads that are held up
 STORE_SECONDS = 10  # for one piece of work; the stores here give up earlier, after 8 s
@@ -2538,6 +2543,7 @@ class Server(http.server.HTTPServer):
         self._offered = 0.0  # when the waiting connection was first left to other workers; 0: none waits
         self.trim: Callable[[], object] = lambda: None  # gives freed memory back: see Processes
         self._trimmed = time.monotonic()
+        self._received = 0.0  # when this round's input was taken: no change moves it
         self._checked = self._yielded = 0.0  # when deadlines were checked, and when other processes could last run
         self._lock = threading.Lock()
         self._leader: threading.Thread | None = None
@@ -2660,7 +2666,7 @@ class Server(http.server.HTTPServer):
         while self._turns and time.monotonic() < until:
             self._take_turn(*self._turns.popleft())
         # 3. Work, but not for so long that clients which send something in the meantime would notice.
-        while self._queue and time.monotonic() < until:
+        while self._queue and time.monotonic() - self._received < WORK_SECONDS:
             connection = self._queue.popleft()
             leads, result = self._work(me, connection, connection.work)
             if not leads:
@@ -2685,7 +2691,8 @@ class Server(http.server.HTTPServer):
                 accepting = True
             elif not connection.queued_since:
                 self._receive_from(connection)
-        self.round_time, self.clock = time.monotonic(), now()
+        self.round_time = self._received = time.monotonic()
+        self.clock = now()
         if accepting:  # last, since it may close an idle connection: what has arrived there must have been taken
             # A round may take long. If it accepted one client only, a burst of them would be served late.
             for _ in range(ACCEPT_AT_ONCE):
@@ -2992,6 +2999,8 @@ def run_server(
             except OSError as error:  # too little memory, or too many processes: the other workers go on
                 print(f"wmi: cannot start a worker: {error}; trying again", file=sys.stderr, flush=True)
                 time.sleep(1)
+                with contextlib.suppress(ChildProcessError):  # those that have ended count as processes until then
+                    children.pop(os.waitpid(-1, os.WNOHANG)[0], None)
             block_signals(False)
         # 2. Wait until one of them ends. If it ends soon, it may be unable to start: then wait a second before a fork.
         waited = time.monotonic()
@@ -3215,7 +3224,9 @@ class Client:
 
     def _read(self, answer: Any) -> Any:
         """Return what an answer holds in JSON, or raise the error in it, as the same class that the catalog raises."""
-        succeeded, body = 200 <= answer.status < 300, b"".join(_body_pieces(answer, self._max_answer))
+        succeeded, body = 200 <= answer.status < 300, bytearray()
+        for piece in _body_pieces(answer, self._max_answer):  # not join(), which would hold millions of little pieces
+            body += piece
         try:
             shown = _JSON.decode(body.decode("utf-8-sig"))
             if succeeded:
@@ -3895,7 +3906,7 @@ def _completed(options: Any) -> Any:
     """Set the options that were not given, but for which the environment has a variable."""
     # An option beats the variables: with --store, WMI_URL does not count, and with --token, WMI_TOKEN_FILE does not.
     for names in (("store", "url"), ("token", "token_file"), ("account",), ("cacert",)):
-        if all(getattr(options, name, None) is None for name in names):
+        if not any(getattr(options, name, None) for name in names) and getattr(options, names[0], None) != "":
             for name in options.accepted.intersection(names):
                 default = _DEFAULT_STORE if name == "store" else None
                 setattr(options, name, os.environ.get(f"WMI_{name.upper()}") or default)
@@ -4857,7 +4868,7 @@ def _fetch(options: Any) -> None:
     path = options.output_file or unused_name(client.show(options.id))
     _refuse_store_file(path, os.environ.get("WMI_STORE") or _DEFAULT_STORE)  # its journal too, even if there is none
     with _Progress("fetched", 1 << 20, " MiB") as progress:
-        path = client.fetch(options.id, options.output_file, progress)
+        client.fetch(options.id, path, progress)
     if path != "-":
         _write(path + "\n")
 
