@@ -502,6 +502,34 @@ def test_pipelined_changes_delay_nobody_else():
         assert received < len(peers) * len(puts) / 2  # the answers to most of them are still to come
 
 
+def test_slow_pieces_of_long_answers_delay_nobody_else():
+    """However many rounds end with work that takes longer than one may, others are received in each."""
+    class Dragging(wmi.MemoryStorage):
+        def page(self, *scope, **options):
+            return 60_000, [record] * 50
+
+        def walk(self, *scope, **options):
+            for number in range(60_000):
+                if number > 100 and number % 8 == 0:
+                    time.sleep(0.07)
+                yield record
+
+    record = image(description="x" * 2000)
+    with Dragging() as storage, serving(storage) as served, contextlib.ExitStack() as stack:
+        storage.add(image())
+        peers = [stack.enter_context(connect(served)) for _ in range(2)]
+        for peer in peers:
+            peer.sendall(GET)
+            threading.Thread(target=read_on, args=[peer], daemon=True).start()
+        until(lambda: leaders() > 1)
+        began = time.monotonic()
+        for _ in range(5):
+            assert served.raw(head("/nowhere", "GET", "Connection: close")).startswith(b"HTTP/1.1 404 ")
+        assert time.monotonic() - began < 5  # it was one answer in 12 s
+        for peer in peers:
+            reset(peer)
+
+
 def test_a_worker_that_stands_still_does_not_make_another_spin(tmp_path):
     """What a worker with fewer connections does not take in time, another one takes, at little cost."""
     process = subprocess.Popen(

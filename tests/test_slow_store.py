@@ -57,6 +57,21 @@ def test_a_change_that_takes_too_long_is_said_to_be_unknown(monkeypatch):
         until(lambda: storage.get("wmi-one")["deleted_at"])
 
 
+def test_a_look_that_takes_long_each_time_is_waited_for():
+    """As at a cluster far away: a look that began after a request had arrived serves it, however late it ends."""
+    class Far(wmi.MemoryStorage):
+        def revision(self):
+            time.sleep(0.15)
+            return super().revision()
+
+    with Far() as storage, serving(storage) as served, contextlib.ExitStack() as stack:
+        storage.add(image())
+        peers = [stack.enter_context(connect(served)) for _ in range(5)]
+        for peer in peers:
+            peer.sendall(head("/api/images/wmi-one"))
+        assert [read_answer(peer)[0] for peer in peers] == [200] * 5
+
+
 def test_threads_are_bounded(monkeypatch):
     """However many requests wait for the store: those beyond the bound are refused at once, and the rest goes on."""
     monkeypatch.setattr(wmi, "STORE_SECONDS", 2 * SECONDS)  # by then the others are refused, too
