@@ -1082,10 +1082,10 @@ class Catalog:
         return Page(next(count), start, limit, self._visible(id for _, _, id in chosen))
 
     def _visible(self, ids: Iterable[str]) -> Iterator[Record]:
-        """Yield the images with these ids, without those that were deleted or made private since they were chosen."""
+        """Yield the images with these ids, without those that were removed or made private since they were chosen."""
         for id in ids:
             with contextlib.suppress(UnknownUUIDResource, OperationNotPermitted):
-                yield self.show(id)
+                yield self._permitted(id)
 
     def images(self, **filters: Any) -> Iterator[Record]:
         """Yield every image of the index, in bounded memory."""
@@ -1094,6 +1094,9 @@ class Catalog:
     def show(self, id: str) -> Record:
         """Return the image. Raises InvalidParameter, UnknownUUIDResource, OperationNotPermitted."""
         check_id_syntax(id)
+        return self._permitted(id)
+
+    def _permitted(self, id: str) -> Record:
         with storage_errors(id):
             record = self.storage.get(id)
         self._permit(record, public=True)
@@ -2231,11 +2234,11 @@ class Connection:
                 except Error as error:
                     self._start_answer(service.answer_error(error))
                     continue
-                # 6. Answer it, if the answer is kept. All of the request had arrived by `round_time`.
+                # 6. Answer it, if the answer is kept.
                 if request is not None:
                     request = self.request = service.identify(request)
                     self.phase, self.receiving, self.arrived = IDLE, False, server.round_time
-                    answer = service.kept_answer(request, server.round_time)
+                    answer = service.kept_answer(request, self.arrived)
                     if answer is None:
                         return WORK
                     self._start_answer(answer)
@@ -3159,7 +3162,7 @@ class Client:
 
     def fetch(self, id: str, path: str | None = None, progress: Progress = lambda done, total: None) -> str:
         """Fetch the image's file and return its path; see fetch_image."""
-        return fetch_image(self, id, path, progress)
+        return fetch_image(self, id, path, progress, replaces=path is not None)
 
     def _anonymous_client(self, url: str) -> Client:
         """Return a client of another server that sends neither account nor token."""
@@ -4621,14 +4624,14 @@ ERROR_PAGES[read_page] = error_page
 Progress = Callable[[int, Union[int, None]], object]  # takes the bytes that have arrived, and the total if it is known
 
 
-def fetch_image(client: Client, id: str, path: str | None, progress: Progress) -> str:
+def fetch_image(client: Client, id: str, path: str | None, progress: Progress, replaces: bool) -> str:
     """Fetch the file of an image to path, and return the path.
 
-    A path of "-" is standard output; None is the name of the file in the image's source, and then no existing file is
-    replaced. If the source is a file:// URI, the client's server sends the file. If it is an http or https URI, the
-    file is fetched from there, and neither account nor token is sent to that server. The bytes are kept in path.part
-    until the file is complete and has the md5sum of the catalog. A later call fetches only what is missing. Raises
-    FetchError, Unreachable, the errors of show, and OSError for files on this machine.
+    A path of "-" is standard output; None is the name of the file in the image's source. A file that exists is replaced
+    only if `replaces` is true. If the source is a file:// URI, the client's server sends the file. If it is an http or
+    https URI, the file is fetched from there, and neither account nor token is sent to that server. The bytes are kept
+    in path.part until the file is complete and has the md5sum of the catalog. A later call fetches only what is
+    missing. Raises FetchError, Unreachable, the errors of show, and OSError for files on this machine.
     """
     # 1. Find out where the file is.
     image, source = client.show(id), client
@@ -4639,7 +4642,7 @@ def fetch_image(client: Client, id: str, path: str | None, progress: Progress) -
         source = client._anonymous_client(uri)
     elif not uri.startswith("file:"):
         raise FetchError(f"{id} has no file to fetch: its source is {brief(shown)}")
-    replaces, path, tries = path is not None, path or unused_name(image), 0
+    path, tries = path or unused_name(image), 0
     # 2. Ask for what is missing until all of it is here. Only tries in a row that brought nothing are counted, so a
     #    line that breaks now and then delays a large file but does not stop it.
     with _Arrival(path, url, image.get("md5sum")) as arrival:
@@ -4868,7 +4871,7 @@ def _fetch(options: Any) -> None:
     path = options.output_file or unused_name(client.show(options.id))
     _refuse_store_file(path, os.environ.get("WMI_STORE") or _DEFAULT_STORE)  # its journal too, even if there is none
     with _Progress("fetched", 1 << 20, " MiB") as progress:
-        client.fetch(options.id, path, progress)
+        fetch_image(client, options.id, path, progress, replaces=bool(options.output_file))
     if path != "-":
         _write(path + "\n")
 

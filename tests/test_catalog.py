@@ -824,3 +824,11 @@ def test_a_sorted_list_shows_nothing_that_has_become_private():
         storage.replace("wmi-1", lambda record: {**record, "is_public": False, "description": "secret"})
         storage.delete("wmi-2")
         assert [shown["id"] for shown in page.images] == ["wmi-0", "wmi-3"]
+
+
+def test_a_sorted_list_shows_an_id_of_another_form_too():
+    """Another program may have put it into the store; lists that are not sorted show it as well."""
+    with filled([{"id": "wmi-1", "account_id": ME}]) as storage:
+        storage.add({**storage.get("wmi-1"), "id": "old-2"})
+        for options in ({}, {"sort_by": "uuid.asc"}):
+            assert sorted(ids(wmi.Catalog(storage, ME, "12.03").index(**options))) == ["old-2", "wmi-1"]

@@ -252,11 +252,16 @@ def test_the_name_of_the_source_replaces_no_file(own, out, refused):
     assert (out / "one.raw").read_bytes() == b"mine" and left(out) == ["one.raw"]
 
 
-def test_the_name_of_the_source_replaces_no_file_that_is_made_meanwhile(own, out):
+def test_the_name_of_the_source_replaces_no_file_that_is_made_meanwhile(own, out, refused, monkeypatch):
     """A download may take an hour; what arrived is kept, and taken by the next call that names a file."""
     with pytest.raises(wmi.FetchError, match="exists already"):
         wmi.Client(own, ACCOUNT).fetch("wmi-one", progress=lambda done, total: (out / "one.raw").write_bytes(b"mine"))
     assert (out / "one.raw").read_bytes() == b"mine" and (out / "one.raw.part").read_bytes() == CONTENT
+    os.unlink("one.raw")  # the same by the command, which looks at the name before it fetches
+    monkeypatch.setattr(wmi, "_Progress", lambda *what: contextlib.nullcontext(
+        lambda done, total: (out / "one.raw").write_bytes(b"mine")))
+    (out / "one.raw.part").write_bytes(CONTENT[:-1])
+    assert "exists already" in refused(own, None) and (out / "one.raw").read_bytes() == b"mine"
     wmi.Client(own, ACCOUNT).fetch("wmi-one", "one.raw")
     assert (out / "one.raw").read_bytes() == CONTENT and left(out) == ["one.raw"]
 
