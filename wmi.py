@@ -685,7 +685,7 @@ def render(version: Version, record: Record) -> Record:
 # interface as a set of tests, for the backends here and for those of third parties.
 #
 # A backend imports nothing from this module and inherits from nothing. It takes and returns plain dicts and raises
-# built-in exceptions, so it also works beside a renamed copy of wmi.py. One place, storage_errors, turns these
+# built-in exceptions, so it also works beside a renamed copy of wmi.py. One place, StorageErrors, turns these
 # exceptions into the errors of this module.
 
 
@@ -915,7 +915,7 @@ def open_storage(url: str) -> Storage:
     opener = (_openers.get(scheme) or _backend_file(scheme) or _entry_points().get(scheme)) if named else None
     if opener is None:
         raise refuse("store", url, f"SCHEME:LOCATION, such as sqlite:images.db, with one of {_known_schemes()}")
-    with storage_errors():
+    with StorageErrors():
         return opener(location)
 
 
@@ -947,8 +947,10 @@ def _known_schemes() -> str:
     return ", ".join(sorted({*_openers, *_entry_points(), *stores}))
 
 
-class storage_errors:  # noqa: N801  # used as a function; a generator would leave a cycle for each error on Python 3.12
+class StorageErrors:
     """Context manager that turns what a store raises into errors of this module; the only place that does."""
+
+    # As a generator it would leave a cycle for each error on Python 3.12, and take a microsecond more.
 
     def __init__(self, id: str = "") -> None:
         self._id = id
@@ -1039,7 +1041,7 @@ class Catalog:
         public, deleted = filter_scope(self.version, filters)
         conditions = filter_conditions(filters)
         matching = functools.partial(self.matching, public, deleted, conditions)
-        with storage_errors():
+        with StorageErrors():
             if filters.get("sort_by"):
                 return self._sorted(matching, filters["sort_by"], first, size)
             # The total stands before the images in an answer, so matching images are first counted and then read again.
@@ -1097,7 +1099,7 @@ class Catalog:
         return self._permitted(id)
 
     def _permitted(self, id: str) -> Record:
-        with storage_errors(id):
+        with StorageErrors(id):
             record = self.storage.get(id)
         self._permit(record, public=True)
         return record
@@ -1119,7 +1121,7 @@ class Catalog:
         """
         self._check_operator()
         record = image_record(fields)
-        with storage_errors():
+        with StorageErrors():
             self.storage.add(record)
         return str(record["id"])
 
@@ -1154,7 +1156,7 @@ class Catalog:
             self._permit(record, public=False)
             return change(record)
 
-        with storage_errors(id):
+        with StorageErrors(id):
             return self.storage.replace(id, permitted)
 
     def _permit(self, record: Record, public: bool) -> None:
@@ -1222,7 +1224,7 @@ def _amended(fields: Mapping[str, Any], record: Record) -> Record:
 
 def _guarded(images: Iterable[Record]) -> Iterator[Record]:
     """Yield images, and turn what the store raises while they are read into errors of this module."""
-    with storage_errors():
+    with StorageErrors():
         yield from images
 
 
@@ -1983,7 +1985,7 @@ class Service:
         # Two threads may look at the same time and set _known in either order. Both values are true, and an older one
         # only costs another look.
         moment = time.monotonic()  # before the look: the revision may be the one that the store had when the look began
-        with storage_errors():
+        with StorageErrors():
             revision = self.storage.revision()
         self._known = moment, revision
         return revision
@@ -2064,7 +2066,7 @@ class Service:
         """Keep the answers made since the last call for which the store still has the revision that they show."""
         # Steps 1 and 2 at the top of this part. An entry that replaces one with the same key also replaces its size.
         fresh, self.fresh = self.fresh, []
-        with storage_errors():
+        with StorageErrors():
             revision = self.storage.revision()
         with self._lock:
             for key, entry in fresh:
@@ -3596,7 +3598,7 @@ def _check_processes(options: Any) -> None:
 
 def _add_sample(storage: Storage) -> None:
     """Put the images of _SAMPLE into an empty store."""
-    with storage_errors():
+    with StorageErrors():
         if not _count(storage):
             storage.add_all(image_record({
                 "id": id, "account_id": "a-shpoolxx", "arch": arch, "is_public": True, "description": description,
@@ -4515,7 +4517,7 @@ def _listing(service: Service, catalog: Catalog, query: Any, account: str, linke
     start, total, images = whole_number("start", query.get("start") or "0"), 0, []
     words = " ".join(query.get("q", "")[:MAX_SEARCH].encode("utf-8", "replace").decode().split())
     if words:  # every image is read, but only those of this page are held
-        with service.walking(catalog, pulse) as walking, storage_errors():
+        with service.walking(catalog, pulse) as walking, StorageErrors():
             found = walking.matching(True, False, [functools.partial(_has_words, words.lower().split())])
             for total, image in enumerate(found, 1):
                 if start < total <= start + PAGE_SIZE:
@@ -4924,7 +4926,7 @@ def _load(options: Any) -> None:
             batches = (map(_parse_line, [line]) for line in lines())
         for batch in batches:
             try:
-                with storage_errors():
+                with StorageErrors():
                     loaded += storage.add_all(batch)
             except (InvalidParameter, DuplicateUUID) as error:
                 if not options.keep_going:
@@ -4946,7 +4948,7 @@ def _dump(options: Any) -> None:
 
 def _walk(storage: Storage, what: str, **order: Any) -> Iterator[Record]:
     """Yield all records, tombstones too, and show the progress on a terminal."""
-    with storage_errors():
+    with StorageErrors():
         yield from _progressing(what, storage.walk(**order), _count(storage))
 
 
@@ -4975,7 +4977,7 @@ def _replacing(path: str) -> Iterator[TextIO]:
 
 
 def _copy(options: Any) -> None:
-    with _open_existing(options.source) as source, open_storage(options.target) as target, storage_errors():
+    with _open_existing(options.source) as source, open_storage(options.target) as target, StorageErrors():
         if _count(target):
             raise InvalidParameter(f"{options.target} is not empty; nothing was copied")
         copied = target.add_all(_walk(source, "copied", oldest_first=True, frozen=True))
@@ -4984,7 +4986,7 @@ def _copy(options: Any) -> None:
 
 def _check(options: Any) -> None:
     store, faults = options.url or options.store, 0
-    with _open_existing(store) as storage, storage_errors():
+    with _open_existing(store) as storage, StorageErrors():
         for faults, fault in enumerate(itertools.chain(storage.check(options.repair), _wrong_records(storage)), 1):
             _write(_visible(fault) + "\n")
     if faults:
