@@ -2141,6 +2141,7 @@ def parse_update(request: Request, known: Sequence[str]) -> dict[str, Any]:
 #                    +------- the answer is sent -----+
 #
 # An answer is sent without WORK if it is kept (see Service), or if it refuses a request that breaks the rules of HTTP.
+# A turn answers KEPT_IN_A_TURN requests at most: for the next one, a client that pipelines is queued like the others.
 # Nothing is read while an answer is made or sent: a client that sends requests but reads no answers costs nothing.
 # CLOSE can come anywhere, when the client has hung up. When a deadline passes (see expired()), an idle connection is
 # closed, an unfinished request is answered 408, and an unfinished answer is cut off with a reset.
@@ -2150,6 +2151,7 @@ HEAD_SECONDS = 10  # for a whole head, from its first byte on; for a TLS handsha
 BODY_SECONDS = 30  # for a whole body
 SEND_SECONDS = 30  # for a client to take any more of its answer: what counts is progress, not speed
 LINGER_SECONDS = 1  # for a client to read the last answer
+KEPT_IN_A_TURN = 16  # kept answers; with more, 900 clients that pipeline made a new one wait for 5 s
 LOGGED = 2048  # characters of a target or a failure in the log
 LOGGED_METHOD = 32  # characters of a method
 
@@ -2209,7 +2211,7 @@ class Connection:
 
         `result` is what work() returned, or what expired() did, or an Error with which to refuse the client.
         """
-        server, service = self.server, self.server.service
+        server, service, answered = self.server, self.server.service, 0
         try:
             # 1. Take the result of work: an answer, or the next piece of its body.
             if isinstance(result, Answer):
@@ -2236,13 +2238,14 @@ class Connection:
                 except Error as error:
                     self._start_answer(service.answer_error(error))
                     continue
-                # 6. Answer it, if the answer is kept.
+                # 6. Answer it, if the answer is kept and this turn has not answered too many.
                 if request is not None:
                     request = self.request = service.identify(request)
                     self.phase, self.receiving, self.arrived = IDLE, False, server.round_time
-                    answer = service.kept_answer(request, self.arrived)
+                    answer = service.kept_answer(request, self.arrived) if answered < KEPT_IN_A_TURN else None
                     if answer is None:
                         return WORK
+                    answered += 1
                     self._start_answer(answer)
                     continue
                 # 7. It is not whole. Ask for its body if the client waits for that, and wait.

@@ -483,7 +483,22 @@ def test_many_long_works_delay_what_needs_no_store():
     assert answered.index("/api/images") < 35  # a turn is three of the others
 
 
-@pytest.mark.skipif(not hasattr(os, "fork") or not os.path.exists("/proc/self/stat"), reason="workers, and /proc")
+def test_a_client_that_pipelines_is_queued_like_the_others(unserved):
+    """Kept answers need no work, but 900 clients that asked for many at once made a new one wait for 5 s."""
+    for _ in range(2):
+        unserved.service.answer(wmi.parse_head(head("/api/images")))
+    unserved.service.keep()
+    stub = Stub(head("/api/images") * (2 * wmi.KEPT_IN_A_TURN + 5))
+    connection = wmi.Connection(stub, ("127.0.0.1", 1), unserved)
+    wants, result, sent = connection.receive(), None, []
+    while wants in (wmi.TURN, wmi.WORK):
+        wants = connection.advance(result)
+        result = connection.work() if wants == wmi.WORK else None
+        sent.append(len(stub.sent))
+    connection.close()
+    assert sent == [wmi.KEPT_IN_A_TURN, 2 * wmi.KEPT_IN_A_TURN + 1, 2 * wmi.KEPT_IN_A_TURN + 5]
+
+
 def test_pipelined_changes_delay_nobody_else():
     """Each change moves the time from which answers have to be new; it must not prolong the round."""
     class Slowly(wmi.MemoryStorage):
@@ -530,6 +545,7 @@ def test_slow_pieces_of_long_answers_delay_nobody_else():
             reset(peer)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork") or not os.path.exists("/proc/self/stat"), reason="workers, and /proc")
 def test_a_worker_that_stands_still_does_not_make_another_spin(tmp_path):
     """What a worker with fewer connections does not take in time, another one takes, at little cost."""
     process = subprocess.Popen(
