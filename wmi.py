@@ -2476,7 +2476,7 @@ ACCEPT_AT_ONCE = 64  # connections that are accepted in one round
 MAX_BUFFERED = 2 << 20  # bytes of all unfinished requests, and of all answers that clients do not take
 SPARE_DESCRIPTORS = 24  # descriptors that are left to the store, the log and the selector
 WORK_SECONDS = 0.05  # for which work may hold up the leader before another thread takes the lead
-ROUND_SECONDS = 0.01  # of turns, then the log is written, before LOG_LINES can be waiting
+ROUND_SECONDS = 0.01  # for the turns of a round, and for its work; then the log is written, before LOG_LINES wait
 CHECK_SECONDS = 0.05  # between two checks of deadlines and other limits
 POLL_SECONDS = 0.005  # between two looks for the results of threads that are held up
 STORE_SECONDS = 10  # for one piece of work; the stores here give up earlier, after 8 s
@@ -2551,7 +2551,6 @@ class Server(http.server.HTTPServer):
         self._offered = 0.0  # when the waiting connection was first left to other workers; 0: none waits
         self.trim: Callable[[], object] = lambda: None  # gives freed memory back: see Processes
         self._trimmed = time.monotonic()
-        self._received = 0.0  # when this round's input was taken: no change moves it
         self._checked = self._yielded = 0.0  # when deadlines were checked, and when other processes could last run
         self._lock = threading.Lock()
         self._leader: threading.Thread | None = None
@@ -2662,8 +2661,7 @@ class Server(http.server.HTTPServer):
     def _serve_round(self, me: threading.Thread) -> None:
         """Take what has arrived, answer what is kept, then work for one connection after the other."""
         # 1. Receive from all clients before any is answered, so that one look at the store serves all of them.
-        if not self._turns:
-            self._receive()
+        self._receive()
         if self._postponed and not self.service.looking:
             self._queue.extend(self._postponed)
             self._postponed.clear()
@@ -2674,7 +2672,8 @@ class Server(http.server.HTTPServer):
         while self._turns and time.monotonic() < until:
             self._take_turn(*self._turns.popleft())
         # 3. Work, but not for so long that clients which send something in the meantime would notice.
-        while self._queue and time.monotonic() - self._received < WORK_SECONDS:
+        until = time.monotonic() + ROUND_SECONDS
+        while self._queue and time.monotonic() < until:
             connection = self._queue.popleft()
             leads, result = self._work(me, connection, connection.work)
             if not leads:
@@ -2692,14 +2691,15 @@ class Server(http.server.HTTPServer):
         if time.monotonic() - self._yielded > YIELD_SECONDS:
             _yield_processor()
             self._yielded = time.monotonic()
-        accepting, seconds = False, 0 if self._queue else POLL_SECONDS if self._held else CHECK_SECONDS
+        accepting = False
+        seconds = 0 if self._turns or self._queue else POLL_SECONDS if self._held else CHECK_SECONDS
         for key, _ in self._selector.select(seconds):
             connection = key.data
             if connection is self:
                 accepting = True
             elif not connection.queued_since:
                 self._receive_from(connection)
-        self.round_time = self._received = time.monotonic()
+        self.round_time = time.monotonic()
         self.clock = now()
         if accepting:  # last, since it may close an idle connection: what has arrived there must have been taken
             # A round may take long. If it accepted one client only, a burst of them would be served late.
