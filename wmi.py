@@ -614,7 +614,7 @@ class Version:
     index_public: bool = True  # the index lists the public images of every account
     index_deleted: bool | None = False  # tombstones in the index. False: none, True: nothing else, None: both
     shows_deleted: bool = False  # a tombstone can be shown, and deleted again
-    not_yours: type[Error] = OperationNotPermitted  # raised for the private image of another account
+    not_yours: type[Error] = OperationNotPermitted  # raised for an image that another account may not see or change
     privileged: bool = True  # SYSTEM_ACCOUNT may show and delete any image
     updatable: Sequence[str] = ()  # fields that PUT sets
     filters: Sequence[str] = ()  # parameters of the index besides start and limit
@@ -2101,7 +2101,7 @@ def parse_query(query: str, known: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_update(request: Request, known: Sequence[str]) -> dict[str, Any]:
-    """Return the fields that a PUT sets: from the query, and from a form or a JSON object, perhaps in "image".
+    """Return the fields that a PUT sets: from the query, and from a form, a JSON object, or one in {"image": …}.
 
     Raises InvalidParameter and UnsupportedMediaType.
     """
@@ -2259,7 +2259,7 @@ class Connection:
 
     def work(self) -> Result:
         """Do what may have to wait for the store or a disk: answer the request, or get more of the body. Return it."""
-        # A failure is returned, not raised: the leader takes it like any result, and tells the client.
+        # A failure is returned, not raised: advance() takes it like any other result, and tells the client.
         try:
             if self.body is not None:
                 # The head is sent, so an error can only cut the answer off. The client sees that bytes are missing.
@@ -2467,7 +2467,7 @@ def address_of(listener: socket.socket, scheme: str = "http") -> str:
 #     `_trimmed`, `parent`                       the thread of serve_forever
 #     `stopping`, `tls`, `trim`                  any thread sets them, such as a handler of signals in the main thread
 #
-# Server keeps what people know from http.server.HTTPServer: the constructor, serve_forever, shutdown, server_close,
+# Server keeps what people know from http.server.HTTPServer: serve_forever, shutdown, server_close,
 # server_address, service_actions, handle_error, and the reason phrases. Two things are replaced: the loop, which serves
 # one client at a time, and the handler, which accepts most of what RFC 9112 forbids.
 
@@ -2476,7 +2476,7 @@ ACCEPT_AT_ONCE = 64  # connections that are accepted in one round
 MAX_BUFFERED = 2 << 20  # bytes of all unfinished requests, and of all answers that clients do not take
 SPARE_DESCRIPTORS = 24  # descriptors that are left to the store, the log and the selector
 WORK_SECONDS = 0.05  # for which work may hold up the leader before another thread takes the lead
-ROUND_SECONDS = 0.01  # for the turns of a round, and for its work; then the log is written, before LOG_LINES wait
+ROUND_SECONDS = 0.01  # for the turns of a round, and again for its work; with more, the log could overflow meanwhile
 CHECK_SECONDS = 0.05  # between two checks of deadlines and other limits
 POLL_SECONDS = 0.005  # between two looks for the results of threads that are held up
 STORE_SECONDS = 10  # for one piece of work; the stores here give up earlier, after 8 s
@@ -3007,7 +3007,7 @@ def run_server(
             except OSError as error:  # too little memory, or too many processes: the other workers go on
                 print(f"wmi: cannot start a worker: {error}; trying again", file=sys.stderr, flush=True)
                 time.sleep(1)
-                with contextlib.suppress(ChildProcessError):  # those that have ended count as processes until then
+                with contextlib.suppress(ChildProcessError):  # a child that has ended is a process until here
                     children.pop(os.waitpid(-1, os.WNOHANG)[0], None)
             block_signals(False)
         # 2. Wait until one of them ends. If it ends soon, it may be unable to start: then wait a second before a fork.
@@ -3069,7 +3069,7 @@ def _run_here(
 # The verbs and errors of the catalog over HTTP, so that a script works in the same way on a store and on a server. The
 # client reads the answers of the document and those of the deployed servers, and trusts neither:
 #
-#     _call          tries again until there is an answer; the deadline bounds all tries together
+#     _call          repeats a call that failed, up to `retries` times; the deadline bounds all tries together
 #     _send          makes one try and follows its redirects, none of which takes the account to another host
 #     _Connection    ends each wait at the deadline, and counts each byte that arrives
 #     _body_sizes    reads the framing of a body strictly, or refuses it
@@ -3187,7 +3187,8 @@ class Client:
             except Error as error:
                 if method == "DELETE" and lost and isinstance(error, UnknownUUIDResource):
                     return None
-                # Nothing was done if the answer is 503, or if urllib raised URLError: then the request was not sent.
+                # Nothing was done if urllib raised URLError, because the request was not sent, or if the answer is 503,
+                # unless its message is _UNKNOWN, which is not tried again.
                 lost |= error.status in (502, 504) and not isinstance(error.__cause__, urllib.error.URLError)
                 growing = random.uniform(0.05, 0.1) * 2**attempt  # random, so that clients do not march in step
                 pause = min(_PAUSE_AT_MOST, max(growing, error.retry_after))
@@ -3253,7 +3254,7 @@ class Client:
 
 
 def _make_opener(proxies: bool, cafile: str | None, url: str) -> urllib.request.OpenerDirector:
-    """Return an opener for the scheme of `url`, http or https, and not for file: and ftp:, as build_opener does."""
+    """Return an opener for the scheme of `url` alone. One from build_opener() would open file: and ftp: as well."""
     opener = urllib.request.OpenerDirector()
     opener.add_handler(urllib.request.ProxyHandler(None if proxies else {}))
     opener.add_handler(_BoundedHTTP(_secure_connection(cafile) if url.startswith("https:") else _Connection))
@@ -3665,7 +3666,7 @@ def _describe_file(path: str, fields: dict[str, Any]) -> None:
 
 
 def _given_fields(options: Any) -> dict[str, Any]:
-    fields = {name: getattr(options, name, None) for name in _FIELDS.split()}
+    fields = {name: getattr(options, name, None) for name in _FIELD_OPTIONS.split()}
     if names := fields.pop("feature"):
         fields["features"] = dict.fromkeys(names, True)
     return {name: value for name, value in fields.items() if value is not None}
@@ -3823,21 +3824,23 @@ _OPTIONS: dict[str, dict[str, _Option]] = {  # by the title of their group in --
     },
 }
 
-_, _PLACES, _LISTENING, _FIELDS = map(" ".join, _OPTIONS.values())
+_, _PLACES, _LISTENING, _FIELD_OPTIONS = map(" ".join, _OPTIONS.values())
 # The subcommands: name, function, arguments (positional ones in capitals, as in a usage line), help text, example.
 _COMMANDS: list[tuple[str, Callable[[Any], object], str, str, str]] = [
     ("serve", _serve,
      f"store sample files tokens unversioned log log_format {_LISTENING} tls_cert tls_key",
      "serve the images of a store over HTTP", "--sample --port 9001"),
-    ("add local", lambda options: _add(options, BOOT_DEV_LOCAL, options.path_or_uri), f"PATH_OR_URI store {_FIELDS}",
+    ("add local", lambda options: _add(options, BOOT_DEV_LOCAL, options.path_or_uri),
+     f"PATH_OR_URI store {_FIELD_OPTIONS}",
      "register an image file", "lucid.raw -a a-shpoolxx -d 'Ubuntu 10.04' --is-public"),
-    ("add volume", lambda options: _add(options, BOOT_DEV_SAN, options.snapshot_id), f"SNAPSHOT_ID store {_FIELDS}",
+    ("add volume", lambda options: _add(options, BOOT_DEV_SAN, options.snapshot_id),
+     f"SNAPSHOT_ID store {_FIELD_OPTIONS}",
      "register a volume snapshot", "snap-lucid1 -a a-shpoolxx"),
     ("list", _list, f"{_PLACES} output start limit", "list images, newest first", "--limit 20 -o json"),
     ("show", _show, f"ID {_PLACES} output", "show one image", "wmi-lucid0 -o yaml"),
     ("delete", _delete, f"ID... {_PLACES} output", "delete images and print their ids", "wmi-lucid0 wmi-lucid1"),
     ("del", _delete, f"ID... {_PLACES} output", "vdc-manage's name for delete", "wmi-lucid0"),
-    ("modify", _modify, f"ID {_PLACES} output {_FIELDS.replace('uuid ', '')}",
+    ("modify", _modify, f"ID {_PLACES} output {_FIELD_OPTIONS.replace('uuid ', '')}",
      "change fields of an image (on a server: display name, description)", "wmi-lucid0 --arch x86 --no-is-public"),
     ("features", _set_features, "ID store virtio acpi",
      "set or clear features and leave the others as they are", "wmi-lucid0 --virtio --no-acpi"),
@@ -3848,7 +3851,7 @@ _COMMANDS: list[tuple[str, Callable[[Any], object], str, str, str]] = [
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 1 error, 2 wrong usage, 130 interrupted."""
+    """Run a command and return its exit code: 0 done, 1 error, 130 interrupted. Wrong usage raises SystemExit(2)."""
     _prepare_streams()
     options: Any = None
     try:
@@ -4096,7 +4099,7 @@ class FileBody:
     # piece is always copied: it is read, the file is compared, and only then is it sent. A client that gets all of
     # Content-Length thus has bytes of one version, as far as the clock of the file system tells two versions apart.
 
-    most_waiting = 3 * MAX_WAITING  # more than of TextBody: a store that is stuck cuts off no file
+    most_waiting = 3 * MAX_WAITING  # more than for TextBody, so that files are still sent while the store is stuck
 
     def __init__(self, file: BinaryIO, status: os.stat_result, start: int, end: int) -> None:
         self.length: int | None = end - start
@@ -4686,8 +4689,8 @@ def check_unused(path: str) -> str:
 class _Arrival:
     """The bytes of a file that have arrived so far, in path.part, and a note in path.part.json of what they belong to.
 
-    A part is continued only with bytes of the same file: the same URL, and the same ETag or time of change. From a
-    server without ranges, all bytes come again and the first ones must be those of the part.
+    A part is continued only with bytes of the same file. They come from the same URL. A range (206) has the ETag or
+    time of change that the part has; in a whole file (200), the first bytes are those of the part.
     """
 
     # The life of a part file. One process at a time holds it, by a lock on path.part.
@@ -4700,7 +4703,8 @@ class _Arrival:
     #     begun -------- killed, or the connection lost: part and note stay --------> begun
     #        |           continued: 206 with the same validator appends; 200 sends all of it again, and what is
     #        |           here already is compared and skipped
-    #        |---------- other URL, md5sum, validator or bytes: FetchError; part and note stay, for the user to remove
+    #        |---------- other URL, other md5sum, 206 with another validator, 200 with other bytes: FetchError; part
+    #        |           and note stay, for the user to remove
     #        v
     #     whole --------- finish(): the MD5 is wrong: FetchError, as above
     #        |
