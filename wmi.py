@@ -57,6 +57,7 @@ backend, the code of one kind of store, is one file in backends/ with one functi
 
 from __future__ import annotations
 
+import binascii
 import collections
 import contextlib
 import copy
@@ -66,6 +67,7 @@ import errno
 import functools
 import hashlib
 import heapq
+import html
 import http.client
 import http.server
 import importlib
@@ -93,7 +95,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, TextIO, Union, cast
 
 try:
     import ssl
-except ImportError:  # in a Python that was built without it, everything but TLS works
+except ImportError:  # in a Python built without it, all but TLS and etcd: stores works
     ssl = None  # type: ignore[assignment]
 
 __version__ = "1.1.0"
@@ -103,8 +105,8 @@ __all__ = [  # the errors, which are the subclasses of Error, are public too
 ]
 
 # wmi is one file, yet a backend is imported as wmi.NAME_store: with __path__ a module counts as a package. The folder
-# is backends/ beside a checkout or a vendored copy, and wmi_backends/ beside an installed wmi.py, because no package
-# should claim the top-level name "backends".
+# is backends/ beside wmi.py in a checkout or a vendored copy, and wmi_backends/ beside an installed one, because no
+# package should claim the top-level name "backends".
 __path__ = [os.path.join(os.path.dirname(os.path.abspath(__file__)), name) for name in ("backends", "wmi_backends")]
 
 Record = dict[str, Any]
@@ -148,7 +150,7 @@ class OperationNotPermitted(Error):
 
 
 class DatabaseError(Error):
-    """Raised when the store cannot answer; ``__cause__`` is the reason."""
+    """Raised when the store cannot answer; ``__cause__`` is the reason, if the store gave one."""
 
     status, code = 503, "110"
 
@@ -184,7 +186,7 @@ class MethodNotAllowed(Error):
 
 
 class RequestTimeout(Error):
-    """Raised when a request, or the client's reading of its answer, takes too long."""
+    """Raised when a request, or the client's reading of its answer, takes too long or holds too much memory."""
 
     status, code = 408, "408"
 
@@ -214,7 +216,7 @@ class UnsupportedMediaType(Error):
 
 
 class RangeNotSatisfiable(Error):
-    """Raised for a range that begins past the end (RFC 9110, 14.4); the message is the size in bytes."""
+    """Raised for a range that is empty or begins past the end (RFC 9110, 14.4); the message is the size in bytes."""
 
     status, code = 416, "416"
 
@@ -250,7 +252,7 @@ class FetchError(Error):
 
 
 class BadAnswer(Error):
-    """Raised when an answer is too large, or not one of this API."""
+    """Raised when an answer is too large, not one of this API, cut, or from a server that cannot be trusted."""
 
     status, code = 502, "502"
 
@@ -296,7 +298,7 @@ def to_yaml(value: Any) -> str:
 
 
 def yaml_lines(value: Any, indent: str) -> list[str]:
-    """Return a dict or list that is not empty as lines of YAML, in the layout of Ruby's psych.
+    """Return a dict or list that is not empty as YAML, in texts of whole lines, in the layout of Ruby's psych.
 
     That layout indents a dict under its key, but not a list. It is kept exactly, because clients such as mussel search
     the answer for whole lines.
@@ -336,7 +338,7 @@ def parse_yaml_mapping(text: str) -> dict[str, Any]:
     """Return the flat mapping in a YAML document, its keys without the colon of a symbol.
 
     This reads what this module and the originals (syck in Ruby 1.8, later psych) write for `source` and `features`.
-    Raises ValueError, which says what was found, for anything else that YAML allows.
+    Most of what else YAML allows raises ValueError, which says what was found; 1.5, yes or a date is taken as text.
     """
     # 1. These characters are line breaks in YAML 1.1, but not for every parser. So only their escapes are accepted.
     if re.search("[\x85\u2028\u2029]", text):
@@ -350,24 +352,26 @@ def parse_yaml_mapping(text: str) -> dict[str, Any]:
         rest = text
     elif start != "---":
         raise ValueError(f"expected '---' and a mapping, not {start!r:.60}")
-    # 3. Join indented lines to the scalar before them: syck and psych break long ones. Then each line is an entry.
-    folded = re.sub(r"\\\n +|\n +", lambda m: "" if m[0][0] == "\\" else " ", rest)
-    return dict(_parse_yaml_entry(line.rstrip(" \t\r")) for line in folded.split("\n") if line.strip(" \t\r"))
+    # 3. Each line is an entry, with the indented lines that follow it: syck and psych break long scalars.
+    entries = re.split("\n(?! )", rest)
+    return dict(_parse_yaml_entry(entry.rstrip(" \t\r\n")) for entry in entries if entry.strip(" \t\r\n"))
 
 
-def _parse_yaml_entry(line: str) -> tuple[str, Any]:
-    match = re.fullmatch(r":?([A-Za-z_][A-Za-z0-9_]*):(?: +(.*))?", line)
+def _parse_yaml_entry(entry: str) -> tuple[str, Any]:
+    match = re.fullmatch(r"(?s):?([A-Za-z_][A-Za-z0-9_]*):(?: +(.*))?", entry)
     if not match:
-        raise ValueError(f"expected ':key: value', not {line!r:.60}")
+        raise ValueError(f"expected ':key: value', not {entry!r:.60}")
     return match[1], _parse_yaml_scalar(match[2] or "")
 
 
 def _parse_yaml_scalar(text: str) -> Any:
+    # Where a scalar was broken, it had a space; or nothing, if it is in double quotes and a backslash stands before.
+    if re.fullmatch(r'(?s)"[^"\\]*(?:\\.[^"\\]*)*"', text):
+        escape = r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U(00[01][0-9A-Fa-f]{5})|\r?\n +|(.))|\r?\n +"
+        return re.sub(escape, _yaml_unescaped, text[1:-1])
+    text = re.sub("\r?\n +", " ", text)
     if re.fullmatch(r"'[^']*(?:''[^']*)*'", text):
         return text[1:-1].replace("''", "'")
-    if re.fullmatch(r'"[^"\\]*(?:\\.[^"\\]*)*"', text):
-        escape = r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U(00[01][0-9A-Fa-f]{5})|(.))"
-        return re.sub(escape, _yaml_unescaped, text[1:-1])
     if text in _YAML_CONSTANTS:
         return _YAML_CONSTANTS[text]
     if text[0] in "!&*|>%@`{}[],?#\"'" or ": " in text or " #" in text or text[:2] == "- ":
@@ -378,6 +382,8 @@ def _parse_yaml_scalar(text: str) -> Any:
 
 
 def _yaml_unescaped(match: re.Match[str]) -> str:
+    if "\n" in match[0]:
+        return "" if match[0][0] == "\\" else " "
     digits = match[1] or match[2] or match[3]
     if not digits and match[4] not in _YAML_ESCAPES:
         raise ValueError(f"unknown escape {match[0]!r}")
@@ -423,8 +429,8 @@ def brief(value: Any) -> str:
     """Return at most 80 characters that show a value, however deeply it is nested."""
     try:
         return f"{value!r:.80}"
-    except RecursionError:
-        return f"a deeply nested {type(value).__name__}"
+    except (RecursionError, ValueError):  # a ValueError: an int of thousands of digits
+        return f"a value of type {type(value).__name__}, too deep or too long to show"
 
 
 def _matching(pattern: str, allowed: str) -> Check:
@@ -507,8 +513,9 @@ _check_snapshot = _matching("snap-[a-z0-9]+", "snap- and letters a-z or digits")
 _check_backup = _matching("bo-[a-z0-9]+", "bo- and letters a-z or digits")
 _check_md5sum = _matching("[0-9A-Fa-f]{32}", "32 hex digits")
 
-# Every field of a record, in the order in which records are kept: its check and its default. An image that omits the
-# field gets the default, which is not checked. So a default of None does not mean that null may be given.
+# Every field of a record, in the order in which records are kept: its check and its default. An image that omits a
+# field gets its default, which is not checked: a default of None does not mean that null may be given. The first four
+# are special: see image_record().
 FIELDS: dict[str, tuple[Check, Any]] = {
     "id": (check_id, None),
     "account_id": (check_account, None),
@@ -541,8 +548,8 @@ def image_record(fields: Mapping[str, Any]) -> Record:
     """Return a complete, checked record made from some fields of an image.
 
     The names are those of FIELDS, and `uuid` is another name of `id`. Only account_id is required. By default, id is
-    random, created_at is the present time, and updated_at is the same as created_at. Raises InvalidParameter, which
-    names the field, the value and what is allowed.
+    random, created_at is the present time, updated_at is the same as created_at, and boot_dev_type goes with the
+    source. Raises InvalidParameter, which names the field and says what is allowed.
     """
     # 1. Resolve `uuid`: every version of the API shows both names, and what it shows can be registered again.
     given = {name: value for name, value in fields.items() if name not in _ALWAYS_EMPTY or value != []}
@@ -574,10 +581,11 @@ def image_record(fields: Mapping[str, Any]) -> Record:
 def check_agreement(record: Record) -> Record:
     """Return the record if its fields agree with one another and are not too long.
 
-    These rules concern several fields at once, so this is called again whenever some of them are changed. Raises
+    These rules concern several fields at once, so this is called again whenever fields are set. Raises
     InvalidParameter.
     """
-    texts = (*record.values(), *record["source"].values())
+    # Deletion sets two fields, and must not fail because of them: they do not count.
+    texts = *record["source"].values(), *(record[name] for name in record if name not in ("state", "deleted_at"))
     if sum(len(text) for text in texts if isinstance(text, str)) > MAX_TEXT:
         raise InvalidParameter(f"image: its texts have more than {MAX_TEXT:,} characters in all")
     key = "snapshot_id" if record["boot_dev_type"] == BOOT_DEV_SAN else "uri"
@@ -684,7 +692,7 @@ def render(version: Version, record: Record) -> Record:
 # by id, in order of registration; it knows nothing of the API's rules or of HTTP. backends/contract.py is the same
 # interface as a set of tests, for the backends here and for those of third parties.
 #
-# A backend imports nothing from this module and inherits from nothing. It takes and returns plain dicts and raises
+# A backend imports and inherits nothing from this module. It takes and returns plain dicts and raises
 # built-in exceptions, so it also works beside a renamed copy of wmi.py. One place, StorageErrors, turns these
 # exceptions into the errors of this module.
 
@@ -762,6 +770,7 @@ class Storage(Protocol):
 
 
 class _Row(NamedTuple):
+    id: str
     account: str
     public: bool
     deleted: bool
@@ -772,7 +781,8 @@ class MemoryStorage:
     """A store in the memory of this process, for tests and trials; Storage describes the methods."""
 
     # A change copies the dict of rows, alters the copy, and puts it in place of the old dict, which stays as it is. So
-    # a walk needs no lock and is always frozen. The cost of a change grows with the store, which is fine for trials.
+    # a walk needs no lock and is always frozen. The cost of a change or a page grows with the store; for trials, that
+    # does not matter.
 
     def __init__(self) -> None:
         self._rows: dict[str, _Row] = {}  # by id, in order of registration
@@ -801,9 +811,10 @@ class MemoryStorage:
             # Popping a tombstone first makes its successor the newest: a dict keeps the place of a key that it has.
             rows, count = self._rows.copy(), 0
             for count, record in enumerate(records, 1):
-                if record["id"] in rows and not rows.pop(record["id"]).deleted:
-                    raise FileExistsError(record["id"])
-                rows[record["id"]] = _encoded(record)
+                row = _encoded(record)
+                if row.id in rows and not rows.pop(row.id).deleted:
+                    raise FileExistsError(row.id)
+                rows[row.id] = row
             self._commit(rows)
             return count
 
@@ -811,7 +822,7 @@ class MemoryStorage:
         """Put change(record) in the place of the record, atomically, and return it. Raises KeyError."""
         with self._opened():
             row = _encoded(change(_decoded(self._rows[id])))
-            if _decoded(row)["id"] != id:
+            if row.id != id:
                 raise ValueError(f"the id {id} may not change")
             self._commit({**self._rows, id: row})
             return _decoded(row)
@@ -881,10 +892,13 @@ class MemoryStorage:
 
 
 def _encoded(record: Record) -> _Row:
-    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
-    text.encode("utf-8")  # raises ValueError for a lone surrogate now, rather than later when somebody reads it
-    deleted = record["deleted_at"] is not None
-    return _Row(account=record["account_id"], public=record["is_public"], deleted=deleted, text=text)
+    try:
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        text.encode("utf-8")  # raises ValueError for a lone surrogate now, rather than later when somebody reads it
+        deleted = record["deleted_at"] is not None
+        return _Row(record["id"], record["account_id"], record["is_public"], deleted, text)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a record: {error!r}") from error
 
 
 def _decoded(row: _Row) -> Record:
@@ -897,19 +911,22 @@ _openers: dict[str, Opener] = {"memory": lambda location: MemoryStorage()}
 
 
 def register_backend(scheme: str, opener: Opener) -> None:
-    """Make open_storage call opener(location) for this scheme, before it looks for a file or an entry point."""
+    """Make open_storage call opener(location) for this scheme, in place of a file or an entry point of that name.
+
+    A scheme is a lower-case letter, and then such letters and digits.
+    """
     _openers[scheme] = opener
 
 
 def open_storage(url: str) -> Storage:
     """Open the store that a URL names, such as sqlite:images.db, json:images.json or memory:, and return it.
 
-    The scheme is looked up among the registered ones, then as backends/SCHEME_store.py beside this file, then among
-    the entry points of the group wmi.backends. Raises InvalidParameter if it is not found, and DatabaseError if the
-    store cannot be opened.
+    The scheme is looked up among the registered ones, then as SCHEME_store.py in the folders of __path__, then among
+    the entry points of the group wmi.backends. Raises InvalidParameter if it is not found, ImportError if its backend
+    cannot be imported, and DatabaseError if the store cannot be opened.
     """
     # A backend is imported, and installed packages are searched, only when a URL asks for them. The scheme becomes
-    # part of the name of a module, so it may hold nothing but letters and digits.
+    # part of the name of a module, so it may hold nothing but a letter, and then letters and digits.
     scheme, colon, location = url.partition(":")
     named = colon and re.fullmatch("[a-z][a-z0-9]*", scheme)
     opener = (_openers.get(scheme) or _backend_file(scheme) or _entry_points().get(scheme)) if named else None
@@ -932,7 +949,7 @@ def _backend_file(scheme: str) -> Opener | None:
 
 def _entry_points() -> dict[str, Opener]:
     """Return the openers that installed packages declare; a package is imported when its opener is called."""
-    from importlib.metadata import entry_points  # here: it takes longer to import than all of wmi
+    from importlib.metadata import entry_points  # here: its import takes long, and few calls need it
 
     found: Any = entry_points()  # a dict of groups in Python 3.9, an object with select() in later ones
     group = found.select(group="wmi.backends") if hasattr(found, "select") else found.get("wmi.backends", ())
@@ -950,7 +967,7 @@ def _known_schemes() -> str:
 class StorageErrors:
     """Context manager that turns what a store raises into errors of this module; the only place that does."""
 
-    # As a generator it would leave a cycle for each error on Python 3.12, and take a microsecond more.
+    # As a generator it would leave a cycle for each error since Python 3.12, and take a microsecond more.
 
     def __init__(self, id: str = "") -> None:
         self._id = id
@@ -1010,9 +1027,10 @@ class Page(NamedTuple):
 class Catalog:
     """The images of a store as one account sees them, by the rules of one version of the API.
 
-    The account None is the operator at the machine itself, who may see and change everything; a server always names
-    an account. Every method raises errors of this module only, DatabaseError included. During a walk with filters,
-    `pulse` is called every PULSE records. It may raise an Error to end the walk, for example if the client is gone.
+    The account None is the operator at the machine itself, who may see and change the images of all accounts; a server
+    always names an account. Every method raises errors of this module only, DatabaseError included. During a walk with
+    filters, `pulse` is called every PULSE records. It may raise an Error to end the walk, for example if the client is
+    gone.
     """
 
     def __init__(
@@ -1069,7 +1087,10 @@ class Catalog:
                 yield record
 
     def _sorted(self, matching: Callable[..., Iterator[Record]], sort_by: str, start: int, limit: int | None) -> Page:
-        """Return a sorted page; images with equal keys are in order of registration, or newest first for desc."""
+        """Return a sorted page; images with equal keys are in order of registration, or newest first for desc.
+
+        Raises InvalidParameter if the page ends beyond SORTED_AT_MOST.
+        """
         # nsmallest and nlargest leave equal keys in the order in which they came, so the walk goes in the order that
         # equal keys should have. Entries are compared by their keys alone, since ids must not decide a tie.
         field, _, order = sort_by.partition(".")
@@ -1090,7 +1111,7 @@ class Catalog:
                 yield self._permitted(id)
 
     def images(self, **filters: Any) -> Iterator[Record]:
-        """Yield every image of the index, in bounded memory."""
+        """Yield every image of the index, in bounded memory; see every_image."""
         return every_image(self.index, filters)
 
     def show(self, id: str) -> Record:
@@ -1117,7 +1138,7 @@ class Catalog:
     def register(self, fields: Mapping[str, Any]) -> str:
         """Register an image, given as for image_record, and return its id; for the operator only.
 
-        A tombstone with this id gives way. Raises InvalidParameter and DuplicateUUID.
+        A tombstone with this id gives way. Raises InvalidParameter, DuplicateUUID and OperationNotPermitted.
         """
         self._check_operator()
         record = image_record(fields)
@@ -1140,7 +1161,8 @@ class Catalog:
         self._check_operator()
 
         def change(record: Record) -> Record:
-            return _amended({"features": {n: True for n, on in {**record["features"], **given}.items() if on}}, record)
+            features = {**record["features"], **given}
+            return _amended({"features": {n: features[n] for n in features if features[n] or n not in given}}, record)
 
         return self._change(id, change)
 
@@ -1174,13 +1196,17 @@ def whole_number(name: str, value: int | str) -> int:
     """Return the value of a parameter that must be a whole number of at most 18 digits. Raises InvalidParameter."""
     # 18 digits fit into 64 bits. The pattern is stricter than int(), which takes signs, blanks, "1_0" and the digits
     # of every script; bool is an int, and is refused by its type.
-    if type(value) in (int, str) and re.fullmatch("[0-9]{1,18}", str(value)):
+    if (type(value) is str and re.fullmatch("[0-9]{1,18}", value)) or (type(value) is int and 0 <= value < 10**18):
         return int(value)
     raise InvalidParameter(name)
 
 
 def every_image(index: Callable[..., Page], filters: Mapping[str, Any]) -> Iterator[Record]:
-    """Yield every image of the index of a catalog or a client, page by page."""
+    """Yield every image of the index of a catalog or a client, page by page.
+
+    If others add or delete images meanwhile, an image may come twice or be left out. With sort_by, the pages end at
+    SORTED_AT_MOST, with InvalidParameter.
+    """
     start, total = 0, 1
     while start < total:
         total, _, _, images = index(start, IMAGES_A_CALL, **filters)
@@ -1287,7 +1313,10 @@ def _is_between(field: str, since: str, until: str, record: Record) -> bool:
 
 
 def _filter_time(name: str, filters: Mapping[str, Any]) -> str | None:
-    """Return the time as text that compares with the times of records, both without Z; None if it is not given."""
+    """Return the time as text that compares with the times of records, both without Z; None if it is not given.
+
+    Raises InvalidParameter.
+    """
     try:
         return parse_time(name, filters[name]).isoformat() if name in filters else None
     except InvalidParameter as error:
@@ -1301,12 +1330,12 @@ def _spelled(value: Any) -> str:
 
 def _sort_key(version: Version, field: str, record: Record) -> tuple[bool, Any]:
     """Return what a record is sorted by: null comes first, and the case of a text does not matter."""
-    # In the originals `id` was the number of a row, not the uuid. Here all keys are equal: _sorted() says what follows.
+    # In the originals `id` was the number of a row, not the uuid. Here all keys for it are equal: see _sorted().
     if field == "id":
         return False, ""
     value = version.fields[field](record)
     text = json.dumps(value) if isinstance(value, (dict, list)) else value
-    return value is not None, text[:SORTED_BY].upper() if isinstance(text, str) else text  # as MySQL's utf8_general_ci
+    return value is not None, text[:SORTED_BY].upper() if isinstance(text, str) else text  # as MySQL, but for accents
 
 
 ####################################################################################################
@@ -1317,9 +1346,10 @@ def _sort_key(version: Version, field: str, record: Record) -> tuple[bool, Any]:
 # RFC 9112 gets an error, and nothing that follows it on the connection is served. The reader of the standard library
 # is not used: it accepts most of what the RFC forbids.
 #
-# parse_head() makes a request from a whole head (the request line and the header fields); each function below it reads
-# one thing that a head says. Reader finds the heads and bodies in the bytes of one connection. A request leaves it only
-# when head and body are whole, so the code that answers it never has to wait for the client.
+# parse_head() makes a request from a whole head (the request line and the header fields). Each function below it reads
+# one thing that a head says, and raises a subclass of Error if it breaks a rule. Reader finds the heads and bodies in
+# the bytes of one connection. A request leaves it only when head and body are whole, so the code that answers it never
+# has to wait for the client.
 
 MAX_REQUEST_LINE = 8192  # bytes; RFC 9112, 3 asks for at least 8000
 MAX_FIELD_LINE = 8192  # bytes; the limit of nginx and Apache
@@ -1342,7 +1372,7 @@ _FIELD_LINE = re.compile(rb"(" + _TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 _NEVER_IN_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?=[^\n])|(?<!\r)\n")
 _HOST = r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
-_ABSOLUTE = r"(?i:http)://([^/?]*)(.*)"
+_ABSOLUTE = rf"(?i:http)://{_HOST}(|[/?].*)"
 
 
 class Request(NamedTuple):
@@ -1375,9 +1405,9 @@ def parse_head(head: bytes) -> Request:
     check_characters(head, len(head))  # only the length: the patterns allow no wrong character
     parsed = (_parse_small_fields if len(rest) <= SMALL_HEAD else _parse_field_lines)(rest, minor)
     fields, *_, host, _ = parsed
-    path, query = parse_target(method, target)
-    cache_key = target, fields.get("x-vdc-account-uuid", ""), fields.get("if-none-match", ""), host
-    return Request(method, target, path, query, minor, cache_key, *parsed)
+    named, path, query = parse_target(method, target)
+    cache_key = target, fields.get("x-vdc-account-uuid", ""), fields.get("if-none-match", ""), named or host
+    return Request(method, target, path, query, minor, cache_key, *parsed)._replace(host=named or host)
 
 
 def _parse_field_lines(text: bytes, minor: int) -> tuple[dict[str, str], int, bool, bool, bool, str, str]:
@@ -1386,7 +1416,7 @@ def _parse_field_lines(text: bytes, minor: int) -> tuple[dict[str, str], int, bo
     host = parse_host(fields, minor)
     account = fields.get("x-vdc-account-uuid") or "-"
     if not re.fullmatch("[!-~]{1,255}", account):
-        account = ascii(account[:255]).replace(" ", "_")
+        account = ascii(account)[:255].replace(" ", "_")
     keep_alive, expects = parse_keep_alive(fields, minor), parse_expect(fields, minor)
     return fields, *parse_framing(fields, minor), keep_alive, expects, host, account
 
@@ -1435,22 +1465,27 @@ def parse_fields(lines: Sequence[bytes]) -> dict[str, str]:
 
 
 def parse_host(fields: Mapping[str, str], minor: int) -> str:
-    """Return the host without its port, in lower case. HTTP/1.1 requires the field (RFC 9112, 3.2)."""
+    """Return the host in lower case, without its port; "" if HTTP/1.0 sends none (RFC 9112, 3.2). Raises BadRequest."""
     match = re.fullmatch(_HOST, fields.get("host", "" if minor else "-"))
     if not match:
         raise BadRequest("Host is missing or is not a host")
     return match[1].lower() if "host" in fields else ""
 
 
-def parse_target(method: str, target: str) -> tuple[str, str]:
-    """Return the path and query of a target in origin form, absolute form, or asterisk form (RFC 9112, 3.2)."""
-    absolute = None if target[0] == "/" else re.fullmatch(_ABSOLUTE, target)
-    if absolute and re.fullmatch(_HOST, absolute[1]):
-        target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
+def parse_target(method: str, target: str) -> tuple[str, str, str]:
+    """Return the host that a target names, or "", and its path and query.
+
+    A target has origin form, asterisk form, or absolute form with http; in the last, its host counts and not that of
+    the field Host (RFC 9112, 3.2). Raises BadRequest.
+    """
+    host, absolute = "", None if target[0] == "/" else re.fullmatch(_ABSOLUTE, target)
+    if absolute:
+        host, target = absolute.groups()
+        target = target if target.startswith("/") else "/" + target
     if "#" in target or not (target.startswith("/") or (target == "*" and method == "OPTIONS")):
         raise BadRequest("the target is not a path, or has a fragment")
     path, _, query = target.partition("?")
-    return path, query
+    return host.lower(), path, query
 
 
 def parse_framing(fields: Mapping[str, str], minor: int) -> tuple[int, bool]:
@@ -1463,7 +1498,7 @@ def parse_framing(fields: Mapping[str, str], minor: int) -> tuple[int, bool]:
     if coding is not None and coding.lower() != "chunked":
         raise UnknownTransferCoding("the only transfer coding here is chunked")
     if not re.fullmatch("[0-9]{1,18}", length):
-        raise BadRequest("Content-Length is not a whole number")
+        raise BadRequest("Content-Length is not 1 to 18 digits")
     if int(length) > MAX_BODY:
         raise ContentTooLarge(f"the body has more than {MAX_BODY} bytes")
     return int(length), coding is not None
@@ -1486,7 +1521,7 @@ def parse_expect(fields: Mapping[str, str], minor: int) -> bool:
 
 
 def check_partial(head: bytes | bytearray, checked: int = 0) -> None:
-    """Raise for a head that is already illegal, before the rest of it arrives.
+    """Raise a subclass of Error if an unfinished head has a bad request line or character, or is too long already.
 
     The first `checked` bytes were checked by an earlier call and are skipped. Otherwise a client that sends one byte at
     a time could keep the server busy with the same bytes.
@@ -1498,11 +1533,11 @@ def check_partial(head: bytes | bytearray, checked: int = 0) -> None:
 
 
 def check_characters(text: bytes | bytearray, checked: int) -> None:
-    """Raise if the text is too long, or has a character, past `checked` bytes, that heads and trailers may not hold."""
+    """Raise if the text is too long, or has a character, past `checked` bytes, that heads and trailers may not have."""
     if _NEVER_IN_HEAD.search(text, max(0, checked - 1)):
         raise BadRequest("there is a bare CR, a bare LF or a control character")
     if len(text) > MAX_HEAD:
-        raise RequestHeaderFieldsTooLarge(f"the head has more than {MAX_HEAD} bytes")
+        raise RequestHeaderFieldsTooLarge(f"the head, or what follows a chunked body, has more than {MAX_HEAD} bytes")
 
 
 class Reader:
@@ -1510,8 +1545,7 @@ class Reader:
 
     Reading is a generator, which yields a request, or None where it needs more bytes. So the code follows the grammar
     from top to bottom, whatever the pieces in which the bytes come. A position marks what has been read, and the buffer
-    is cut there only when more is needed. So the cost of a request grows with its bytes, however many chunks they come
-    in. If the buffer were cut after each chunk, 65,536 chunks of one byte would take 0.6 s.
+    is cut there only when more is needed, so the cost of a request grows with its bytes alone.
     """
 
     def __init__(self) -> None:
@@ -1542,7 +1576,7 @@ class Reader:
         return request
 
     def close(self) -> None:
-        """Drop what was not read."""
+        """End the reading."""
         # The generator refers to the reader, and the reader to the generator. Left to the garbage collector, which may
         # not come for minutes, the bytes of closed connections took 10 MB under attack.
         self._requests.close()
@@ -1597,7 +1631,7 @@ class Reader:
         return bytes(self._data[self._at - length : self._at])
 
     def _read_chunks(self) -> Generator[None, None, bytes]:
-        """Return a chunked body, which must follow the grammar to the letter (RFC 9112, 7.1)."""
+        """Return a chunked body, read strictly; extensions are skipped (RFC 9112, 7.1)."""
         body, chunks = bytearray(), 0
         while True:
             # 1. A line with the size in hex digits, and perhaps extensions. int() alone would take signs and 0x too.
@@ -1619,7 +1653,7 @@ class Reader:
             end = self._at + size
             body += self._data[self._at : end]
             if not self._data.startswith(b"\r\n", end):
-                raise BadRequest("a chunk is longer than its size")
+                raise BadRequest("a chunk does not have its size")
             self._at = end + 2
         # 3. Trailers, which are checked and dropped. Reading begins at the CRLF before them, so that the search for an
         #    empty line works even if there are none.
@@ -1641,7 +1675,7 @@ class Reader:
 # becomes a series of pieces, so that it needs little memory.
 
 MAX_WAITING = 8  # requests that wait for a slow store, each in its own thread; further ones are refused at once
-PIECE = 16384  # bytes sent or received at once: recv allocates this many each time, and a TLS record is not longer
+PIECE = 16384  # bytes received, or gathered, at once: recv allocates this many, and a TLS record is not longer
 
 _CONTENT_TYPES = {"json": "application/json", "yaml": "text/yaml;charset=utf-8"}
 _CACHE_CONTROL = "private, no-cache"  # a cache has to ask each time, since each account sees different images
@@ -1654,7 +1688,10 @@ class Body(Protocol):
     most_waiting: int  # when this many pieces of work wait for the store or a disk, the answer is cut off
 
     def more(self, stream: socket.socket) -> bytes | int:
-        """Return the next piece, or send it on the stream and return its length; b"" at the end."""
+        """Return the next piece, or send it on the stream and return its length; b"" at the end.
+
+        Raises Error or OSError, of which BlockingIOError means that the client takes nothing at the moment.
+        """
 
     def close(self) -> None:
         """Release what the body holds: a walk through the store, or an open file."""
@@ -1669,7 +1706,7 @@ class Answer(NamedTuple):
 
 
 def make_answer(status: int, lines: str, body: bytes | Body = b"") -> Answer:
-    """Return an answer with these header lines and, if the length of the body is known, Content-Length."""
+    """Return an answer with these header lines and Content-Length, unless that is unknown or not allowed (204, 304)."""
     length = len(body) if isinstance(body, bytes) else body.length
     if length is not None and status not in (204, 304):
         lines += f"Content-Length: {length}\r\n"
@@ -1730,7 +1767,7 @@ def encode(value: Any, format: str) -> bytes:
 
 
 def render_page(version: Version, page: Page, format: str) -> Generator[str, None, None]:
-    """Yield an index in pieces: the envelope up to the images, each image, and the rest of the envelope."""
+    """Yield an index in pieces of at most one image each."""
     # The envelope is rendered with an empty list of images and cut there, so that a long index needs little memory.
     envelope: Any = dict(zip(version.envelope, (page.total, page.start, page.limit, [])))
     envelope = [envelope] if version.wrapped else envelope
@@ -1797,9 +1834,9 @@ class TextBody:
 #        have just arrived. It looks once before a round, and once after a round that made new answers to keep.
 #
 # The key of a kept answer holds all that the answer depends on: see CacheKey. What depends on anything else, such as a
-# page or a file, is not kept.
+# page for people or a file, is not kept.
 
-MAX_WALKS = 4  # indexes with filters at the same time: each reads all images
+MAX_WALKS = 4  # indexes with filters that are begun at the same time: each may read all images
 MAX_STREAMS = 64  # long indexes that are being sent at the same time: each holds some images in memory
 KEPT_AT_MOST = 1 << 16  # bytes of an index that is built in one piece and may be kept; a longer one is streamed
 ASKED_AT_MOST = 2048  # different requests that are remembered; an answer is kept when it is asked for a second time
@@ -1832,8 +1869,8 @@ class Route(NamedTuple):
 class Service:
     """The API over one store: takes requests and returns answers. Threads may share a service.
 
-    `report` is called with a line of text for each failure that is not the client's. The server sets `waiting` to the
-    number of threads that wait at the moment, for the store or a disk.
+    `report` is called with a line of text for each failure of the store or of this program. The server sets `waiting`
+    to the number of threads that wait at the moment, for the store or a disk.
     """
 
     def __init__(
@@ -1859,11 +1896,11 @@ class Service:
         self._walks, self._streams = threading.Semaphore(MAX_WALKS), threading.Semaphore(MAX_STREAMS)
 
     def identify(self, request: Request) -> Request:
-        """Return the request with the account that its token proves; without --tokens, return it unchanged."""
+        """Return the request with the account that its token proves, if any; without --tokens, return it unchanged."""
         return self.tokens.identify(request) if self.tokens else request
 
     def answer(self, request: Request, arrived: float | None = None, pulse: Pulse = lambda: None) -> Answer:
-        """Return the answer to a request; each failure becomes an error in the form of the API. Raises Postponed.
+        """Return the answer to a request; each failure becomes an error in the form of its path. Raises Postponed.
 
         `arrived` is a time.monotonic() at which the whole request had arrived, by default now. `pulse` is called now
         and then during a walk through all images, and may raise an Error to end the walk.
@@ -1875,8 +1912,8 @@ class Service:
             request = self.identify(request)
             if request.method not in ("GET", "HEAD"):
                 return self._change(request)
-            # The server has tried kept_answer() before. Perhaps it returned None only because the last look at the
-            # store began before this request arrived. Then one more look is enough to serve the answer from memory.
+            # The server may have tried kept_answer(), which returned None only because the last look at the store
+            # began before this request arrived. Then one more look is enough to serve the answer from memory.
             if request.cache_key in self._kept:
                 self.revision(arrived)
                 if answer := self.kept_answer(request, arrived):
@@ -1950,7 +1987,7 @@ class Service:
     def catalog(self, request: Request, version: Version, otherwise: str = "") -> Catalog:
         """Return the catalog of the account that calls, unless too many requests wait for the store already.
 
-        `otherwise` is the account if the request names none.
+        `otherwise` is the account if the request names none; with --tokens it does not count.
 
         Raises InvalidRequestCredentials, OperationNotPermitted, DatabaseError.
         """
@@ -2005,7 +2042,7 @@ class Service:
         return self._look()
 
     def read_images(self, request: Request, route: Route, arrived: float, pulse: Pulse) -> Answer:
-        """Answer GET and HEAD of one image or of an index."""
+        """Answer GET and HEAD of one image or of an index. Raises Postponed and every Error of Catalog."""
         # 1. The revision comes first: see step 2 at the top of this part. A cluster is asked for it once per round;
         #    with at_least(), the images are then read from this server's own copy.
         version, id, format, _ = route
@@ -2063,7 +2100,7 @@ class Service:
         return False
 
     def keep(self) -> None:
-        """Keep the answers made since the last call for which the store still has the revision that they show."""
+        """Keep those answers made since the last call whose revision the store still has. Raises DatabaseError."""
         # Steps 1 and 2 at the top of this part. An entry that replaces one with the same key also replaces its size.
         fresh, self.fresh = self.fresh, []
         with StorageErrors():
@@ -2085,7 +2122,7 @@ ERROR_PAGES: dict[Read, Callable[[Error, Request], Answer]] = {}  # how to answe
 
 def parse_query(query: str, known: Sequence[str]) -> dict[str, Any]:
     """Return the known parameters; if one is repeated, the last one counts. Raises InvalidParameter."""
-    # As in Rack, on which the originals ran. Only filter[] may be repeated: the list of its values is a list of tests.
+    # As in Rack, on which the originals ran. Only filter[] may be a list, of tests.
     params: dict[str, Any] = {}
     for name, value in urllib.parse.parse_qsl(query, keep_blank_values=True, errors="surrogateescape"):
         name, bracket, key = name.partition("[")
@@ -2114,7 +2151,7 @@ def parse_update(request: Request, known: Sequence[str]) -> dict[str, Any]:
             raise InvalidParameter(f"the body is not JSON: {error}") from error
         value = value.get("image", value) if isinstance(value, dict) else value
         if not isinstance(value, dict):
-            raise InvalidParameter("the body is not a JSON object")
+            raise InvalidParameter('the body, or "image" in it, is not a JSON object')
         params.update((name, value[name]) for name in known if value.get(name) is not None)
     elif request.body and kind in ("", "application/x-www-form-urlencoded"):
         params.update(parse_query(request.body.decode("utf-8", "surrogateescape"), known))
@@ -2141,7 +2178,7 @@ def parse_update(request: Request, known: Sequence[str]) -> dict[str, Any]:
 #                    +------- the answer is sent -----+
 #
 # An answer is sent without WORK if it is kept (see Service), or if it refuses a request that breaks the rules of HTTP.
-# A turn answers KEPT_IN_A_TURN requests at most: for the next one, a client that pipelines is queued like the others.
+# A turn sends KEPT_IN_A_TURN such answers at most: then a client that pipelines is queued for WORK like the others.
 # Nothing is read while an answer is made or sent: a client that sends requests but reads no answers costs nothing.
 # CLOSE can come anywhere, when the client has hung up. When a deadline passes (see expired()), an idle connection is
 # closed, an unfinished request is answered 408, and an unfinished answer is cut off with a reset.
@@ -2152,7 +2189,7 @@ BODY_SECONDS = 30  # for a whole body
 SEND_SECONDS = 30  # for a client to take any more of its answer: what counts is progress, not speed
 LINGER_SECONDS = 1  # for a client to read the last answer
 KEPT_IN_A_TURN = 16  # kept answers; with more, 900 clients that pipeline made a new one wait for 5 s
-LOGGED = 2048  # characters of a target or a failure in the log
+LOGGED = 1600  # characters of a target or a failure in the log: JSON may double them, and a line fits into PIPE_BUF
 LOGGED_METHOD = 32  # characters of a method
 
 READ, WRITE, TURN, WORK, CLOSE = selectors.EVENT_READ, selectors.EVENT_WRITE, 4, 8, 16  # what has to come next
@@ -2181,7 +2218,7 @@ class Connection:
         self.body: Body | None = None  # the source of more bytes to send, as long as it has any
         # Times. The first bytes of the request came at `began`, from which the log counts. `phase` (IDLE, HEAD, BODY)
         # says what the server waits for; it has waited since `waiting_since`, and gives up at `deadline`.
-        self.began = self.waiting_since = self.arrived = server.round_time  # the last: when all of the request was here
+        self.began = self.waiting_since = self.arrived = server.round_time  # `arrived`: all of the request was here
         self.phase = IDLE
         self.deadline = server.round_time + IDLE_SECONDS
 
@@ -2283,11 +2320,11 @@ class Connection:
         raise Unreachable("the client has hung up")
 
     def expired(self) -> Exception:
-        """Return the result that makes advance() close an idle connection, or refuse a request, at its deadline."""
+        """Return the result that makes advance() close an idle connection, refuse a request, or cut off an answer."""
         return ConnectionAbortedError() if self.is_idle else RequestTimeout("the request or its answer took too long")
 
     def _take_piece(self, result: bytes | int | Exception) -> None:
-        """Take a piece of a body, or the size of one that was sent. Raise a failure if it is too late to send it."""
+        """Take a piece of a body, or the size of one that was sent. Raise a failure that cannot be sent."""
         if isinstance(result, Exception):
             if self.status or not isinstance(result, Error):
                 raise result
@@ -2331,8 +2368,8 @@ class Connection:
 
     def _await_input(self) -> int:
         """Set the deadline for what the reader waits for, and return what has to come next."""
-        # A deadline is set when the wait begins, and not again when bytes come: a client that sends a byte now and
-        # then must not hold a place for hours.
+        # A deadline is set when the wait begins, and not again when more of the same comes: a client that sends a byte
+        # now and then must not hold a place for hours.
         waits_for = self.reader.waits_for
         if waits_for == IDLE:
             self.deadline = self.server.round_time + IDLE_SECONDS
@@ -2393,7 +2430,7 @@ def _first_lines(status: int, second: int) -> bytes:
 
 
 def listen(host: str = "127.0.0.1", port: int = 9001, unix_socket: str | None = None) -> socket.socket:
-    """Return a listening socket; with port 0 the system chooses the port. Raises OSError.
+    """Return a listening socket; with port 0 the system chooses the port. Raises InvalidParameter and OSError.
 
     A socket that systemd hands over, see sd_listen_fds(3), is taken before any other.
     """
@@ -2459,12 +2496,13 @@ def address_of(listener: socket.socket, scheme: str = "http") -> str:
 #
 #     the selector, `_queue`, `_postponed`,      the leader alone. work() reads its connection, and may send a piece of
 #     all connections, whatever is not listed    its body; `queued_since` is set, so it gets no turn
+#                                                before STORE_SECONDS
 #     `round_time`, `clock`, `counts`            the leader sets them; any thread reads them
 #     `_turns`                                   any thread appends a connection and a result; the leader takes them
 #     `_leader`, `_working`, `_held`             any thread reads them, and who holds `_lock` changes them; the leader
 #                                                alone begins work, so it sets `_working` without the lock
 #     `_lines`, `_lost_lines`                    any thread adds; the one that has `_log_lock` takes and writes them
-#     `_trimmed`, `parent`                       the thread of serve_forever
+#     `_trimmed`, `parent`                       the threads of serve_forever and stop, one after the other
 #     `stopping`, `tls`, `trim`                  any thread sets them, such as a handler of signals in the main thread
 #
 # Server keeps what people know from http.server.HTTPServer: serve_forever, shutdown, server_close,
@@ -2486,7 +2524,7 @@ YIELD_SECONDS = 0.0002  # after which other processes may run: it cuts the time 
 TRIM_SECONDS = 5  # how often freed memory is given back to the system
 GRACE_SECONDS = 10  # for running requests to end when the server is told to stop
 LOG_LINES = 4096  # lines that may wait to be written; further ones are counted and dropped
-PIPE_BUF = 4096  # bytes: Linux writes up to this many to a pipe in one piece, so lines of two processes never mix
+PIPE_BUF = 4096  # bytes: Linux writes up to this many to a pipe in one piece, so lines, which are shorter, never mix
 
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _yield_processor: Callable[[], object] = getattr(os, "sched_yield", lambda: None)  # not every system has it
@@ -2515,10 +2553,11 @@ class Server(http.server.HTTPServer):
     """A server of one store.
 
     Use it like any HTTPServer: serve_forever() and, in another thread, shutdown(), then stop(). Or use it as a
-    context manager, which serves in a thread of its own until the block ends. `log` is called with one or more whole
-    lines, such as sys.stderr.write; without it nothing is logged. `tls` is the context of an HTTPS server. On a
-    loopback address, requests are served for a loopback Host and for `host_names` only; with None, for any Host.
-    `files` is the directory of image files, `tokens` says who may call.
+    context manager, which serves in a thread of its own until the block ends. `log`, such as sys.stderr.write, is
+    called with one or more whole lines; without it nothing is logged. `tls` is the context of an HTTPS server. On a
+    loopback address, requests are served if their Host is a name of this machine (localhost, 127.0.0.1, [::1]), that
+    address, or one of `host_names`; with None, whatever it is. `files` is the directory of image files, `tokens` says
+    who may call. Raises InvalidParameter and OSError.
     """
 
     def __init__(
@@ -2564,7 +2603,7 @@ class Server(http.server.HTTPServer):
 
     @property
     def url(self) -> str:
-        """The base URL for clients."""
+        """The base URL for clients, or unix:PATH."""
         return address_of(self.socket, "https" if self.tls else "http")
 
     def serve_forever(self, poll_interval: float = WORK_SECONDS) -> None:
@@ -2578,7 +2617,7 @@ class Server(http.server.HTTPServer):
         self.stopping = True
 
     def stop(self, seconds: float = GRACE_SECONDS) -> bool:
-        """Let running requests end, for at most `seconds`, and close; return whether all have ended."""
+        """Wait at most `seconds` for running requests to end; return whether all have. The others still go on."""
         self.stopping, until = True, time.monotonic() + seconds
         if not self._leader:
             self._close()
@@ -2591,7 +2630,7 @@ class Server(http.server.HTTPServer):
         return self._ended.is_set()
 
     def server_close(self) -> None:
-        """Stop, and close everything."""
+        """Do the same as stop()."""
         self.stop()
 
     def __enter__(self) -> Server:
@@ -2608,7 +2647,7 @@ class Server(http.server.HTTPServer):
     # What serve_forever does while the leader serves.
 
     def service_actions(self) -> None:
-        """Let another thread lead if work holds up the leader; stop if the supervising process is gone."""
+        """Start a leader if there is none, or if work holds it up; stop if the supervising process is gone."""
         with self._lock:
             held_up = self._working and time.monotonic() - self._working[1] > WORK_SECONDS
             if held_up or not (self._leader or self._ended.is_set()):
@@ -2621,7 +2660,7 @@ class Server(http.server.HTTPServer):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _start_leader(self) -> None:
-        """Start a thread that leads in place of the one that is held up. The caller holds the lock."""
+        """Start a thread that leads, in place of one that is held up, if any. The caller holds the lock."""
         before, working = self._leader, self._working
         self._leader = threading.Thread(None, self._lead, "wmi-leader", [working and working[0]], daemon=True)
         # This comes before the start: the new leader may begin to work at once, and must see that one more waits.
@@ -2767,7 +2806,7 @@ class Server(http.server.HTTPServer):
     def _accept(self) -> bool:
         """Accept a connection, and take what it has sent; return whether another one may follow.
 
-        If every place is taken, the connection that has been idle longest gives way.
+        If every place is taken, another connection gives way: see _evict().
         """
         # All workers wait at one listener, and the first to wake up would take every connection. So a worker leaves
         # a new one for SHARE_SECONDS to those that have fewer.
@@ -2800,7 +2839,7 @@ class Server(http.server.HTTPServer):
         return True
 
     def _evict(self) -> bool:
-        """Close the connection that has been idle longest, or else stalled longest; return whether there was one.
+        """Close the one that has been idle longest, or else unfinished longest; return whether there was one.
 
         A connection that was accepted or served just now is spared: its request may be on its way.
         """
@@ -2849,8 +2888,8 @@ class Server(http.server.HTTPServer):
             buffered += len(each.unsent) + each.reader.size
             if buffered > MAX_BUFFERED and not each.is_idle and not each.queued_since:
                 self._give_turn(each, RequestTimeout("too much waits to be read"))
-        # 3. Requests whose work takes too long, or that were postponed for too long, get a 503. The thread of such work
-        #    cannot be stopped, and its result will be dropped.
+        # 3. Requests whose work takes too long, or that were postponed for too long, get a 503, or are cut off if their
+        #    answer has begun. The thread of such work cannot be stopped, and its result will be dropped.
         with self._lock:
             waiting = filter(None, (*self._held.values(), *self._postponed))
             late = {each for each in waiting if self.round_time - each.queued_since > STORE_SECONDS}
@@ -2918,9 +2957,9 @@ def _descriptors() -> int:
 #     SIGALRM            the same as SIGTERM again; the parent sets    -
 #                        it for some time later, in case a
 #                        worker hangs
-#     SIGHUP             renews what it read at the start, such as     renews it for new connections
-#                        a certificate, for later workers; then
-#                        sends SIGHUP to each worker
+#     SIGHUP             with HTTPS: reads the certificate again,      with HTTPS: reads it again, for new connections
+#                        for later workers, and sends SIGHUP to
+#                        each worker; without: ends
 #     the parent died    -                                             a worker learns it by getppid(), sends SIGTERM to
 #                                                                      itself, and gives running requests one second
 #
@@ -2940,10 +2979,10 @@ def block_signals(block: bool) -> None:
 
 
 def memory_trimmer() -> Callable[[], object]:
-    """Return a function that makes the C library give freed memory back to the system, in about a millisecond.
+    """Return a function that makes the C library give freed memory back to the system, in a millisecond, if it can.
 
-    Without it a process keeps the memory that an attack once took: 62 MB a minute later, instead of 46. If all threads
-    share one arena (a pool of malloc), that saves 3 to 4 MB more; only one thread runs at a time anyway.
+    Without it a process keeps the memory that an attack once took: 62 MB a minute later, instead of 46. The threads
+    are also made to share one arena (a pool of malloc), which saves 3 to 4 MB; only one of them runs at a time anyway.
     """
     try:
         import ctypes  # here: a program that embeds a server decides about memory by itself, and needs no ctypes
@@ -3007,7 +3046,7 @@ def run_server(
             except OSError as error:  # too little memory, or too many processes: the other workers go on
                 print(f"wmi: cannot start a worker: {error}; trying again", file=sys.stderr, flush=True)
                 time.sleep(1)
-                with contextlib.suppress(ChildProcessError):  # a child that has ended is a process until here
+                with contextlib.suppress(ChildProcessError):  # those that have ended count until they are waited for
                     children.pop(os.waitpid(-1, os.WNOHANG)[0], None)
             block_signals(False)
         # 2. Wait until one of them ends. If it ends soon, it may be unable to start: then wait a second before a fork.
@@ -3054,6 +3093,8 @@ def _run_here(
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN if place else stop)
+    if place:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the handler of the parent would stop the other workers
     if renew and hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, hang_up)
     block_signals(False)
@@ -3095,7 +3136,7 @@ _check_url = _matching(r"https?://[^/?#@\s]+(/[^?#\s]*)?", "http://HOST:PORT or 
 
 
 class Client:
-    """A server of this API as one account sees it, with the verbs and errors of Catalog.
+    """A server of this API as one account sees it, with the verbs and errors of Catalog, and Unreachable and BadAnswer.
 
     `url` is the base of the server, such as http://127.0.0.1:9001. Each wait takes at most `timeout` seconds, and a
     whole call with its retries at most `deadline` seconds (but looking up a host name takes as long as the
@@ -3103,8 +3144,8 @@ class Client:
     The proxies of the environment are used only if `proxies` is true. Over https, `cafile` is a file of PEM
     certificates to trust instead of those of the system.
 
-    `token` proves the account, which then need not be named. Over plain http it is sent to loopback only, unless
-    `plain_token` is true, because others could read it on its way.
+    `token` proves the account, which then need not be named. Over plain http it is sent to loopback only, and not with
+    `proxies`, unless `plain_token` is true, because others could read it on its way. Raises InvalidParameter.
     """
 
     def __init__(
@@ -3138,17 +3179,17 @@ class Client:
             images = body["result"] if "result" in body else body["results"]
             page = Page(total, body["start"], body["limit"], images)
             if [*map(type, page)] != [int, int, int if page.limit is not None else type(None), list]:
-                raise TypeError("a count or the list is something else")
+                raise TypeError("a count or the list has the wrong type")
             return page._replace(images=list(map(_shown_record, images)))
         except (TypeError, KeyError, IndexError) as error:
             raise BadAnswer(f"the answer is not an index of images: {error!r}") from error
 
     def images(self, **filters: Any) -> Iterator[Record]:
-        """Yield every image of the index, page by page."""
+        """Yield every image of the index, page by page; see every_image."""
         return every_image(self.index, filters)
 
     def show(self, id: str) -> Record:
-        """Return the image, with source and features as dicts; see Catalog.show."""
+        """Return the image, with source and features, where they are shown, as dicts; see Catalog.show."""
         check_id_syntax(id)
         return _shown_record(self._call("GET", f"/{id}.json"))
 
@@ -3159,7 +3200,7 @@ class Client:
         return id
 
     def update(self, id: str, **fields: Any) -> Record:
-        """Set display_name or description and return the image; see Catalog.update."""
+        """Set display_name or description to a text, and return the image; see Catalog.update."""
         check_id_syntax(id)
         check_updatable(self.version, fields)
         form = urllib.parse.urlencode({name: _check_text(name, value) for name, value in fields.items()})
@@ -3170,13 +3211,13 @@ class Client:
         return fetch_image(self, id, path, progress, replaces=path is not None)
 
     def _anonymous_client(self, url: str) -> Client:
-        """Return a client of another server that sends neither account nor token."""
+        """Return a copy whose _send() asks another server, without account and token."""
         client = copy.copy(self)
         client._fields, client._opener = {}, self._make_opener(url)
         return client
 
     def _call(self, method: str, path: str, form: bytes | None = None) -> Any:
-        """Send a request, if need be several times, and return what its answer holds."""
+        """Send a request, if need be several times, and return what its answer holds; None for a repeated DELETE."""
         # Every verb may be sent again. GET reads, and PUT sets the same values; a DELETE whose answer was lost finds
         # no image the second time, which then counts as done.
         until = time.monotonic() + self._deadline
@@ -3187,8 +3228,8 @@ class Client:
             except Error as error:
                 if method == "DELETE" and lost and isinstance(error, UnknownUUIDResource):
                     return None
-                # Nothing was done if urllib raised URLError, because the request was not sent, or if the answer is 503,
-                # unless its message is _UNKNOWN, which is not tried again.
+                # Nothing was done if the request was not sent (urllib's URLError), or if the answer is 503. (One that
+                # says _UNKNOWN is not tried again.)
                 lost |= error.status in (502, 504) and not isinstance(error.__cause__, urllib.error.URLError)
                 growing = random.uniform(0.05, 0.1) * 2**attempt  # random, so that clients do not march in step
                 pause = min(_PAUSE_AT_MOST, max(growing, error.retry_after))
@@ -3228,11 +3269,11 @@ class Client:
             reason = getattr(error, "reason", error)
             message = f"{url}: {str(reason) or repr(reason)}"
             if hasattr(reason, "verify_message"):  # ssl.SSLCertVerificationError
-                raise BadAnswer(f"{message}; name a CA to trust with --cacert, or in Python with cafile=") from error
+                raise BadAnswer(f"{message}; to trust a CA of your own, give --cacert, or in Python cafile=") from error
             raise Unreachable(message) from error
 
     def _read(self, answer: Any) -> Any:
-        """Return what an answer holds in JSON, or raise the error in it, as the same class that the catalog raises."""
+        """Return what an answer holds in JSON, or raise the error that it names, or else Error. Raises BadAnswer."""
         succeeded, body = 200 <= answer.status < 300, bytearray()
         for piece in _body_pieces(answer, self._max_answer):  # not join(), which would hold millions of little pieces
             body += piece
@@ -3244,7 +3285,7 @@ class Client:
         except (ValueError, TypeError, KeyError, RecursionError, InvalidParameter) as error:
             if succeeded:
                 coding = answer.headers.get("Content-Encoding", "none")  # no compression was asked for
-                raise BadAnswer(f"the answer is not JSON: {error} (compression: {brief(coding)})") from error
+                raise BadAnswer(f"the answer is not JSON as here: {error} (compression: {brief(coding)})") from error
             reason = http.client.responses.get(answer.status, "")
             name, message, code = "", f"{answer.status} {reason} from {answer.url}", str(answer.status)
         found = _ERRORS.get(name.rpartition("::")[2], Error)(message)
@@ -3254,7 +3295,10 @@ class Client:
 
 
 def _make_opener(proxies: bool, cafile: str | None, url: str) -> urllib.request.OpenerDirector:
-    """Return an opener for the scheme of `url` alone. One from build_opener() would open file: and ftp: as well."""
+    """Return an opener for the scheme of `url` alone. One from build_opener() would open file: and ftp: as well.
+
+    Raises InvalidParameter.
+    """
     opener = urllib.request.OpenerDirector()
     opener.add_handler(urllib.request.ProxyHandler(None if proxies else {}))
     opener.add_handler(_BoundedHTTP(_secure_connection(cafile) if url.startswith("https:") else _Connection))
@@ -3262,7 +3306,7 @@ def _make_opener(proxies: bool, cafile: str | None, url: str) -> urllib.request.
 
 
 def _body_pieces(answer: Any, most: int) -> Iterator[bytes]:
-    """Yield the body as it arrives. Raises ConnectionError for one that is cut, BadAnswer for one that is too large."""
+    """Yield the body as it arrives. Raises ConnectionError if it is cut, BadAnswer if it is too large; see below."""
     received = 0
     answer.budget[0] = 2 * most + _HEAD_AT_MOST  # framing may take as much as what it frames
     for size in _body_sizes(answer):
@@ -3278,9 +3322,9 @@ def _body_pieces(answer: Any, most: int) -> Iterator[bytes]:
 
 
 def _body_sizes(answer: Any) -> Iterator[float]:
-    """Yield how many bytes of the body to read next, until its end (RFC 9112, 6.3 and 7.1).
+    """Yield how many bytes of the body to read next, until its end (RFC 9112, 6.3 and 7.1); _UNTIL_CLOSE: all of it.
 
-    Raises ConnectionError if the answer is cut short or a chunk has no size, BadAnswer if its framing is not clear.
+    Raises ConnectionError if the answer is cut or a chunk is malformed, BadAnswer if its framing is not clear.
     """
     lengths, codings = (answer.headers.get_all(name, []) for name in ("Content-Length", "Transfer-Encoding"))
     if [coding.lower() for coding in codings] == ["chunked"] and not lengths:
@@ -3290,7 +3334,7 @@ def _body_sizes(answer: Any) -> Iterator[float]:
             yield int(line[1], 16)
             end = answer.fp.read(2)
         if not line or end != b"\r\n":
-            raise ConnectionError("the answer is cut, or a chunk has no size")
+            raise ConnectionError("the answer is cut, or a chunk is malformed")
     elif len(lengths) == 1 and re.fullmatch("[0-9]{1,18}", lengths[0]) and not codings:
         yield int(lengths[0])
     elif lengths or codings:
@@ -3352,7 +3396,7 @@ class _Connection(http.client.HTTPConnection):
 
 
 def _shown_record(shown: Any) -> Record:
-    """Return an image that a server showed, with source and features as dicts. Raises BadAnswer."""
+    """Return an image that a server showed, with source and features, if any, as dicts. Raises BadAnswer."""
     try:
         check_id("id", shown["id"])
         image = dict(shown)
@@ -3361,7 +3405,7 @@ def _shown_record(shown: Any) -> Record:
             if isinstance(text, str) and len(text) <= _YAML_AT_MOST:
                 image[name] = parse_yaml_mapping(text)
             if {*map(type, (image.get(name) or {}).values())} - {kind}:
-                raise ValueError(f"{name} holds something else")
+                raise ValueError(f"{name} holds values of the wrong type")
         for name, value in image.items():
             if value is not None and type(value) is not _TYPES.get(name, type(value)):
                 raise refuse(name, value, f"null or {_TYPES[name].__name__}")
@@ -3401,7 +3445,7 @@ def _write(text: str, out: TextIO | None = None) -> None:
 
 @contextlib.contextmanager
 def _naming(file: str) -> Iterator[None]:
-    """Add the name of a file to an OSError: errors of read() and write() come without it."""
+    """Name this file in an OSError: errors of read() and write() come without a name."""
     try:
         yield
     except OSError as error:
@@ -3419,7 +3463,7 @@ class _Progress(contextlib.AbstractContextManager["_Progress"]):
     """A line on a terminal that shows the progress of long work: count, total, rate and time left."""
 
     def __init__(self, what: str, unit: int = 1, name: str = "") -> None:
-        self._what, self._unit, self._name = what, unit, name
+        self._what, self._unit, self._name = _visible(what), unit, name
         self._first: tuple[int, float] | None = None  # count and time at the first call
         self._shown = time.monotonic() if sys.stderr.isatty() else float("inf")
 
@@ -3502,7 +3546,7 @@ def _width(text: str) -> int:
 
 def _clipped(text: str, room: int) -> str:
     """Return a text, cut to `room` columns if it is longer; a cut text ends with …."""
-    if len(text) <= room and _width(text) <= room:
+    if _width(text) <= room:
         return text
     ends = itertools.accumulate(map(_width, text))
     return text[: sum(1 for _ in itertools.takewhile(lambda end: end < room, ends))] + "…"
@@ -3613,7 +3657,10 @@ def _add_sample(storage: Storage) -> None:
 
 
 def _log_writer(options: Any) -> Callable[[str], object]:
-    """Return a function that appends text to the log in one write, so that lines of several processes never mix."""
+    """Return a function that appends text to the log in one write, so that lines of several processes never mix.
+
+    Raises InvalidParameter for a file of the store, and OSError.
+    """
     if options.log == "-":
         return lambda text: None
     file = 2
@@ -3651,7 +3698,7 @@ def _add(options: Any, boot_dev_type: int, location: str) -> None:
 
 
 def _describe_file(path: str, fields: dict[str, Any]) -> None:
-    """Set the source and the checksum of an image whose file is on this machine. Raises InvalidParameter."""
+    """Set source and checksum of an image whose file is on this machine. Raises InvalidParameter and OSError."""
     if not os.path.isfile(path):
         raise InvalidParameter(f"{path} is not a file here; give the path of a file, or a URI such as file:///…")
     fields["source"] = {"uri": "file://" + urllib.parse.quote(os.fsencode(os.path.abspath(path)))}
@@ -3683,7 +3730,7 @@ def _refuse_store_file(path: str, url: str) -> None:
 
 
 def _open_existing(url: str) -> Storage:
-    """Open a store that exists: a typo in its name must not create a store. Raises InvalidParameter."""
+    """Open a store that exists: a typo in its name must not create a store. Raises as open_storage does."""
     scheme, _, location = url.partition(":")
     if scheme in ("json", "sqlite") and location and not os.path.exists(location):
         raise InvalidParameter(f"there is no store {url}; `add` or `load` makes one")
@@ -3715,7 +3762,7 @@ def _client(options: Any, version: str = DOCUMENT) -> Client:
 
 
 def _read_token(options: Any) -> str:
-    """Return the token of --token-file, or of --token or WMI_TOKEN; an empty text if there is none."""
+    """Return the token of --token-file, or of --token or WMI_TOKEN; "" if none is given. Raises InvalidParameter."""
     if not options.token_file:
         return options.token or ""
     with open(options.token_file, encoding="ascii", errors="replace") as file:
@@ -3753,7 +3800,7 @@ def _modify(options: Any) -> None:
     if not fields:
         raise InvalidParameter("nothing to change: give a field, such as --description TEXT")
     with _catalog(options, "12.03") as catalog:
-        # An account, or a server, may set only what PUT of 12.03 sets. The operator of a store may change every field.
+        # An account, or a server, may set only what PUT of 12.03 sets. The operator of a store may set nearly all.
         change = catalog.update if options.url or options.account else catalog.modify
         _write(_OUTPUTS[options.output][0](change(options.id, **fields)))
 
@@ -3768,7 +3815,7 @@ def _set_features(options: Any) -> None:
 
 # ---- options and commands ----
 
-# The options by name: the short form, which is vdc-manage's; the help text; and further arguments for argparse.
+# The options by name: the short form, mostly vdc-manage's; the help text; and further arguments for argparse.
 _Option = tuple[str, str, dict[str, Any]]
 _SWITCH, _TOGGLE = {"action": "store_true"}, {"action": "toggle"}  # --NAME, and --NAME or --no-NAME
 _MANY: Any = {"action": "append", "metavar": "NAME"}
@@ -3778,7 +3825,7 @@ _OPTIONS: dict[str, dict[str, _Option]] = {  # by the title of their group in --
     "options": {
         "output": ("-o", "table (the default), json, yaml or id", {"choices": _OUTPUTS, "default": "table"}),
         "start": ("", "number of images to skip (default: 0)", {"default": "0"}),
-        "limit": ("", "list at most this many images", {}),
+        "limit": ("", "list at most this many images (0: all)", {}),
         "virtio": ("", "set or clear this feature", _TOGGLE),
         "acpi": ("", "set or clear this feature", _TOGGLE),
         "sample": ("", "fill an empty store with a few images", _SWITCH),
@@ -3801,7 +3848,8 @@ _OPTIONS: dict[str, dict[str, _Option]] = {  # by the title of their group in --
         "unix_socket": ("", "listen on a Unix socket instead", {"metavar": "PATH"}),
         "host_name": ("", "on loopback, accept this Host too; may be repeated", {**_MANY, "default": []}),
         "workers": ("", "number of processes (default: %(default)s)", {**_COUNT, "default": 1}),
-        "max_connections": ("", "most connections (default: %(default)s)", {**_COUNT, "default": MAX_CONNECTIONS}),
+        "max_connections": ("", "connections per process (default: %(default)s)",
+                            {**_COUNT, "default": MAX_CONNECTIONS}),
     },
     "fields": {
         "uuid": ("-u", "id of the image (default: a random one)", {}),
@@ -3838,8 +3886,8 @@ _COMMANDS: list[tuple[str, Callable[[Any], object], str, str, str]] = [
      "register a volume snapshot", "snap-lucid1 -a a-shpoolxx"),
     ("list", _list, f"{_PLACES} output start limit", "list images, newest first", "--limit 20 -o json"),
     ("show", _show, f"ID {_PLACES} output", "show one image", "wmi-lucid0 -o yaml"),
-    ("delete", _delete, f"ID... {_PLACES} output", "delete images and print their ids", "wmi-lucid0 wmi-lucid1"),
-    ("del", _delete, f"ID... {_PLACES} output", "vdc-manage's name for delete", "wmi-lucid0"),
+    ("delete", _delete, f"ID... {_PLACES}", "delete images and print their ids", "wmi-lucid0 wmi-lucid1"),
+    ("del", _delete, f"ID... {_PLACES}", "vdc-manage's name for delete", "wmi-lucid0"),
     ("modify", _modify, f"ID {_PLACES} output {_FIELD_OPTIONS.replace('uuid ', '')}",
      "change fields of an image (on a server: display name, description)", "wmi-lucid0 --arch x86 --no-is-public"),
     ("features", _set_features, "ID store virtio acpi",
@@ -3851,7 +3899,10 @@ _COMMANDS: list[tuple[str, Callable[[Any], object], str, str, str]] = [
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 1 error, 130 interrupted. Wrong usage raises SystemExit(2)."""
+    """Run a command and return its exit code: 0 done, 1 error, 130 interrupted.
+
+    Raises SystemExit: 2 for wrong usage, 0 after --help and --version.
+    """
     _prepare_streams()
     options: Any = None
     try:
@@ -3903,7 +3954,7 @@ def _parse_arguments(argv: Sequence[str]) -> Any:
         )
         command.register("action", "toggle", argparse.BooleanOptionalAction)
         command.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
-        # Without FILE: standard input or output. Those that are None are for `serve` without the part Optional.
+        # file="-" is standard input or output. The defaults of None are for `serve` without the part Optional.
         command.set_defaults(run=run, file="-", files=None, tokens=None, tls_cert=None, accepted={*arguments.split()})
         if name in argv:  # to add those of every command would take longer than most commands do
             _add_arguments(command, arguments.split())
@@ -3914,7 +3965,7 @@ def _parse_arguments(argv: Sequence[str]) -> Any:
 
 
 def _completed(options: Any) -> Any:
-    """Set the options that were not given, but for which the environment has a variable."""
+    """Set the options that were not given: from the environment, or --store to its default."""
     # An option beats the variables: with --store, WMI_URL does not count, and with --token, WMI_TOKEN_FILE does not.
     for names in (("store", "url"), ("token", "token_file"), ("account",), ("cacert",)):
         if not any(getattr(options, name, None) for name in names) and getattr(options, names[0], None) != "":
@@ -3962,7 +4013,7 @@ def _explain(error: Exception, options: Any) -> str:
         said = "that port does not speak HTTPS, try http://"
     where = getattr(options, "url", None) or getattr(options, "store", "")
     if hasattr(cause, "verify_message"):
-        return f"{where}: {cause.verify_message}; name a certificate to trust with --cacert FILE"
+        return f"{where}: {cause.verify_message}; to trust a CA of your own, give --cacert FILE"
     return _EXPLAINED.get(type(error), "{text}").format(text=text, where=where, cause=f": {said}" if said else "")
 
 
@@ -4068,8 +4119,10 @@ def tls_context(certificate: str, key: str | None = None) -> ssl.SSLContext:
 
 def _secure_connection(cafile: str | None) -> Any:
     """Return a factory of TLS connections for a client. Raises InvalidParameter if the file holds no certificates."""
+    if not ssl:
+        raise InvalidParameter("https: this Python has no ssl module")
 
-    class SecureConnection(http.client.HTTPSConnection, _Connection):  # a Python without ssl has no HTTPSConnection
+    class SecureConnection(http.client.HTTPSConnection, _Connection):  # here: without ssl there is no HTTPSConnection
         """A connection that does its handshake on the socket that _Connection.connect() has opened."""
 
     try:
@@ -4091,11 +4144,11 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
 class FileBody:
     """The body of an answer that is an open file, or a range of it; see Body. close() closes the file.
 
-    `status` is the result of fstat() from which the ETag was made. If the file changes later, the answer is cut.
+    `status` is the result of fstat() when the answer was begun. If the file changes later, the answer is cut.
     """
 
     # The head names the bytes by their ETag, so no complete answer may mix bytes of two versions of the file. The size
-    # and the time of change are compared after each piece. sendfile() has already sent the piece by then, so the last
+    # and the time of modification are compared after each piece. sendfile() has already sent it by then, so the last
     # piece is always copied: it is read, the file is compared, and only then is it sent. A client that gets all of
     # Content-Length thus has bytes of one version, as far as the clock of the file system tells two versions apart.
 
@@ -4106,7 +4159,7 @@ class FileBody:
         self._file, self._status, self._at, self._end = file, status, start, end
 
     def more(self, stream: socket.socket) -> bytes | int:
-        """Return the next piece, or send it; see Body. Raises BadAnswer if the file has changed since it was opened."""
+        """Return the next piece, or send it; see Body. Raises BadAnswer if the file has changed, and OSError."""
         left = self._end - self._at
         piece: bytes | int
         if left > PIECE and hasattr(os, "sendfile") and not (ssl and isinstance(stream, ssl.SSLSocket)):
@@ -4175,7 +4228,7 @@ def open_image_file(folder: str, record: Record) -> BinaryIO:
 
 
 def file_answer(request: Request, record: Record, file: BinaryIO) -> Answer:
-    """Return the answer that sends a file or a range of it, under the conditions that the request sets.
+    """Return the answer that sends a file or a range of it, or 304, by the conditions that the request sets.
 
     The file is closed unless it is sent. Raises PreconditionFailed and RangeNotSatisfiable.
     """
@@ -4203,7 +4256,7 @@ def file_answer(request: Request, record: Record, file: BinaryIO) -> Answer:
                 return make_answer(304, lines)
         elif since is not None and modified <= since:
             return make_answer(304, lines)
-        # 3. Find the range. Only GET has one, and it counts only if If-Range names this file (RFC 9110, 13.1.5):
+        # 3. Find the range. Only GET has one, and If-Range, if given, must name this file (RFC 9110, 13.1.5):
         #    otherwise the client would put two different files together, so it gets the whole file.
         ranged = None
         if request.method == "GET" and fields.get("if-range", etag) in (etag, date if settled else etag):
@@ -4220,7 +4273,7 @@ def file_answer(request: Request, record: Record, file: BinaryIO) -> Answer:
 
 
 def safe_name(uri: str) -> str:
-    """Return the last part of a URI as a file name that is safe on every system; "" if nothing is left of it."""
+    """Return the last part of a URI as a file name of safe characters; "" if nothing is left of it."""
     name = urllib.parse.unquote(uri.partition("?")[0]).rpartition("/")[2]
     return re.sub("[^A-Za-z0-9._-]", "_", name)[:200].lstrip(".-")
 
@@ -4267,7 +4320,7 @@ class JSONLog(TextLog):
     @staticmethod
     def answer(*cells: Any) -> str:
         """Return the line of an answer."""
-        names = "time", "client", "account", "method", "path", "status", "bytes", "ms"
+        names = "time", "client", "account", "method", "target", "status", "bytes", "ms"
         return json.dumps(dict(zip(names, (*cells[:-1], round(cells[-1], 1))))) + "\n"
 
     @staticmethod
@@ -4286,7 +4339,7 @@ class Tokens:
     """The tokens of all accounts, from a file that is read again when it changes.
 
     Each line is `ACCOUNT SHA256-OF-TOKEN`; `#` begins a comment. A caller presents a token as Bearer, as Basic with the
-    account as the user name, or in X-VDC-REQUESTER-TOKEN.
+    account as the user name, or in X-VDC-REQUESTER-TOKEN. Raises InvalidParameter if the file has a fault at the start.
     """
 
     def __init__(self, path: str) -> None:
@@ -4347,7 +4400,7 @@ class Tokens:
     def proven_account(self, request: Request) -> str:
         """Return the account whose token the request presents.
 
-        Raises InvalidRequestCredentials, with status 401; OperationNotPermitted if the request names another account.
+        Raises InvalidRequestCredentials, with status 401; OperationNotPermitted if the header names another account.
         """
         user, token = presented_token(request.fields)
         account = self._accounts.get(self._keyed(hashlib.sha256(token.encode("utf-8", "replace")).digest()))
@@ -4360,7 +4413,7 @@ class Tokens:
         return account
 
     def identify(self, request: Request) -> Request:
-        """Return the request with the account that its token proves, or with "", for which no catalog is opened."""
+        """Return the request with the account that its token proves; if there is none, with "", and "-" for the log."""
         # The account goes into the cache key, so that no caller gets a kept answer of another account.
         try:
             account = self.proven_account(request)
@@ -4372,8 +4425,6 @@ class Tokens:
 
 def presented_token(fields: Mapping[str, str]) -> tuple[str, str]:
     """Return the account that is named beside the token, and the token; each may be ""."""
-    import binascii  # here: a server without tokens does not need it
-
     scheme, _, value = fields.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return "", value.strip()
@@ -4463,8 +4514,6 @@ _LABELS = {
 
 def _page_body(title: str, main: str, account: str) -> tuple[bytes, str]:
     """Return a page and its header lines."""
-    import binascii  # here: only pages need it
-
     # The policy allows no script at all, and no style but ours, by its digest. So if a field of an image ever got into
     # a page without escapes, it still could not run or load anything.
     digest = binascii.b2a_base64(hashlib.sha256(_STYLE.encode()).digest(), newline=False).decode()
@@ -4475,8 +4524,6 @@ def _page_body(title: str, main: str, account: str) -> tuple[bytes, str]:
 
 def _html(value: Any) -> str:
     """Return a value as text for HTML, even in an attribute; characters that HTML does not allow are replaced."""
-    import html  # here: it is large, and only pages need it
-
     text = value if isinstance(value, str) else to_json(value)
     return html.escape(re.sub("[^\t\n -~\xa0-\ud7ff\ue000-\ufdcf\ufdf0-\ufffd\U00010000-\U0010ffff]", "\ufffd", text))
 
@@ -4490,7 +4537,8 @@ def _link(path: str, **query: Any) -> str:
 def read_page(service: Service, request: Request, route: Route, arrived: float, pulse: Pulse) -> Answer:
     """Answer GET and HEAD of the pages for people, / and /images/ID, and of the file that a page links to.
 
-    Without --tokens, the account is a parameter of the query. Visitors who name no account see the public images.
+    Without --tokens, the account is a parameter of the query, unless the header names one. Visitors who name none see
+    the public images.
     """
     # A browser cannot send X-VDC-ACCOUNT-UUID, so every link of a page carries the account along. With --tokens the
     # browser sends user name and password itself, and the links carry nothing.
@@ -4556,9 +4604,9 @@ def _has_words(words: Sequence[str], record: Record) -> bool:
 
 
 def _heading(image: Record) -> str:
-    """Return the first name of an image that a person can see and read, as HTML."""
-    # A name of blanks or punctuation alone would be a link that nobody can see. <bdi> keeps right-to-left names apart
-    # from the text around them.
+    """Return, as HTML, the first of an image's names that a person can see and read."""
+    # A name of blanks or punctuation alone would be a link that nobody can see or read. <bdi> keeps right-to-left names
+    # apart from the text around them.
     texts = (str(image[name] or "")[:200] for name in ("display_name", "description", "id"))
     return f"<bdi>{_html(next(text for text in texts if any(map(str.isalnum, text))))}</bdi>"
 
@@ -4639,7 +4687,8 @@ def fetch_image(client: Client, id: str, path: str | None, progress: Progress, r
     only if `replaces` is true. If the source is a file:// URI, the client's server sends the file. If it is an http or
     https URI, the file is fetched from there, and neither account nor token is sent to that server. The bytes are kept
     in path.part until the file is complete and has the md5sum of the catalog. A later call fetches only what is
-    missing. Raises FetchError, Unreachable, the errors of show, and OSError for files on this machine.
+    missing, if that server can send ranges. Raises FetchError, Unreachable, the errors of show, and OSError for files
+    on this machine.
     """
     # 1. Find out where the file is.
     image, source = client.show(id), client
@@ -4660,7 +4709,7 @@ def fetch_image(client: Client, id: str, path: str | None, progress: Progress, r
                 receive = functools.partial(arrival.receive, source, progress)
                 source._send("GET", url, receive, _NO_DEADLINE, fields=arrival.fields())
             except NotFound as error:
-                raise FetchError(f"the server gives out no file of {id}; it needs --files DIR") from error
+                raise FetchError(f"the server gives out no file of {id}: it must lie below --files DIR") from error
             except Error as error:
                 tries = 0 if arrival.size > before else tries + 1
                 if error.status not in (502, 503, 504) or isinstance(error, BadAnswer) or tries > client._retries:
@@ -4689,8 +4738,8 @@ def check_unused(path: str) -> str:
 class _Arrival:
     """The bytes of a file that have arrived so far, in path.part, and a note in path.part.json of what they belong to.
 
-    A part is continued only with bytes of the same file. They come from the same URL. A range (206) has the ETag or
-    time of change that the part has; in a whole file (200), the first bytes are those of the part.
+    A part is continued only with bytes of the same file. They come from the same URL. A range (206) must have the same
+    ETag, or no other Last-Modified; in a whole file (200), the first bytes must be those of the part.
     """
 
     # The life of a part file. One process at a time holds it, by a lock on path.part.
@@ -4770,21 +4819,23 @@ class _Arrival:
         return {"Range": f"bytes={self.size}-", "If-Range": validator} if self.size and validator else {}
 
     def receive(self, client: Client, progress: Progress, answer: Any) -> None:
-        """Add the bytes of an answer to the part. Raises FetchError, and ConnectionError if the answer is cut."""
+        """Add the bytes of an answer to the part. Raises FetchError, OSError, BadAnswer, or the error in the answer."""
         # 1. Is it the whole file, or the range that follows the bytes that are here? `size[1]` is the file's size.
         headers, asked = answer.headers, self.fields()
         length, place = headers.get("Content-Length", ""), headers.get("Content-Range", "")
         coding = headers.get("Content-Encoding", "identity")
         size = re.fullmatch("([0-9]{1,18})", length)
-        if answer.status == 416 and asked and place == f"bytes */{self.size}":
+        if answer.status == 416 and asked:
+            if place != f"bytes */{self.size}":
+                raise self._changed()
             self.is_whole = True  # the file has as many bytes as the part: nothing is missing
             return
         if answer.status >= 400:
             client._read(answer)  # raises the error that the answer describes
         if answer.status == 206 and asked:
             size = re.fullmatch(rf"bytes {self.size}-[0-9]+/([0-9]{{1,18}})", place)
-            known = asked["If-Range"]
-            if headers.get("ETag" if known[0] == '"' else "Last-Modified", known) != known:
+            known = asked["If-Range"]  # an ETag comes with each 206, a time need not (RFC 9110, 15.3.7)
+            if (headers.get("ETag") if known[0] == '"' else headers.get("Last-Modified", known)) != known:
                 raise self._changed()
         if coding != "identity" or not (answer.status == 200 or (answer.status == 206 and asked and size)):
             raise FetchError(f"the server answered {answer.status} {place} ({coding}), which is not the file")
@@ -4827,7 +4878,7 @@ class _Arrival:
                 json.dump(self._about, file)
 
     def finish(self, replaces: bool) -> None:
-        """Give the file its name, if its MD5 is that of the catalog. Raises FetchError."""
+        """Give the file its name, unless its MD5 differs from that of the catalog. Raises FetchError and OSError."""
         found, md5sum = self._digest.hexdigest(), self._about["md5sum"]
         if md5sum and found != md5sum:
             raise FetchError(f"the MD5 of what arrived is {found}, but the catalog says {md5sum}{self._remedy}")
@@ -4855,9 +4906,11 @@ def _strong_validator(headers: Any) -> str:
 
 @contextlib.contextmanager
 def _open_alone(path: str) -> Iterator[BinaryIO]:
-    """Open a file for reading and writing under an exclusive lock, and create it if need be. Raises FetchError."""
-    import fcntl  # here: not every system has it
-
+    """Open a file, or create it, to read and write it under an exclusive lock. Raises FetchError and OSError."""
+    try:
+        import fcntl  # here: Windows has none
+    except ImportError as error:
+        raise FetchError("fetch locks the file that it writes, which needs the module fcntl") from error
     # Between open() and flock(), the process that held the lock may have finished the file and renamed it. Then the
     # lock is on the finished file, so the path is opened again.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -5014,11 +5067,11 @@ def _wrong_records(storage: Storage) -> Iterator[str]:
 
 __all__ += ["Tokens", "tls_context"]
 _OPTIONS["options"].update({
-    "output_file": ("-O", "write to FILE, - for stdout (default: named by its source)", {"metavar": "FILE"}),
+    "output_file": ("-O", "write to FILE, - for stdout (default: the name in the source)", {"metavar": "FILE"}),
     "keep_going": ("", "report bad lines and load the others", _SWITCH),
     "repair": ("", "rebuild what can be derived from the images", _SWITCH),
     "files": ("", "serve the image files below this directory", {"metavar": "DIR"}),
-    "tokens": ("", "file of tokens; only their holders are served", {"metavar": "FILE"}),
+    "tokens": ("", "file of tokens: serve asks for one, token adds one", {"metavar": "FILE"}),
 })
 _OPTIONS["where to listen"].update({
     "tls_cert": ("", "serve HTTPS with this certificate chain (PEM)", {"metavar": "FILE"}),

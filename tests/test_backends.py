@@ -250,6 +250,17 @@ def test_records_that_are_none_are_refused(module, path):
         assert store.page(None, 0, 0)[0] == 0
 
 
+def test_memory_refuses_what_is_no_record():
+    """A record without the four fields, or with something that is not JSON, is a ValueError there, too."""
+    with wmi.MemoryStorage() as store:
+        for field in ("id", "account_id", "is_public", "deleted_at"):
+            with pytest.raises(ValueError, match="not a record"):
+                store.add({key: value for key, value in image(1).items() if key != field})
+        with pytest.raises(ValueError, match="not a record"):
+            store.add({**image(1), "extra": object()})
+        assert store.page(None, 0, 0)[0] == 0
+
+
 def test_a_change_within_a_change_is_refused(module, path):
     """ValueError instead of a deadlock or a lost change; the outer one is undone."""
     with opened(module, path, image(1)) as store:

@@ -170,7 +170,8 @@ def test_start_and_limit_cut_the_list(version, start, limit, expected):
 @pytest.mark.parametrize(
     "value",
     [-1, "-1", "abc", "", " 1", "1 ", "1\n", "+1", "1.0", 1.0, 1.5, "1e3", "0x1", True, False, 10**18,
-     "1" * 19, [], [1], {}, b"1", "１", "1_0", float("nan"), float("inf"), "null", "None"],
+     "1" * 19, [], [1], {}, b"1", "１", "1_0", float("nan"), float("inf"), "null", "None",
+     pytest.param(10**5000, id="huge")],
 )
 def test_what_is_no_whole_number_is_refused(storage, version, name, value):
     """The message is the parameter's name, as the originals had it."""

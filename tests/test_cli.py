@@ -351,6 +351,10 @@ def test_modify_and_features_on_a_store(done, refused):
     assert (record["account_id"], record["arch"], record["state"], record["features"]) == (
         "a-new", "x86", "available", {"acpi": True},
     )
+    with wmi.open_storage("sqlite:images.db") as storage:
+        catalog = wmi.Catalog(storage)
+        record = catalog.modify("wmi-0", features={"virtio": True, "acpi": False})
+        assert catalog.set_features("wmi-0", virtio=True) == record
     refused("modify", "wmi-0", "--arch", "arm")
     assert kept() == [record]
 
@@ -847,12 +851,12 @@ def test_keys_of_a_hostile_server_on_a_terminal(run, monkeypatch, capsys, output
 
 def test_progress_is_for_terminals(run):
     """Long work counts on a terminal and cleans the line up; in a pipe it is quiet."""
-    with open("big", "wb") as file:
+    with open("big\x1b[2J", "wb") as file:
         file.truncate(300 << 20)  # sparse: costs no disk
-    code, shown = terminal("stderr", "add", "local", "big", "-a", ACCOUNT)
+    code, shown = terminal("stderr", "add", "local", "big\x1b[2J", "-a", ACCOUNT)
     assert code == 0
-    assert "\rmd5 of big" in shown and shown.endswith("\r\x1b[K")
-    assert run("add", "local", "big", "-a", ACCOUNT)[::2] == (0, "")
+    assert "\rmd5 of big\\u001b[2J:" in shown and "\x1b[2J" not in shown and shown.endswith("\r\x1b[K")
+    assert run("add", "local", "big\x1b[2J", "-a", ACCOUNT)[::2] == (0, "")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
@@ -1130,13 +1134,18 @@ def test_a_long_line_is_not_held_in_memory(run, options):
 
 def test_the_longest_image_can_be_dumped_and_loaded(done, refused):
     """What image_record takes has a line that load takes, also when each character needs six bytes."""
-    rest = len("wmi-0" + ACCOUNT + 2 * "2011-11-23T07:36:00Z" + "x86_64initrawstdlinux")
+    rest = len("wmi-0" + ACCOUNT + 2 * "2011-11-23T07:36:00Z" + "x86_64rawstdlinux")
     text = "\x01" * (wmi.MAX_TEXT - rest)
     fill("json:images", 1, description=text, created_at="2011-11-23T07:36:00Z")
     done("dump", "lines", "--store", "json:images")
     done("load", "lines")
     assert kept() == kept("json:images")
     assert "150,000 characters" in refused("modify", "wmi-0", "--display-name", "x")
+    done("delete", "wmi-0")
+    done("dump", "buried")
+    done("load", "buried", "--store", "json:again")
+    assert kept("json:again") == kept()
+    done("check")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a POSIX shell's way")

@@ -502,12 +502,19 @@ def test_a_wrong_md5(path, out, capfdbinary):
     ({"uri": "ftp://a/b"}, "has no file to fetch"),
     ({"uri": "http://user:secret@127.0.0.1:1/a"}, "has no file to fetch"),
     ({"uri": "http://"}, "has no file to fetch"),
-    ({"uri": "file:///none"}, "the server gives out no file of wmi-one; it needs --files DIR"),
+    ({"uri": "file:///none"}, "the server gives out no file of wmi-one: it must lie below --files DIR"),
 ])
 def test_nothing_to_fetch(source, said, out, refused):
     """One line says why, and no file stays, not even an empty one."""
     with catalog(image("", source=source)) as url:
         assert said in refused(url, "x")
+    assert left(out) == []
+
+
+def test_a_system_without_locks(own, out, refused, monkeypatch):
+    """Without fcntl, as on Windows, two fetches could write to one file."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    assert "needs the module fcntl" in refused(own, "x")
     assert left(out) == []
 
 
@@ -541,14 +548,16 @@ LIES = {
     "a smaller size": (PART + b'ETag: "a"\r\nContent-Range: bytes 1000-1999/900\r\n\r\n', 0, "has changed"),
     "another ETag": (PART + b'ETag: "b"\r\nContent-Range: bytes 1000-1999/2000\r\n\r\n', 0, "has changed"),
     "a weak ETag": (PART + b'ETag: W/"a"\r\nContent-Range: bytes 1000-1999/2000\r\n\r\n', 0, "has changed"),
+    "no ETag": (PART + b"X-No: ETag\r\nContent-Range: bytes 1000-1999/2000\r\n\r\n", 0, "has changed"),
     "a body without end": (PART + b"Content-Range: bytes 1000-1999/2000\r\n\r\n", 9000, "more than 1000 bytes"),
     "a longer body": (
         PART + b"Content-Range: bytes 1000-1999/2000\r\nContent-Length: 1001\r\n", 1001, "more than 1000 bytes"),
     "endless chunks": (
         PART + b"Content-Range: bytes 1000-1999/2000\r\nTransfer-Encoding: chunked\r\n\r\nffffff\r\n", 1 << 20,
         "more than"),
-    "416 of another size": (b"HTTP/1.1 416 No\r\nContent-Range: bytes */999\r\nContent-Length: 0\r\n", 0, "416"),
-    "416 without a size": (b"HTTP/1.1 416 No\r\nContent-Length: 0\r\n", 0, "416"),
+    "416 of another size": (
+        b"HTTP/1.1 416 No\r\nContent-Range: bytes */999\r\nContent-Length: 0\r\n", 0, "has changed"),
+    "416 without a size": (b"HTTP/1.1 416 No\r\nContent-Length: 0\r\n", 0, "has changed"),
     "gzip": (OK + b"Content-Encoding: gzip\r\nContent-Length: 2000\r\n", 2000, "gzip"),
     "gzip of a part": (
         PART + b"Content-Range: bytes 1000-1999/2000\r\nContent-Encoding: gzip\r\nContent-Length: 1000\r\n", 1000,

@@ -74,6 +74,18 @@ def test_hosts_on_loopback(storage, host, status):
     assert status == 200 or fields["content-type"] == "application/json"
 
 
+@pytest.mark.parametrize(
+    "named, host, status",
+    [("localhost", b"evil.example", 200), ("LOCALHOST:1", b"b", 200), ("evil.example", b"localhost", 421)],
+)
+def test_the_host_of_the_target_counts(storage, named, host, status):
+    """RFC 9112, 3.2.2: if a target is a whole URL, the field Host is ignored, though it must be there."""
+    asked = head(f"http://{named}/api/images", "GET", "Connection: close").replace(b"Host: a", b"Host: " + host)
+    with serving(storage, host_names=()) as served:
+        for _ in range(3):
+            assert parse_answer(served.raw(asked))[0] == status
+
+
 def test_hosts_elsewhere(storage):
     """On an address that others can reach, any Host is served, as names there are nobody's secret."""
     with wmi.Server(storage, host="0.0.0.0", port=0) as server:

@@ -114,7 +114,7 @@ def test_no_hosts(host):
 )
 def test_targets(target, path, query):
     """RFC 9112, 3.2.1 and 3.2.2: origin-form and absolute-form, nothing decoded yet."""
-    assert wmi.parse_target("GET", target) == (path, query)
+    assert wmi.parse_target("GET", target)[1:] == (path, query)
 
 
 def test_head_is_put_together():

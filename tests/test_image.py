@@ -398,6 +398,12 @@ def test_a_snapshot_id_has_its_form(value):
     assert repr(value) in str(caught.value)
 
 
+def test_a_number_of_thousands_of_digits_is_refused():
+    """Python does not print it, but it is refused like any other value."""
+    with pytest.raises(wmi.InvalidParameter, match="^boot_dev_type: a value of type int"):
+        wmi.image_record({"account_id": "a-x", "boot_dev_type": 10**5000})
+
+
 @pytest.mark.parametrize("value", [1, 0, "true", "false", None, [], 1.0])
 @pytest.mark.parametrize("name", ["virtio", "acpi"])
 def test_a_feature_is_true_or_false(name, value):

@@ -543,7 +543,7 @@ def test_health_of_a_store_that_fails():
 
 # ---- the log in JSON ----
 
-NAMES = ["time", "client", "account", "method", "path", "status", "bytes", "ms"]
+NAMES = ["time", "client", "account", "method", "target", "status", "bytes", "ms"]
 
 
 def test_log_in_json():
@@ -561,9 +561,21 @@ def test_log_in_json():
     assert all([*row] == NAMES for row in answers)
     assert [row["status"] for row in answers] == [400, 503, 400, 405]
     assert [type(answers[0][name]) for name in NAMES] == [str, str, str, str, str, int, int, float]
-    assert answers[0]["path"] == '/api/images?"\\{}' and answers[0]["account"] == 'a-x"}\\'
-    assert answers[2]["method"] == answers[2]["account"] == "-" and len(answers[3]["path"]) == wmi.LOGGED
+    assert answers[0]["target"] == '/api/images?"\\{}' and answers[0]["account"] == 'a-x"}\\'
+    assert answers[2]["method"] == answers[2]["account"] == "-" and len(answers[3]["target"]) == wmi.LOGGED
     assert [[*row] for row in rows if "error" in row] == [["time", "error"]] * 2
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_no_line_of_the_log_is_longer_than_a_pipe_takes_in_one_piece(log_format):
+    """Otherwise lines of two workers would mix: 2,048 quotation marks took more than 4,096 bytes in JSON."""
+    log = []
+    with serving(wmi.MemoryStorage(), log.append, log_format=log_format) as server:
+        for account in ('"' * 8000, "\xff" * 8000, "\\" * 255):
+            server.raw(f'{"M" * 40} /{chr(34) * 7000} HTTP/1.1\r\nHost: a\r\nX-VDC-ACCOUNT-UUID: {account}\r\n'
+                       "Connection: close\r\n\r\n".encode("latin-1"))
+        server.server.report('"\\\xff\n' * 9000)
+    assert len(log) == 4 and max(map(len, log)) < wmi.PIPE_BUF - 100, [*map(len, log)]
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])

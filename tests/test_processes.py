@@ -65,6 +65,23 @@ def test_a_dead_worker_is_replaced(command):
 
 
 @needs_proc
+def test_a_worker_does_not_tell_the_others_to_stop(command):
+    """A worker is a fork of the parent, but SIGALRM does not make it act like the parent."""
+    server = command("--workers", "3")
+    before = until(lambda: (found := children(server.pid)) and len(found) == 3 and found)
+    for _ in range(3):
+        server.ready()
+    os.kill(max(before), signal.SIGALRM)
+    after = until(lambda: (found := children(server.pid) - {max(before)}) and len(found) == 3 and found)
+    assert before - after == {max(before)}
+    for _ in range(9):
+        server.ready()
+    assert children(server.pid) == after
+    os.kill(server.pid, signal.SIGTERM)
+    assert server.wait() == 0
+
+
+@needs_proc
 def test_workers_share_the_connections(command):
     """However fast they come, each process gets as many, or the others' cores are of no use."""
     patient = f"import sys, wmi; wmi.SHARE_SECONDS = {SECONDS / 4}; sys.exit(wmi.main())"  # on a busy machine

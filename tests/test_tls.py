@@ -135,7 +135,7 @@ def test_the_command_says_what_is_wrong_with_https(served, capsys):
     """A certificate that is not trusted, and a port without TLS, are told in one line each."""
     assert wmi.main(["list", "--url", served.url, "--account", ACCOUNT]) == 1
     said = capsys.readouterr().err
-    assert said.startswith(f"wmi: {served.url}: ") and "certificate" in said and said.endswith(" with --cacert FILE\n")
+    assert said.startswith(f"wmi: {served.url}: ") and "certificate" in said and said.endswith("give --cacert FILE\n")
     with wmi.MemoryStorage() as storage, serving(storage) as plain:
         url = plain.url.replace("http:", "https:")
         assert wmi.main(["list", "--url", url, "--account", ACCOUNT]) == 1

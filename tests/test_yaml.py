@@ -176,6 +176,19 @@ def test_a_folded_scalar_is_read():
     assert wmi.parse_yaml_mapping('---\n:uri: "a\\\n  \\u65E5\\\n  \\x41\\\n  \\n"\n') == {"uri": "a日A\n"}
 
 
+@pytest.mark.parametrize("scalar", ["C:\\a\\\n  b", "'C:\\a\\\n  b'", '"C:\\\\a\\\\\n  b"', "C:\\a\\\r\n  b"])
+def test_a_backslash_that_is_text_survives_a_fold(scalar):
+    """Psych breaks a plain text after a backslash, too; only in double quotes it means something."""
+    assert wmi.parse_yaml_mapping(f"---\n:uri: {scalar}\n:x: 1\n") == {"uri": "C:\\a\\ b", "x": 1}
+
+
+@pytest.mark.parametrize("text", ["---\n:a:\n  :b: 1\n", "---\n:a:\n  :b:\n", "---\n:a:\n  - 1\n", "---\n:a:\n  -\n"])
+def test_what_is_nested_is_refused(text):
+    """It is no flat mapping, and is not taken for text."""
+    with pytest.raises(ValueError, match="expected"):
+        wmi.parse_yaml_mapping(text)
+
+
 def test_only_spaces_end_a_plain_text():
     """Ruby writes a trailing no-break or ideographic space plain; it belongs to the text."""
     for space in ("\xa0", "\u3000", "\u2003"):
