@@ -13,6 +13,7 @@ import shlex
 import signal
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -800,10 +801,11 @@ def test_terminals_of_other_encodings(encoding, argv):
     assert done.stderr == b"" and b"wmi-0" in done.stdout
 
 
-def terminal(stream, *argv):
+def terminal(stream, *argv, columns=0):
     """Run the command with stdout or stderr on a terminal; return its exit code and the text that the terminal got."""
-    pty = pytest.importorskip("pty", reason="terminals are POSIX's")
+    pty, fcntl, termios = (pytest.importorskip(n, reason="terminals are POSIX's") for n in ("pty", "fcntl", "termios"))
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 25, columns, 0, 0))
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, stream: theirs}
     child = subprocess.Popen([sys.executable, MODULE, *argv], **streams)
     os.close(theirs)
@@ -816,6 +818,19 @@ def terminal(stream, *argv):
     finally:
         os.close(ours)
     return child.wait(SECONDS), b"".join(pieces).decode().replace("\r\n", "\n")
+
+
+def test_a_table_ends_at_the_edge_of_the_terminal():
+    """A name is cut there, and only if it is wider: a combining character takes no column, a wide one takes two."""
+    names = {"x" * 40: "x" * 11 + "…", "x" * 12: "x" * 12, "e\u0301" * 12: "e\u0301" * 12, "日" * 6: "日" * 6,
+             "e\u0301" * 13: "e\u0301" * 11 + "…", "日" * 7: "日" * 5 + "…"}
+    with wmi.open_storage("sqlite:images.db") as storage:
+        for number, name in enumerate(names):
+            wmi.Catalog(storage).register({"id": f"wmi-{number}", "account_id": ACCOUNT, "display_name": name})
+    width = len(f"wmi-0 {ACCOUNT} x86_64 local false  init  ")
+    code, shown = terminal("stdout", "list", columns=width + 12)
+    assert code == 0
+    assert [line[width:] for line in shown.splitlines()[1:]] == [*names.values()][::-1]
 
 
 NASTY = "\x9b31m \u202e \x7f \x1b[2J \u2028 \U000e0001 é 日 \U0001f4a9 \\ \" '"
