@@ -78,6 +78,7 @@ import operator
 import os
 import random
 import re
+import select
 import selectors
 import signal
 import socket
@@ -252,7 +253,7 @@ class FetchError(Error):
 
 
 class BadAnswer(Error):
-    """Raised when an answer is too large, not one of this API, cut, or from a server that cannot be trusted."""
+    """Raised when an answer is too large, not one of this API, or from a server that cannot be trusted."""
 
     status, code = 502, "502"
 
@@ -365,7 +366,7 @@ def _parse_yaml_entry(entry: str) -> tuple[str, Any]:
 
 
 def _parse_yaml_scalar(text: str) -> Any:
-    # Where a scalar was broken, it had a space; or nothing, if it is in double quotes and a backslash stands before.
+    # A line break in a scalar stands for a space; after a backslash in double quotes, for nothing.
     if re.fullmatch(r'(?s)"[^"\\]*(?:\\.[^"\\]*)*"', text):
         escape = r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U(00[01][0-9A-Fa-f]{5})|\r?\n +|(.))|\r?\n +"
         return re.sub(escape, _yaml_unescaped, text[1:-1])
@@ -584,7 +585,7 @@ def check_agreement(record: Record) -> Record:
     These rules concern several fields at once, so this is called again whenever fields are set. Raises
     InvalidParameter.
     """
-    # Deletion sets two fields, and must not fail because of them: they do not count.
+    # Deletion sets two fields unchecked, and its tombstone must still pass when it is loaded: they do not count.
     texts = *record["source"].values(), *(record[name] for name in record if name not in ("state", "deleted_at"))
     if sum(len(text) for text in texts if isinstance(text, str)) > MAX_TEXT:
         raise InvalidParameter(f"image: its texts have more than {MAX_TEXT:,} characters in all")
@@ -592,7 +593,7 @@ def check_agreement(record: Record) -> Record:
     if record["source"] and list(record["source"]) != [key]:
         raise refuse("source", record["source"], f"{key} alone, as boot_dev_type is {record['boot_dev_type']}")
     if (record["state"] == "deleted") != (record["deleted_at"] is not None):
-        raise refuse("deleted_at", record["deleted_at"], f"to agree with state, {record['state']!r}")
+        raise refuse("state", record["state"], "deleted if deleted_at is given, and only then")
     return record
 
 
@@ -622,7 +623,7 @@ class Version:
     index_public: bool = True  # the index lists the public images of every account
     index_deleted: bool | None = False  # tombstones in the index. False: none, True: nothing else, None: both
     shows_deleted: bool = False  # a tombstone can be shown, and deleted again
-    not_yours: type[Error] = OperationNotPermitted  # raised for an image that another account may not see or change
+    not_yours: type[Error] = OperationNotPermitted  # raised if the caller may not see or change another account's image
     privileged: bool = True  # SYSTEM_ACCOUNT may show and delete any image
     updatable: Sequence[str] = ()  # fields that PUT sets
     filters: Sequence[str] = ()  # parameters of the index besides start and limit
@@ -781,8 +782,8 @@ class MemoryStorage:
     """A store in the memory of this process, for tests and trials; Storage describes the methods."""
 
     # A change copies the dict of rows, alters the copy, and puts it in place of the old dict, which stays as it is. So
-    # a walk needs no lock and is always frozen. The cost of a change or a page grows with the store; for trials, that
-    # does not matter.
+    # a walk holds no lock while it yields, and is always frozen. The cost of a change or a page grows with the store,
+    # which is fine for trials.
 
     def __init__(self) -> None:
         self._rows: dict[str, _Row] = {}  # by id, in order of registration
@@ -1028,9 +1029,9 @@ class Catalog:
     """The images of a store as one account sees them, by the rules of one version of the API.
 
     The account None is the operator at the machine itself, who may see and change the images of all accounts; a server
-    always names an account. Every method raises errors of this module only, DatabaseError included. During a walk with
-    filters, `pulse` is called every PULSE records. It may raise an Error to end the walk, for example if the client is
-    gone.
+    always names an account. Every method but matching() raises errors of this module only, such as DatabaseError.
+    During a walk with filters, `pulse` is called every PULSE records. It may raise an Error to end the walk, for
+    example if the client is gone.
     """
 
     def __init__(
@@ -1096,7 +1097,7 @@ class Catalog:
         field, _, order = sort_by.partition(".")
         end = start + (limit or SORTED_AT_MOST)
         if end > SORTED_AT_MOST:
-            raise InvalidParameter("limit")
+            raise InvalidParameter("limit" if start < SORTED_AT_MOST else "start")
         count = itertools.count()  # numbers what is walked: the next number after the walk is the total
         walked = matching(oldest_first=order == "asc")
         keys = ((_sort_key(self.version, field, record), next(count), record["id"]) for record in walked)
@@ -1147,7 +1148,10 @@ class Catalog:
         return str(record["id"])
 
     def modify(self, id: str, **fields: Any) -> Record:
-        """Set any fields but the id and times, and return the image; for the operator only. Raises as show does."""
+        """Set any fields but the id and times, and return the image; for the operator only. Raises as show does.
+
+        The state "deleted" cannot be set: see destroy().
+        """
         self._check_operator()
         for name in fields:
             if name not in FIELDS or name in ("id", "created_at", "updated_at", "deleted_at"):
@@ -1161,7 +1165,7 @@ class Catalog:
         self._check_operator()
 
         def change(record: Record) -> Record:
-            features = {**record["features"], **given}
+            features = {**record["features"], **FIELDS["features"][0]("features", given)}
             return _amended({"features": {n: features[n] for n in features if features[n] or n not in given}}, record)
 
         return self._change(id, change)
@@ -1912,8 +1916,8 @@ class Service:
             request = self.identify(request)
             if request.method not in ("GET", "HEAD"):
                 return self._change(request)
-            # The server may have tried kept_answer(), which returned None only because the last look at the store
-            # began before this request arrived. Then one more look is enough to serve the answer from memory.
+            # The server may have tried kept_answer(), which returned None because the store has changed, or because the
+            # last look began before this request arrived. After one more look, the answer may still come from memory.
             if request.cache_key in self._kept:
                 self.revision(arrived)
                 if answer := self.kept_answer(request, arrived):
@@ -1991,7 +1995,7 @@ class Service:
 
         Raises InvalidRequestCredentials, OperationNotPermitted, DatabaseError.
         """
-        # With --tokens, only the token counts. Without it, the header is believed, as it was by the original DCMGR.
+        # With --tokens, only the token counts. Without --tokens, the header is believed, as by the original DCMGR.
         named = request.fields.get("x-vdc-account-uuid") or otherwise
         account = self.tokens.proven_account(request) if self.tokens else named
         try:
@@ -2100,7 +2104,7 @@ class Service:
         return False
 
     def keep(self) -> None:
-        """Keep those answers made since the last call whose revision the store still has. Raises DatabaseError."""
+        """Of the answers made since the last call, keep those that still show the store. Raises DatabaseError."""
         # Steps 1 and 2 at the top of this part. An entry that replaces one with the same key also replaces its size.
         fresh, self.fresh = self.fresh, []
         with StorageErrors():
@@ -2309,15 +2313,17 @@ class Connection:
 
     def _check_alive(self) -> None:
         """Raise Unreachable if the client has hung up. A client that sends no more counts as gone, as in nginx."""
-        # The recv of a plain socket: that of an SSLSocket does not peek.
-        try:
-            if socket.socket.recv(self.socket, 1, socket.MSG_PEEK):
-                return
-        except BlockingIOError:
-            return
-        except OSError:
-            pass
-        raise Unreachable("the client has hung up")
+        if hasattr(select, "POLLRDHUP"):  # Linux tells, even if there are bytes to read, such as the last ones of TLS
+            poll = select.poll()
+            poll.register(self.socket, select.POLLRDHUP)
+            gone = bool(poll.poll(0))
+        else:
+            try:
+                gone = not socket.socket.recv(self.socket, 1, socket.MSG_PEEK)  # that of an SSLSocket does not peek
+            except OSError as error:
+                gone = not isinstance(error, BlockingIOError)
+        if gone:
+            raise Unreachable("the client has hung up")
 
     def expired(self) -> Exception:
         """Return the result that makes advance() close an idle connection, refuse a request, or cut off an answer."""
@@ -2393,8 +2399,8 @@ class Connection:
     def _abort(self, error: Exception) -> int:
         """Log a failure, make close() send a reset if an answer is unfinished, and return CLOSE."""
         # Without the reset an unfinished answer in HTTP/1.0 would look whole.
-        is_ours = not isinstance(error, (OSError, RequestTimeout)) or getattr(error, "errno", 0) == errno.EIO
-        if is_ours:  # the client causes all others; EIO comes from the disk of an image file
+        theirs = isinstance(error, (OSError, RequestTimeout, Unreachable)) and getattr(error, "errno", 0) != errno.EIO
+        if not theirs:  # not caused by the client; EIO comes from the disk of an image file
             self.server.report(f"connection: {error!r}: {error.__cause__!r}")
         if self.status:
             with contextlib.suppress(OSError):
@@ -2495,8 +2501,8 @@ def address_of(listener: socket.socket, scheme: str = "http") -> str:
 # Who may touch what:
 #
 #     the selector, `_queue`, `_postponed`,      the leader alone. work() reads its connection, and may send a piece of
-#     all connections, whatever is not listed    its body; `queued_since` is set, so it gets no turn
-#                                                before STORE_SECONDS
+#     all connections, whatever is not listed    its body; `queued_since` then keeps it from turns,
+#                                                for STORE_SECONDS at most
 #     `round_time`, `clock`, `counts`            the leader sets them; any thread reads them
 #     `_turns`                                   any thread appends a connection and a result; the leader takes them
 #     `_leader`, `_working`, `_held`             any thread reads them, and who holds `_lock` changes them; the leader
@@ -2566,7 +2572,8 @@ class Server(http.server.HTTPServer):
         host_names: Sequence[str] | None = (), log: Callable[[str], object] = lambda text: None,
         files: str | None = None, tokens: Tokens | None = None, log_format: str = "text",
     ) -> None:
-        self.log_format, self.clock = LOG_FORMATS[log_format], now()  # first: report() needs them
+        self.log_format = LOG_FORMATS[_one_of(*LOG_FORMATS)("log_format", log_format)]  # first: report() needs it,
+        self.clock = now()  # and this
         listener = listener or listen(host, port)
         self.service = Service(storage, unversioned, self.report, served_hosts(listener, host_names), files, tokens)
         self.tls = tls  # for new connections; another context may be put in its place
@@ -3379,7 +3386,7 @@ class _Connection(http.client.HTTPConnection):
     def response_class(self, sock: Any, **options: Any) -> Any:  # type: ignore[override]
         """Return the answer, which reads from a file that bounds each wait and counts what it receives."""
         # http.client calls response_class like a class, and offers no other place to step in.
-        answer: Any = http.client.HTTPResponse(sock, **options)
+        answer: Any = _Response(sock, **options)
         answer.budget = budget = [_HEAD_AT_MOST]  # a list: readinto() with a reference to answer would be a cycle
         wait = self._wait
 
@@ -3393,6 +3400,17 @@ class _Connection(http.client.HTTPConnection):
 
         answer.fp.raw.readinto = readinto  # answer.fp is a buffer on top of the file of the socket
         return answer
+
+
+class _Response(http.client.HTTPResponse):
+    """An answer, without the interim ones that may come before it (1xx): http.client skips no other than 100."""
+
+    def begin(self) -> None:
+        """Read heads until one is final (RFC 9110, 15.2)."""
+        super().begin()
+        while self.status < 200:
+            self.headers = None  # type: ignore[assignment] # otherwise begin() returns at once
+            super().begin()
 
 
 def _shown_record(shown: Any) -> Record:
@@ -3559,6 +3577,12 @@ def _json_list(images: Iterator[Record]) -> Iterator[str]:
     yield "]\n"
 
 
+def _yaml_list(images: Iterator[Record]) -> Iterator[str]:
+    first = next(images, None)
+    yield "--- []\n" if first is None else to_yaml([first])
+    yield from ("".join(yaml_lines([image], "")) for image in images)
+
+
 def _id_line(image: Record) -> str:
     return _visible(image["id"]) + "\n"
 
@@ -3567,7 +3591,7 @@ def _id_line(image: Record) -> str:
 _OUTPUTS: dict[str, tuple[Callable[[Record], str], Callable[[Iterator[Record]], Iterator[str]]]] = {
     "table": (_table, _table_lines),
     "json": (lambda image: json.dumps(image, ensure_ascii=False, indent=2) + "\n", _json_list),
-    "yaml": (to_yaml, lambda images: ("".join(yaml_lines([image], "")) for image in images)),
+    "yaml": (to_yaml, _yaml_list),
     "id": (_id_line, lambda images: map(_id_line, images)),
 }
 

@@ -394,6 +394,16 @@ def test_modify_follows_the_versions_rules(storage, version):
     assert catalog.modify("wmi-mypublic", arch="x86")["arch"] == "x86"
 
 
+def test_an_unknown_feature_is_refused(storage):
+    """Set or cleared: a misspelled name is not dropped in silence."""
+    catalog = wmi.Catalog(storage)
+    id = catalog.register({"account_id": ME, "features": {"virtio": True}})
+    for value in (True, False, 1):
+        with pytest.raises(wmi.InvalidParameter, match="features"):
+            catalog.set_features(id, **{"virtoi" if value in (True, False) else "acpi": value})
+    assert catalog.show(id)["features"] == {"virtio": True}
+
+
 def test_features_are_replaced_as_a_whole(storage):
     """What is not named in the new ones is gone."""
     catalog = wmi.Catalog(storage)
@@ -645,8 +655,9 @@ def test_sorting_has_a_limit(monkeypatch):
                           "12.03")
     page = catalog.index(20, 30, sort_by="uuid.desc")
     assert (page.total, len(ids(page))) == (80, 30)
-    for start, limit in ((21, 30), (0, 51), (50, 1)):
-        with pytest.raises(wmi.InvalidParameter, match="^limit$"):
+    refused = [(21, 30, "limit"), (0, 51, "limit"), (49, 2, "limit"), (50, 1, "start"), (50, None, "start")]
+    for start, limit, name in refused:
+        with pytest.raises(wmi.InvalidParameter, match=f"^{name}$"):
             catalog.index(start, limit, sort_by="uuid.desc")
 
 

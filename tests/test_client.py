@@ -844,6 +844,15 @@ def test_deadline_bounds_the_tries_too(monkeypatch):
         pauses.clear()
 
 
+@pytest.mark.parametrize("interim", [b"100 Continue", b"102 Processing", b"103 Early Hints", b"199 X"])
+def test_interim_answers_are_skipped(interim):
+    """RFC 9110, 15.2: a client has to read those that it did not ask for; the final answer comes after them."""
+    before = b"HTTP/1.1 " + interim + b"\r\nLink: </x>\r\n\r\n"
+    with Scripted(before * 3 + http(SHOWN), before + http(["wmi-one"])) as server:
+        assert client(server).show("wmi-one")["id"] == "wmi-one"
+        assert client(server).destroy("wmi-one") == "wmi-one"
+
+
 # ---- servers that hurt ----
 
 GOOD = http(SHOWN)
@@ -854,6 +863,7 @@ FLOODS = {
     "lines of junk": flooding(b"", b"SSH\r\n"),
     "continue": flooding(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
     "continue with fields": flooding(b"HTTP/1.1 100 Continue\r\n", b"A: b\r\n"),
+    "hints": flooding(b"", b"HTTP/1.1 103 Early Hints\r\n\r\n"),
     "fields": flooding(OK, b"A: b\r\n"),
     "long fields": flooding(OK, b"A: " + b"b" * 60_000 + b"\r\n"),
     "field": flooding(OK + b"A: "),

@@ -566,6 +566,12 @@ def test_log_in_json():
     assert [[*row] for row in rows if "error" in row] == [["time", "error"]] * 2
 
 
+def test_a_log_format_that_is_unknown():
+    """It is refused like any other value, and the known ones are named."""
+    with pytest.raises(wmi.InvalidParameter, match="^log_format: 'xml' is not allowed; expected .*json"):
+        wmi.Server(wmi.MemoryStorage(), port=0, log_format="xml")
+
+
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_no_line_of_the_log_is_longer_than_a_pipe_takes_in_one_piece(log_format):
     """Otherwise lines of two workers would mix: 2,048 quotation marks took more than 4,096 bytes in JSON."""

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import select
+import socket
 import sqlite3
 import threading
 import time
@@ -254,16 +255,38 @@ class Long(wmi.MemoryStorage):
 FILTERED = head("/api/12.03/images?sort_by=description.asc&service_type=std")
 
 
-def test_a_walk_whose_client_is_gone_ends():
-    """A client that hangs up while all images are looked at for it does not keep the server at it."""
-    with Long(20_000) as storage, serving(storage) as served:
+@pytest.mark.parametrize("more", [
+    b"",
+    pytest.param(b"GET", marks=pytest.mark.skipif(not hasattr(select, "POLLRDHUP"), reason="Python does not tell")),
+], ids=["silent", "unread"])
+def test_a_walk_whose_client_is_gone_ends(more):
+    """A client that hangs up while all images are looked at for it does not keep the server at it.
+
+    Not even if it has sent more, such as another request or, with TLS, that it closes.
+    """
+    log = []
+    with Long(20_000) as storage, serving(storage, log=log.append) as served:
         storage.going.clear()
         with connect(served) as peer:
             peer.sendall(FILTERED)
             until(lambda: storage.walked > storage.count // 2)
+            peer.sendall(more)
         storage.going.set()
         until(lambda: leaders() == 1 and not served.server._connections)
         assert storage.walked < storage.count * 0.6
+    assert "error" not in "".join(log)
+
+
+def test_a_client_that_goes_while_it_is_sent_a_filtered_index_is_no_fault_of_the_server():
+    """The answer is cut, and the log has its line, but no failure."""
+    log = []
+    with Long(20_000) as storage, serving(storage, log=log.append) as served, connect(served, 4096) as peer:
+        peer.sendall(head("/api/12.03/images?service_type=std&limit=20000"))
+        assert peer.recv(15) == b"HTTP/1.1 200 OK"
+        peer.shutdown(socket.SHUT_WR)
+        rest(peer)
+        until(lambda: not connections(served))
+    assert "error" not in "".join(log)
 
 
 def test_walks_are_bounded(monkeypatch):
