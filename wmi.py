@@ -1830,12 +1830,12 @@ class TextBody:
 # at its revision. The promise is that no answer misses a change that was reported as done before its request arrived:
 #
 #     1. Each change to a store gives it a new revision, one that it never had before.
-#     2. A GET takes the revision before it reads the store, and keep() takes it once more afterwards. The answer is
-#        kept only if both are the same: then nothing changed in between, and the answer shows just this revision.
+#     2. A GET takes the revision before it reads the store, and the next look takes it once more. The answer is kept
+#        only if both are the same: then nothing changed in between, and the answer shows just this revision.
 #     3. A kept answer is served only if a look at the store that began after the request had arrived shows the same
 #        revision. So it is what the store held at a moment after the arrival, and what a new read would have returned.
 #     4. A look thus serves every request that arrived before it. The server works in rounds, one for all requests that
-#        have just arrived. It looks once before a round, and once after a round that made new answers to keep.
+#        have just arrived, and looks once before each round.
 #
 # The key of a kept answer holds all that the answer depends on: see CacheKey. What depends on anything else, such as a
 # page for people or a file, is not kept.
@@ -1894,8 +1894,8 @@ class Service:
         self._kept: collections.OrderedDict[Any, Kept] = collections.OrderedDict()  # least recently used first
         self._kept_bytes = 0
         self._asked: set[int] = set()  # hashes of the keys of earlier requests, since a key may be long
-        self.fresh: list[tuple[CacheKey, Kept]] = []  # answers since the last keep(), which may keep them
-        self._lock = threading.Lock()  # held by keep(), which changes _kept and _kept_bytes
+        self.fresh: list[tuple[CacheKey, Kept]] = []  # answers since the last look, to be kept by the next one
+        self._lock = threading.Lock()  # held by _keep(), which changes _kept and _kept_bytes
         self.looking = False  # look() is under way: requests that need a newer look are postponed
         self._walks, self._streams = threading.Semaphore(MAX_WALKS), threading.Semaphore(MAX_STREAMS)
 
@@ -2024,11 +2024,15 @@ class Service:
 
     def _look(self) -> str:
         # Two threads may look at the same time and set _known in either order. Both values are true, and an older one
-        # only costs another look.
-        moment = time.monotonic()  # before the look: the revision may be the one that the store had when the look began
+        # only costs another look. What is taken before the look: the answers made until then, and the time, since the
+        # revision may be the one that the store had when the look began.
+        fresh, self.fresh = self.fresh, []
+        moment = time.monotonic()
         with StorageErrors():
             revision = self.storage.revision()
         self._known = moment, revision
+        if fresh:
+            self._keep(fresh, revision)
         return revision
 
     def check_waiting(self, limit: int) -> None:
@@ -2064,8 +2068,8 @@ class Service:
                 with self.walking(catalog, pulse) as walking:
                     body = self._gather_page(walking, query, format)
         answer = content_answer(request, _CONTENT_TYPES[format], body)
-        # 3. Propose the answer to keep(). The account in the key must be the one that the answer was made for; with
-        #    --tokens they could differ if the file of tokens changed after identify().
+        # 3. Propose the answer to the next look. The account in the key must be the one that the answer was made for;
+        #    with --tokens they could differ if the file of tokens changed after identify().
         may_be_kept = len(self.fresh) < FRESH_AT_MOST and request.cache_key[1] == catalog.account
         if may_be_kept and isinstance(answer.body, bytes) and self._was_asked(request.cache_key):
             size = len(answer.head) + len(answer.body) + sum(map(len, request.cache_key)) + 1024  # for Python's objects
@@ -2103,12 +2107,9 @@ class Service:
         self._asked.add(hash(key))
         return False
 
-    def keep(self) -> None:
-        """Of the answers made since the last call, keep those that still show the store. Raises DatabaseError."""
+    def _keep(self, fresh: list[tuple[CacheKey, Kept]], revision: str) -> None:
+        """Keep those of the fresh answers that show this revision, which the store had after they were made."""
         # Steps 1 and 2 at the top of this part. An entry that replaces one with the same key also replaces its size.
-        fresh, self.fresh = self.fresh, []
-        with StorageErrors():
-            revision = self.storage.revision()
         with self._lock:
             for key, entry in fresh:
                 if entry[0] == revision:
@@ -2169,7 +2170,7 @@ def parse_update(request: Request, known: Sequence[str]) -> dict[str, Any]:
 ####################################################################################################
 # One client: what has arrived from it, and the one answer that is sent to it. The engine has one rule: a turn never
 # waits for a client. A turn, which is a call of Connection.advance(), does what can be done now and returns what has to
-# come next: READ, WRITE, WORK or CLOSE. The next part, Server, sees to that. The life of a connection:
+# come next: READ, WRITE, TURN, WORK or CLOSE. The next part, Server, sees to that. The life of a connection:
 #
 #            READ, until it is whole          WRITE, until the client takes more
 #                    +---+                           +---+
@@ -2182,7 +2183,7 @@ def parse_update(request: Request, known: Sequence[str]) -> dict[str, Any]:
 #                    +------- the answer is sent -----+
 #
 # An answer is sent without WORK if it is kept (see Service), or if it refuses a request that breaks the rules of HTTP.
-# A turn sends KEPT_IN_A_TURN such answers at most: then a client that pipelines is queued for WORK like the others.
+# A turn makes ANSWERS_IN_A_TURN such answers at most; if there are more requests, the connection wants another TURN.
 # Nothing is read while an answer is made or sent: a client that sends requests but reads no answers costs nothing.
 # CLOSE can come anywhere, when the client has hung up. When a deadline passes (see expired()), an idle connection is
 # closed, an unfinished request is answered 408, and an unfinished answer is cut off with a reset.
@@ -2192,7 +2193,7 @@ HEAD_SECONDS = 10  # for a whole head, from its first byte on; for a TLS handsha
 BODY_SECONDS = 30  # for a whole body
 SEND_SECONDS = 30  # for a client to take any more of its answer: what counts is progress, not speed
 LINGER_SECONDS = 1  # for a client to read the last answer
-KEPT_IN_A_TURN = 16  # kept answers; with more, 900 clients that pipeline made a new one wait for 5 s
+ANSWERS_IN_A_TURN = 8  # without work; with no limit, 900 clients that pipeline made a new one wait for 5 s
 LOGGED = 1600  # characters of a target or a failure in the log: JSON may double them, and a line fits into PIPE_BUF
 LOGGED_METHOD = 32  # characters of a method
 
@@ -2220,9 +2221,10 @@ class Connection:
         self.keep_alive = self.chunked = False
         self.unsent: bytes | memoryview = b""
         self.body: Body | None = None  # the source of more bytes to send, as long as it has any
-        # Times. The first bytes of the request came at `began`, from which the log counts. `phase` (IDLE, HEAD, BODY)
-        # says what the server waits for; it has waited since `waiting_since`, and gives up at `deadline`.
-        self.began = self.waiting_since = self.arrived = server.round_time  # `arrived`: all of the request was here
+        # Times. What was received last had arrived by `arrived`: the answer must show each change that was reported as
+        # done before. The first bytes of the request had arrived by `began`, from which the log counts. `phase` (IDLE,
+        # HEAD, BODY) says what the server waits for; it has waited since `waiting_since`, and gives up at `deadline`.
+        self.arrived = self.began = self.waiting_since = server.round_time
         self.phase = IDLE
         self.deadline = server.round_time + IDLE_SECONDS
 
@@ -2242,24 +2244,25 @@ class Connection:
             piece = self.socket.recv(PIECE)
         except BlockingIOError:
             return READ
+        self.arrived = time.monotonic()
         if self.lingering:
             return READ if piece else CLOSE
         self.reader.feed(piece)
         return TURN
 
     def advance(self, result: Result | None = None) -> int:
-        """Do what can be done now, and return what has to come next: READ, WRITE, WORK or CLOSE.
+        """Do what can be done now, and return what has to come next: READ, WRITE, TURN, WORK or CLOSE.
 
         `result` is what work() returned, or what expired() did, or an Error with which to refuse the client.
         """
-        server, service, answered = self.server, self.server.service, 0
+        service = self.server.service
         try:
             # 1. Take the result of work: an answer, or the next piece of its body.
             if isinstance(result, Answer):
                 self._start_answer(result)
             elif result is not None:
                 self._take_piece(result)
-            while True:
+            for _ in range(ANSWERS_IN_A_TURN):
                 # 2. Send what there is, as far as the client takes it.
                 if self.unsent and (wants := self._send()):
                     return wants
@@ -2273,26 +2276,26 @@ class Connection:
                         return self._linger()
                 # 5. Read the next request.
                 if self.phase == IDLE:
-                    self.began = server.round_time
+                    self.began = self.arrived
                 try:
                     request = self.request = self.reader.read()
                 except Error as error:
                     self._start_answer(service.answer_error(error))
                     continue
-                # 6. Answer it, if the answer is kept and this turn has not answered too many.
+                # 6. Answer it, if the answer is kept.
                 if request is not None:
                     request = self.request = service.identify(request)
-                    self.phase, self.receiving, self.arrived = IDLE, False, server.round_time
-                    answer = service.kept_answer(request, self.arrived) if answered < KEPT_IN_A_TURN else None
+                    self.phase, self.receiving = IDLE, False
+                    answer = service.kept_answer(request, self.arrived)
                     if answer is None:
                         return WORK
-                    answered += 1
                     self._start_answer(answer)
                     continue
                 # 7. It is not whole. Ask for its body if the client waits for that, and wait.
                 if not self.reader.owes_continue:
                     return self._await_input()
                 self.unsent, self.reader.owes_continue = b"HTTP/1.1 100 Continue\r\n\r\n", False
+            return TURN  # the others first: this client has sent many requests at once
         except BlockingIOError:  # from work(): the client took nothing of the piece that Body.more() tried to send
             return WRITE
         except Exception as error:
@@ -2520,7 +2523,7 @@ ACCEPT_AT_ONCE = 64  # connections that are accepted in one round
 MAX_BUFFERED = 2 << 20  # bytes of all unfinished requests, and of all answers that clients do not take
 SPARE_DESCRIPTORS = 24  # descriptors that are left to the store, the log and the selector
 WORK_SECONDS = 0.05  # for which work may hold up the leader before another thread takes the lead
-ROUND_SECONDS = 0.01  # for the turns of a round, and again for its work; with more, the log could overflow meanwhile
+ROUND_SECONDS = 0.01  # for the turns of a round; with more, the log could overflow meanwhile
 CHECK_SECONDS = 0.05  # between two checks of deadlines and other limits
 POLL_SECONDS = 0.005  # between two looks for the results of threads that are held up
 STORE_SECONDS = 10  # for one piece of work; the stores here give up earlier, after 8 s
@@ -2580,7 +2583,7 @@ class Server(http.server.HTTPServer):
         self.service.secure = tls is not None
         self.stopping = False
         self.parent = 0  # the process that supervises this one; 0: none
-        self.round_time = time.monotonic()  # when its input was taken or, if later, a change was made: see Service
+        self.round_time = time.monotonic()  # when the input of this round was taken
         super().__init__(listener.getsockname(), http.server.BaseHTTPRequestHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener  # bound already: server_bind would ask the DNS for our own name
@@ -2711,22 +2714,24 @@ class Server(http.server.HTTPServer):
         if self._postponed and not self.service.looking:
             self._queue.extend(self._postponed)
             self._postponed.clear()
+        received = time.monotonic()
         if (self._turns or self._queue) and not self._work(me, None, self.service.look)[0]:
             return
         # 2. Give each connection its turn. What needs no work does not wait for what does.
-        until = time.monotonic() + ROUND_SECONDS
-        while self._turns and time.monotonic() < until:
+        looked = time.monotonic()
+        while self._turns and time.monotonic() - looked < ROUND_SECONDS:
             self._take_turn(*self._turns.popleft())
-        # 3. Work, but not for so long that clients which send something in the meantime would notice.
-        until = time.monotonic() + ROUND_SECONDS
+        # 3. Work, but not for so long that clients which send something in the meantime would notice. After a slow look
+        #    it may take twice as long as that: otherwise most of the time would go into looks.
+        until = time.monotonic() + max(ROUND_SECONDS, min(WORK_SECONDS, 2 * (looked - received)))
         while self._queue and time.monotonic() < until:
             connection = self._queue.popleft()
             leads, result = self._work(me, connection, connection.work)
             if not leads:
                 return
             self._take_turn(connection, result)
-        # 4. Each answer that was sent has added a line to the log: write them, and keep new answers. Check deadlines.
-        if self._lines and not self._work(me, None, self._end_round)[0]:
+        # 4. Each answer that was sent has added a line to the log: write them. Check deadlines.
+        if self._lines and not self._work(me, None, self._write_log)[0]:
             return
         if self.stopping or self.round_time - self._checked > CHECK_SECONDS:
             self._check_limits()
@@ -2778,10 +2783,12 @@ class Server(http.server.HTTPServer):
             self._postponed.append(connection)
             return
         if result is not None and connection.is_change:
-            self.round_time = time.monotonic()  # what is answered from now on has to show this change
+            connection.arrived = time.monotonic()  # the requests that the client sent behind it have to show it
         wants = connection.advance(result)
-        connection.queued_since = self.round_time if wants == WORK else 0.0
-        if wants == WORK:
+        connection.queued_since = self.round_time if wants in (TURN, WORK) else 0.0
+        if wants == TURN:
+            self._turns.append((connection, None))
+        elif wants == WORK:
             self._queue.append(connection)
         elif wants != connection.watched:
             self._watch_or_close(connection, wants)
@@ -2802,13 +2809,6 @@ class Server(http.server.HTTPServer):
         elif isinstance(result, Answer) and not isinstance(result.body, bytes):
             result.body.close()  # nobody wants it: the client was told that the store takes too long
         return False, None
-
-    def _end_round(self) -> None:
-        """Keep the answers of this round, and write the log."""
-        if self.service.fresh:
-            with contextlib.suppress(Exception):  # whatever the store raises: the answers are just not kept
-                self.service.keep()
-        self._write_log()
 
     def _accept(self) -> bool:
         """Accept a connection, and take what it has sent; return whether another one may follow.

@@ -206,7 +206,7 @@ def test_a_change_before_a_request_arrived_is_seen(unserved, storage):
         def recv(self, size):
             ask = wmi.parse_head(head("/api/images/wmi-one"))
             unserved.service.answer(ask)
-            unserved.service.keep()
+            unserved.service.look()
             storage.replace("wmi-one", lambda record: {**record, "description": "changed"})
             return super().recv(size)
 
@@ -340,8 +340,8 @@ def test_a_fault_of_ours_does_not_end_the_service(monkeypatch):
         until(lambda: leaders() == 1 and not served.server._held)
 
 
-def test_a_store_that_raises_anything_at_the_end_of_a_round():
-    """What keep() meets is nobody's loss: the answer was sent."""
+def test_a_store_that_raises_anything_when_it_is_looked_at():
+    """What a look before a round meets is nobody's loss: each request looks for itself then."""
 
     class Odd(wmi.MemoryStorage):
         odd = False
@@ -483,20 +483,32 @@ def test_many_long_works_delay_what_needs_no_store():
     assert answered.index("/api/images") < 35  # a turn is three of the others
 
 
-def test_a_client_that_pipelines_is_queued_like_the_others(unserved):
+def test_a_client_that_pipelines_takes_turns_with_the_others(unserved):
     """Kept answers need no work, but 900 clients that asked for many at once made a new one wait for 5 s."""
     for _ in range(2):
         unserved.service.answer(wmi.parse_head(head("/api/images")))
-    unserved.service.keep()
-    stub = Stub(head("/api/images") * (2 * wmi.KEPT_IN_A_TURN + 5))
+    stub = Stub(head("/api/images") * (2 * wmi.ANSWERS_IN_A_TURN + 5))
     connection = wmi.Connection(stub, ("127.0.0.1", 1), unserved)
-    wants, result, sent = connection.receive(), None, []
-    while wants in (wmi.TURN, wmi.WORK):
-        wants = connection.advance(result)
-        result = connection.work() if wants == wmi.WORK else None
+    wants, sent = connection.receive(), []
+    unserved.service.look()
+    while wants == wmi.TURN:
         sent.append(len(stub.sent))
+        wants = connection.advance()
     connection.close()
-    assert sent == [wmi.KEPT_IN_A_TURN, 2 * wmi.KEPT_IN_A_TURN + 1, 2 * wmi.KEPT_IN_A_TURN + 5]
+    assert wants == wmi.READ and len(stub.sent) == 2 * wmi.ANSWERS_IN_A_TURN + 5
+    assert all(0 <= after - before <= wmi.ANSWERS_IN_A_TURN for before, after in zip(sent, sent[1:])) and len(sent) == 3
+
+
+def test_the_log_counts_the_time_that_a_request_waits_for_its_turn(unserved):
+    """However many rounds it waits, its milliseconds begin when it was received."""
+    stub = Stub(head("/nowhere"))
+    connection = wmi.Connection(stub, ("127.0.0.1", 1), unserved)
+    connection.receive()
+    received = time.monotonic()
+    unserved.round_time = received + 60  # other rounds have begun
+    assert connection.advance() == wmi.WORK
+    assert connection.began <= received and connection.arrived <= received
+    connection.close()
 
 
 def test_pipelined_changes_delay_nobody_else():

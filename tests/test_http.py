@@ -299,7 +299,7 @@ def ask(service, request, arrived=None):
     """Return the answer to a request that is a round by itself, and that was asked before."""
     service._asked.add(hash(request.cache_key))
     answer = service.answer(request, arrived)
-    service.keep()
+    service._look()  # by any thread, unlike look()
     return answer
 
 
@@ -307,7 +307,7 @@ def test_answer_is_kept_while_nothing_changes(service):
     """A question that came before gets the very same answer object from then on."""
     for _ in range(2):
         first = service.answer(request())
-        service.keep()
+        service.look()
     assert service.answer(request()) is first
 
 
@@ -316,7 +316,7 @@ def test_what_is_asked_once_is_not_kept(service, monkeypatch):
     monkeypatch.setattr(wmi, "ASKED_AT_MOST", 50)
     for number in range(3 * wmi.ASKED_AT_MOST):
         service.answer(request(f"/api/images?unknown={number}"))
-        service.keep()
+        service.look()
         assert len(service._asked) <= wmi.ASKED_AT_MOST
     assert kept_bytes(service) == 0
 
@@ -354,7 +354,7 @@ def test_one_look_serves_all_that_arrived_before_it():
     for _ in range(5):
         assert b"first" in service.answer(request(), arrived).body
     assert storage.looks == 1
-    service.keep()
+    service.look()
     assert storage.looks == 2
     storage.replace("wmi-one", lambda record: {**record, "description": "second"})
     assert b"second" in ask(service, request()).body

@@ -159,6 +159,51 @@ def test_a_look_that_hangs_too_long(monkeypatch):
             assert read_answer(peer)[0] == 200
 
 
+@pytest.mark.parametrize("path", ["/api/images/wmi-1", "/api/images?limit=1"], ids=["kept", "new"])
+def test_a_request_waits_for_one_slow_look_only(path):
+    """The look that began after it had arrived serves it, also if another thread led while that look went on."""
+    class Gated(wmi.MemoryStorage):
+        gate, begun = threading.Semaphore(20), 0
+
+        def revision(self):
+            self.begun += 1
+            assert self.gate.acquire(timeout=2 * SECONDS)
+            return super().revision()
+
+    with Gated() as storage, serving(storage) as served, connect(served) as peer:
+        storage.add(wmi.image_record({"id": "wmi-1", "account_id": ACCOUNT}))
+        for _ in range(4):
+            peer.sendall(head("/api/images/wmi-1"))
+            assert read_answer(peer)[0] == 200
+        while storage.gate.acquire(blocking=False):
+            pass
+        before = storage.begun
+        peer.sendall(head(path))
+        until(lambda: storage.begun > before and leaders() == 2)
+        storage.gate.release()
+        try:
+            assert read_answer(peer)[0] == 200  # although the next look hangs
+        finally:
+            storage.gate.release(20)
+
+
+def test_a_round_has_one_look():
+    """Answers that may be kept need none of their own: the look before the next round keeps them."""
+    class Counted(wmi.MemoryStorage):
+        looks = 0
+
+        def revision(self):
+            self.looks += 1
+            return super().revision()
+
+    with Counted() as storage, serving(storage) as served, connect(served) as peer:
+        for number in range(30):
+            peer.sendall(head(f"/api/images?limit={number // 3 + 1}"))
+            assert read_answer(peer)[0] == 200
+        assert len(served.server.service._kept) == 10
+        assert storage.looks <= 31
+
+
 def test_clients_that_hung_up_keep_no_thread(monkeypatch):
     """When the store goes on, the threads of clients that went away end, and their places are free."""
     with Stuck() as storage, serving(storage) as served:

@@ -655,12 +655,12 @@ def test_answer_is_not_kept_for_whom_it_was_not_made(path):
     request = wmi.parse_head(f"GET /api/images HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {ONE}\r\n\r\n".encode())
     for _ in range(3):
         service.answer(request)
-        service.keep()
+        service.look()
     assert [key[1] for key in service._kept] == ["a-one"]
     storage.add(wmi.image_record({"account_id": "a-nobody"}))  # what is kept is out of date
     armed.append(1)
     assert b"wmi-two" in service.answer(request).body
-    service.keep()
+    service.look()
     assert all(b"wmi-two" not in answer.body for _, answer, _ in service._kept.values())
 
 
