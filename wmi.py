@@ -3786,7 +3786,7 @@ def _client(options: Any, version: str = DOCUMENT) -> Client:
 
 
 def _read_token(options: Any) -> str:
-    """Return the token of --token-file, or of --token or WMI_TOKEN; "" if none is given. Raises InvalidParameter."""
+    """Return the token of --token-file, --token or WMI_TOKEN; "" if there is none. Raises InvalidParameter, OSError."""
     if not options.token_file:
         return options.token or ""
     with open(options.token_file, encoding="ascii", errors="replace") as file:
@@ -3936,7 +3936,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             with _naming("standard output"):
                 sys.stdout.flush()
-    except (Error, OSError) as error:
+    except (Error, OSError, ImportError) as error:  # an ImportError comes from a backend
         if not isinstance(error, BrokenPipeError):  # no message if the reader, such as head, has seen enough
             print(f"wmi: {_visible(_explain(error, options))}", file=sys.stderr)
         try:
@@ -4096,7 +4096,7 @@ class TLSConnection(Connection):
     def _linger(self) -> int:
         if isinstance(self.socket, ssl.SSLSocket):
             with contextlib.suppress(OSError, ValueError):
-                self.socket.unwrap()  # sends close_notify, so the answer is complete; the client's need not come
+                self.socket.unwrap()  # sends close_notify, so the answer is complete; that of the client is not awaited
             self._clear_errors()
         return super()._linger()
 
@@ -4363,7 +4363,7 @@ class Tokens:
     """The tokens of all accounts, from a file that is read again when it changes.
 
     Each line is `ACCOUNT SHA256-OF-TOKEN`; `#` begins a comment. A caller presents a token as Bearer, as Basic with the
-    account as the user name, or in X-VDC-REQUESTER-TOKEN. Raises InvalidParameter if the file has a fault at the start.
+    account as the user name, or in X-VDC-REQUESTER-TOKEN. The constructor raises InvalidParameter for a bad file.
     """
 
     def __init__(self, path: str) -> None:
@@ -4437,7 +4437,7 @@ class Tokens:
         return account
 
     def identify(self, request: Request) -> Request:
-        """Return the request with the account that its token proves; if there is none, with "", and "-" for the log."""
+        """Return the request with the account its token proves; if none, "" in the cache key and "-" in the log."""
         # The account goes into the cache key, so that no caller gets a kept answer of another account.
         try:
             account = self.proven_account(request)
@@ -4762,8 +4762,9 @@ def check_unused(path: str) -> str:
 class _Arrival:
     """The bytes of a file that have arrived so far, in path.part, and a note in path.part.json of what they belong to.
 
-    A part is continued only with bytes of the same file. They come from the same URL. A range (206) must have the same
-    ETag, or no other Last-Modified; in a whole file (200), the first bytes must be those of the part.
+    A part is continued only with bytes of the same file. They come from the same URL. A range (206) must repeat the
+    ETag that was noted or, if a time was noted, must not have another one. In a whole file (200), the first bytes must
+    be those of the part.
     """
 
     # The life of a part file. One process at a time holds it, by a lock on path.part.
@@ -4800,8 +4801,8 @@ class _Arrival:
         if not self._path:
             self._file = sys.stdout.buffer
             return self
-        if os.path.isdir(self._path):
-            raise IsADirectoryError(errno.EISDIR, "is a directory; name a file with -O", self._path)
+        if os.path.exists(self._path) and not os.path.isfile(self._path):
+            raise FetchError(f"{self._path} is not a regular file; name one with -O, or - for standard output")
         with contextlib.ExitStack() as opened, _naming(self._part):
             self._file = opened.enter_context(_open_alone(self._part))
             while piece := self._file.read(FILE_PIECE):
@@ -5095,7 +5096,7 @@ _OPTIONS["options"].update({
     "keep_going": ("", "report bad lines and load the others", _SWITCH),
     "repair": ("", "rebuild what can be derived from the images", _SWITCH),
     "files": ("", "serve the image files below this directory", {"metavar": "DIR"}),
-    "tokens": ("", "file of tokens: serve asks for one, token adds one", {"metavar": "FILE"}),
+    "tokens": ("", "file of tokens: `serve` demands one, `token` adds one", {"metavar": "FILE"}),
 })
 _OPTIONS["where to listen"].update({
     "tls_cert": ("", "serve HTTPS with this certificate chain (PEM)", {"metavar": "FILE"}),
@@ -5103,7 +5104,8 @@ _OPTIONS["where to listen"].update({
 })
 _COMMANDS += [
     ("fetch", _fetch, f"ID {_PLACES.replace('store ', '')} output_file",
-     "download the file of an image, resume if interrupted, check its MD5", "wmi-lucid0 --url http://127.0.0.1:9001"),
+     "download the file of an image, resume if interrupted, check its MD5",
+     "wmi-lucid0 --url http://127.0.0.1:9001 --account a-guest1"),
     ("token", _token, "ACCOUNT tokens",
      "make a token for an account and print it; it is not shown again", "a-shpoolxx --tokens tokens"),
     ("load", _load, "[FILE] store keep_going", "load images from JSON lines, all or nothing", "images.jsonl"),

@@ -194,7 +194,7 @@ class _Cluster:
     def __init__(self, location: str) -> None:
         match = re.fullmatch(FORM_PATTERN, location)
         if not match:  # the message does not show the location, which may hold a password
-            raise ValueError("not etcd:http[s]://HOST:PORT[,...]/PREFIX[?cafile=FILE], without a password")
+            raise ValueError("the form is etcd:http[s]://HOST:PORT[,...]/PREFIX[?cafile=FILE], and no password in it")
         self._urls, self._prefix = match[1].split(","), f"/{match[2]}/".encode()
         try:
             self._context = ssl.create_default_context(cafile=match[3]) if "https:" in location else None
@@ -235,7 +235,7 @@ class _Cluster:
     def call(self, path: str, body: Record, repeat: bool = True, seconds: float = TRY_S) -> Record:
         """Return the answer of any member. Raises OSError.
 
-        With repeat=False the request is sent at most once. Raises _Unanswered if it was sent and not answered.
+        With repeat=False the request is sent again only if it was refused. Raises _Unanswered if it was not answered.
         """
         # A member that fails before the request is sent is always passed over: nothing can have happened there.
         # If less time is left than one try may take (not `in_time`), a failure says nothing about the members.
@@ -350,7 +350,7 @@ class _Cluster:
 
 
 def _no_quorum(failure: Exception) -> OSError:
-    return OSError(errno.EHOSTUNREACH, f"no member of the cluster that has a quorum answers: {failure}")
+    return OSError(errno.EHOSTUNREACH, f"no member answers, or none has a quorum: {failure}")
 
 
 def _error(answer: Record) -> OSError:
@@ -500,7 +500,7 @@ class _Changes:
             if found.value != name:
                 path, body, found = "/v3/kv/deleterange", {"key": _text(session.key), "prev_kv": True}, None
                 found = _first(self._cluster.call(path, body, repeat=False).get("prev_kvs"))
-        # No session was found. If the reason may be that its lease has run out, the change may have been made before.
+        # Nothing was learned; or there is no session, perhaps because its lease ran out after the change was made.
         if not found or (not found.created and time.monotonic() - session.born > SESSION_S - 2 * CALL_S):
             raise _Unanswered(errno.EINPROGRESS, f"etcd has not said whether this was done: {error}")
         return found.value == name
@@ -568,8 +568,7 @@ class _Changes:
         """Add the images of all batches, or none. Raises FileExistsError and OSError."""
         # 1. The session. Its lease bounds how long the source may be silent and, if this process is killed, how long it
         #    takes until check() may remove the intents.
-        name = os.urandom(8).hex()
-        session = self._begin_session(name)
+        session = self._begin_session(name := os.urandom(8).hex())
         try:
             # 2. The intents. Nobody sees them yet.
             for rows in batches:
@@ -683,10 +682,11 @@ class _Replica(SqliteStorage):
             db.execute(ADD.format("image"), _row(json.loads(record)))
         db.execute("DELETE FROM intent WHERE load = ?", (load,))
 
-    def has_live(self, id: str) -> bool:
-        """Return whether there is an image with this id that is not a tombstone."""
+    def held(self, id: str) -> tuple[bool, int]:
+        """Return whether there is an image with this id that is not a tombstone, and the size of its record."""
+        sizes = "SELECT NOT deleted, length(CAST(record AS BLOB)) FROM image WHERE id = ?"
         with self._reads as db:
-            return bool(db.execute("SELECT 1 FROM image WHERE id = ? AND NOT deleted", (id,)).fetchall())
+            return next(iter(db.execute(sizes, (id,)).fetchall()), (False, 0))
 
     def compare(self, cluster: _Cluster, revision: int) -> Iterator[str]:
         """Yield each difference from etcd, at the given revision or at that of this replica, whichever is newer."""
@@ -742,7 +742,7 @@ class _Follower:
         self._cluster, self.closed, self._stale = cluster, False, False
         self._changed = threading.Condition()  # guards the start of the thread, and tells readers of a new state
         self._thread: threading.Thread | None = None
-        self._why = ""  # why the replica is not up to date
+        self._why, self._failures = "", 0  # why the replica is not up to date; how often in a row it failed
         self.state, self._progress = _State(), 0.0  # the latter: when events arrived, or CALL_S after the watch was cut
 
     def start(self) -> bool:
@@ -756,7 +756,8 @@ class _Follower:
     def at(self, revision: int, patient: bool) -> _Replica:
         """Return the replica as soon as it has reached a revision. Raises OSError.
 
-        A patient caller gives up if something failed and nothing has arrived for CALL_S. Others wait CALL_S at most.
+        A patient caller gives up if something failed and nothing has arrived for CALL_S, or if it has failed more than
+        five times in a row. Others wait CALL_S at most.
         """
         began = time.monotonic()
         self.start()
@@ -768,7 +769,7 @@ class _Follower:
                     raise ValueError(CLOSED)
                 self._changed.wait_for(lambda: self.state is not state, PAUSE_S)
             now, since = time.monotonic(), max(began, self._progress)
-            if (self._why and now > since + CALL_S) if patient else (self._cluster.left() < 0):
+            if (self._failures > 5 or (self._why and now > since + CALL_S)) if patient else (self._cluster.left() < 0):
                 raise OSError(f"etcd: the copy here is {'late' if state.replica else 'being made'}: {self._why}")
             # The cluster has this revision, but the watch does not bring it: its member may be cut off from the others.
             # If this does not help, it is not repeated soon, since the first events may take longer than SILENT_S.
@@ -813,7 +814,8 @@ class _Follower:
             except Exception as error:  # of any kind: the thread must go on, and readers that give up are told why
                 if isinstance(error, (_Rewritten, _Refused)):  # not `|=`, which could undo what renew() does meanwhile
                     self._stale = True
-                self._why = str(error) or repr(error)  # not the error itself, which would keep a failed replica alive
+                # Not the error itself, which would keep a failed replica alive.
+                self._why, self._failures = str(error) or repr(error), self._failures + 1
                 time.sleep(PAUSE_S if self.state.replica else DOWN_S)
 
     def _make(self) -> None:
@@ -833,7 +835,8 @@ class _Follower:
         with self._changed:
             if self.closed or self._stale:
                 raise _Rewritten
-            self.state, self._progress, self._why = state, max(self._progress, time.monotonic()), ""
+            self.state, self._progress = state, max(self._progress, time.monotonic())
+            self._why, self._failures = ("", 0) if state.replica else (self._why, self._failures)
             self._changed.notify_all()
         return state
 
@@ -928,19 +931,18 @@ class EtcdStorage(AbstractContextManager["EtcdStorage"]):
             nonlocal count
             rows, size = dict[str, Row](), 0
             for count, record in enumerate(records, 1):
-                id, *_, deleted, text = _row(record)
-                if replica.has_live(id) or (id in rows and not rows.pop(id)[2]):
+                (id, *_, deleted, text), (live, more) = _row(record), replica.held(record["id"])
+                if live or (id in rows and not rows.pop(id)[2]):
                     raise FileExistsError(id)
-                size += len(text.encode())
+                size += (more := more + len(text.encode()))  # an intent has the tombstone as well
                 if len(rows) == AT_ONCE or size > BYTES_AT_ONCE:
                     yield list(rows.values())
-                    rows, size = {}, len(text.encode())
+                    rows, size = {}, more
                 rows[id] = count, id, deleted, text
             if rows:
                 yield list(rows.values())
 
-        found = batches()
-        some = list(islice(found, 2))
+        some = list(islice(found := batches(), 2))
         if len(some) == 2:
             self._opened().changes.load(chain(some, found))
         elif some:

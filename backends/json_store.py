@@ -564,7 +564,7 @@ def _before(text: str, n: int) -> str:
     at = found.end() if found else 0
     for _ in range(n):
         at = json.JSONDecoder().raw_decode(text, at)[1]
-        at = len(text) - len(text[at:].lstrip(" \t\r\n,"))
+        at = re.compile(r"[ \t\r\n,]*").match(text, at).end()  # type: ignore[union-attr]
     return text[:at]
 
 

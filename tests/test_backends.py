@@ -1422,6 +1422,18 @@ def test_json_edited_in_place_while_a_change_is_worked_out(path, edit):
         assert [record["state"] for record in store.walk(oldest_first=True)][:2] == [json.loads(edit)] * 2
 
 
+def test_json_says_soon_where_a_record_far_down_is_bad(path):
+    """The place is searched for in one pass, however many images stand before it."""
+    with opened(json_store, path) as store:
+        store.add_all(image(n, description="\u20ac" * 300) for n in range(10_000))
+        text = content(path).decode()
+        overwrite(path, text.replace("wmi-0000270e", "wmi-0000270f").encode())
+        began = time.monotonic()
+        with pytest.raises(OSError, match=rf"^{path}:\d+:\d+: .*wmi-0000270f"):
+            store.get("wmi-00000001")
+        assert time.monotonic() - began < 5  # it took the square of that
+
+
 @pytest.mark.parametrize(("old", "new", "fault"), [
     ('"version": 1,', '"version": 1, "version": 1,', ":1:40: the key 'version' "),
     ("]}\n", '],\n "images": []}\n', ":6:2: the key 'images' "),

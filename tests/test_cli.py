@@ -1163,6 +1163,13 @@ def test_the_longest_image_can_be_dumped_and_loaded(done, refused):
     done("check")
 
 
+def test_a_backend_that_cannot_be_imported(refused, monkeypatch):
+    """A Python without sqlite3, say: one line, like any other error."""
+    monkeypatch.setitem(sys.modules, "sqlite3", None)
+    monkeypatch.delitem(sys.modules, "wmi.sqlite_store", raising=False)
+    assert "sqlite3" in refused("add", "local", "file:///x", "-a", ACCOUNT, "--store", "sqlite:new.db")
+
+
 @pytest.mark.skipif(os.name != "posix", reason="a POSIX shell's way")
 @pytest.mark.parametrize("source", ["<&-", "< images.db", "< link"])
 def test_load_of_an_input_that_cannot_be_read(source):

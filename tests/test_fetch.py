@@ -15,6 +15,7 @@ import resource
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -749,7 +750,7 @@ def test_a_limit_of_the_size_of_files(own, out):
 @pytest.mark.parametrize("path, said", [
     ("none/x", "none/x.part: No such file or directory"),
     ("y/x", "y/x.part: Not a directory"),
-    (".", ".: is a directory; name a file with -O"),
+    (".", ". is not a regular file; name one with -O, or - for standard output"),
     ("a" * 300, "File name too long"),
 ])
 def test_places_that_cannot_be(path, said, own, out, refused):
@@ -757,6 +758,13 @@ def test_places_that_cannot_be(path, said, own, out, refused):
     (out / "y").write_bytes(b"")
     assert said in refused(own, path)
     assert left(out) == ["y"]
+
+
+def test_a_device_is_not_replaced(own, out, refused):
+    """A FIFO or a device stays what it is: what arrives can be written there by -O -."""
+    os.mkfifo("pipe")
+    assert "pipe is not a regular file" in refused(own, "pipe")
+    assert stat.S_ISFIFO(os.stat("pipe").st_mode) and left(out) == ["pipe"]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
