@@ -96,7 +96,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, TextIO, Union, cast
 
 try:
     import ssl
-except ImportError:  # in a Python built without it, all but TLS and etcd: stores works
+except ImportError:  # in a Python built without it, all works but TLS and stores in etcd
     ssl = None  # type: ignore[assignment]
 
 __version__ = "1.1.0"
@@ -2722,7 +2722,7 @@ class Server(http.server.HTTPServer):
         while self._turns and time.monotonic() - looked < ROUND_SECONDS:
             self._take_turn(*self._turns.popleft())
         # 3. Work, but not for so long that clients which send something in the meantime would notice. After a slow look
-        #    it may take twice as long as that: otherwise most of the time would go into looks.
+        #    it may take twice as long as the look: otherwise most of the time would go into looks.
         until = time.monotonic() + max(ROUND_SECONDS, min(WORK_SECONDS, 2 * (looked - received)))
         while self._queue and time.monotonic() < until:
             connection = self._queue.popleft()
@@ -4763,8 +4763,8 @@ class _Arrival:
     """The bytes of a file that have arrived so far, in path.part, and a note in path.part.json of what they belong to.
 
     A part is continued only with bytes of the same file. They come from the same URL. A range (206) must repeat the
-    ETag that was noted or, if a time was noted, must not have another one. In a whole file (200), the first bytes must
-    be those of the part.
+    ETag that was noted or, if a time was noted, must have that time or none. In a whole file (200), the first bytes
+    must be those of the part.
     """
 
     # The life of a part file. One process at a time holds it, by a lock on path.part.
@@ -4956,7 +4956,7 @@ def _open_alone(path: str) -> Iterator[BinaryIO]:
 def _fetch(options: Any) -> None:
     client = _client(options)
     path = options.output_file or unused_name(client.show(options.id))
-    _refuse_store_file(path, os.environ.get("WMI_STORE") or _DEFAULT_STORE)  # its journal too, even if there is none
+    _refuse_store_file(path, os.environ.get("WMI_STORE") or _DEFAULT_STORE)  # nor the store's journal, even before it exists
     with _Progress("fetched", 1 << 20, " MiB") as progress:
         fetch_image(client, options.id, path, progress, replaces=bool(options.output_file))
     if path != "-":
@@ -5096,7 +5096,7 @@ _OPTIONS["options"].update({
     "keep_going": ("", "report bad lines and load the others", _SWITCH),
     "repair": ("", "rebuild what can be derived from the images", _SWITCH),
     "files": ("", "serve the image files below this directory", {"metavar": "DIR"}),
-    "tokens": ("", "file of tokens: `serve` demands one, `token` adds one", {"metavar": "FILE"}),
+    "tokens": ("", "file of tokens: `serve` checks them, `token` adds one", {"metavar": "FILE"}),
 })
 _OPTIONS["where to listen"].update({
     "tls_cert": ("", "serve HTTPS with this certificate chain (PEM)", {"metavar": "FILE"}),
