@@ -585,7 +585,7 @@ def check_agreement(record: Record) -> Record:
     These rules concern several fields at once, so this is called again whenever fields are set. Raises
     InvalidParameter.
     """
-    # Deletion sets two fields unchecked, and its tombstone must still pass when it is loaded: they do not count.
+    # Deletion makes two fields longer, unchecked, and its tombstone must pass when it is loaded: they do not count.
     texts = *record["source"].values(), *(record[name] for name in record if name not in ("state", "deleted_at"))
     if sum(len(text) for text in texts if isinstance(text, str)) > MAX_TEXT:
         raise InvalidParameter(f"image: its texts have more than {MAX_TEXT:,} characters in all")
@@ -1406,7 +1406,7 @@ def parse_head(head: bytes) -> Request:
     # The request line comes first: a client that speaks HTTP/2 should be told so, whatever bytes follow.
     line, _, rest = head[:-2].partition(b"\r\n")
     method, target, minor = parse_request_line(line)
-    check_characters(head, len(head))  # only the length: the patterns allow no wrong character
+    check_head_text(head, len(head))  # only the length: the patterns allow no wrong character
     parsed = (_parse_small_fields if len(rest) <= SMALL_HEAD else _parse_field_lines)(rest, minor)
     fields, *_, host, _ = parsed
     named, path, query = parse_target(method, target)
@@ -1533,10 +1533,10 @@ def check_partial(head: bytes | bytearray, checked: int = 0) -> None:
     end = head.find(b"\r\n", 0, MAX_REQUEST_LINE + 2)
     if end >= max(0, checked - 1) or (end < 0 and len(head) - head.endswith(b"\r") > MAX_REQUEST_LINE):
         parse_request_line(bytes(head[:end] if end >= 0 else head))
-    check_characters(head, checked)
+    check_head_text(head, checked)
 
 
-def check_characters(text: bytes | bytearray, checked: int) -> None:
+def check_head_text(text: bytes | bytearray, checked: int) -> None:
     """Raise if the text is too long, or has a character, past `checked` bytes, that heads and trailers may not have."""
     if _NEVER_IN_HEAD.search(text, max(0, checked - 1)):
         raise BadRequest("there is a bare CR, a bare LF or a control character")
@@ -1664,7 +1664,7 @@ class Reader:
         self._at, checked = line.end() - 2, 0
         while (end := self._data.find(b"\r\n\r\n", self._at + max(0, checked - 3))) < 0:
             self._drop_read()
-            check_characters(self._data, checked)
+            check_head_text(self._data, checked)
             checked = len(self._data)
             yield
         parse_fields(bytes(self._data[self._at : end]).split(b"\r\n")[1:])
@@ -2185,8 +2185,8 @@ def parse_update(request: Request, known: Sequence[str]) -> dict[str, Any]:
 # An answer is sent without WORK if it is kept (see Service), or if it refuses a request that breaks the rules of HTTP.
 # A turn makes ANSWERS_IN_A_TURN such answers at most; if there are more requests, the connection wants another TURN.
 # Nothing is read while an answer is made or sent: a client that sends requests but reads no answers costs nothing.
-# CLOSE can come anywhere, when the client has hung up. When a deadline passes (see expired()), an idle connection is
-# closed, an unfinished request is answered 408, and an unfinished answer is cut off with a reset.
+# CLOSE can come anywhere, when the client has hung up. When a deadline passes, deadline_error() ends the wait: an idle
+# connection is closed, an unfinished request is answered 408, and an unfinished answer is cut off with a reset.
 
 IDLE_SECONDS = 15  # between two requests; Apache waits 5 s, nginx 75 s
 HEAD_SECONDS = 10  # for a whole head, from its first byte on; for a TLS handshake
@@ -2253,7 +2253,7 @@ class Connection:
     def advance(self, result: Result | None = None) -> int:
         """Do what can be done now, and return what has to come next: READ, WRITE, TURN, WORK or CLOSE.
 
-        `result` is what work() returned, or what expired() did, or an Error with which to refuse the client.
+        `result` is what work() or deadline_error() returned, or an Error with which to refuse the client.
         """
         service = self.server.service
         try:
@@ -2328,7 +2328,7 @@ class Connection:
         if gone:
             raise Unreachable("the client has hung up")
 
-    def expired(self) -> Exception:
+    def deadline_error(self) -> Exception:
         """Return the result that makes advance() close an idle connection, refuse a request, or cut off an answer."""
         return ConnectionAbortedError() if self.is_idle else RequestTimeout("the request or its answer took too long")
 
@@ -2503,9 +2503,9 @@ def address_of(listener: socket.socket, scheme: str = "http") -> str:
 #
 # Who may touch what:
 #
-#     the selector, `_queue`, `_postponed`,      the leader alone. work() reads its connection, and may send a piece of
-#     all connections, whatever is not listed    its body; `queued_since` then keeps it from turns,
-#                                                for STORE_SECONDS at most
+#     the selector, `_queue`, `_postponed`,      the leader alone. While work() is under way for a connection, it may
+#     all connections, whatever is not listed    read that connection, and send a piece of its body. Such a connection
+#                                                has `queued_since` set, and gets no turn, for STORE_SECONDS at most
 #     `round_time`, `clock`, `counts`            the leader sets them; any thread reads them
 #     `_turns`                                   any thread appends a connection and a result; the leader takes them
 #     `_leader`, `_working`, `_held`             any thread reads them, and who holds `_lock` changes them; the leader
@@ -2522,7 +2522,7 @@ MAX_CONNECTIONS = 1000  # per process; each costs a few KB and a descriptor
 ACCEPT_AT_ONCE = 64  # connections that are accepted in one round
 MAX_BUFFERED = 2 << 20  # bytes of all unfinished requests, and of all answers that clients do not take
 SPARE_DESCRIPTORS = 24  # descriptors that are left to the store, the log and the selector
-WORK_SECONDS = 0.05  # for which work may hold up the leader before another thread takes the lead
+WORK_SECONDS = 0.05  # work may hold up the leader this long before another thread takes the lead
 ROUND_SECONDS = 0.01  # for the turns of a round; with more, the log could overflow meanwhile
 CHECK_SECONDS = 0.05  # between two checks of deadlines and other limits
 POLL_SECONDS = 0.005  # between two looks for the results of threads that are held up
@@ -2888,7 +2888,7 @@ class Server(http.server.HTTPServer):
         resting = [each for each in self._connections if each.watched and not each.queued_since]
         for each in resting:
             if each.deadline <= self.round_time or (self.stopping and each.is_idle):
-                self._give_turn(each, each.expired())
+                self._give_turn(each, each.deadline_error())
         # 2. The same for those that together hold too many bytes; those with the latest deadlines are spared.
         buffered = 0
         for each in sorted(resting, key=lambda each: -each.deadline):
@@ -4956,7 +4956,7 @@ def _open_alone(path: str) -> Iterator[BinaryIO]:
 def _fetch(options: Any) -> None:
     client = _client(options)
     path = options.output_file or unused_name(client.show(options.id))
-    _refuse_store_file(path, os.environ.get("WMI_STORE") or _DEFAULT_STORE)  # nor the store's journal, even before it exists
+    _refuse_store_file(path, os.environ.get("WMI_STORE") or _DEFAULT_STORE)  # a journal of it, too
     with _Progress("fetched", 1 << 20, " MiB") as progress:
         fetch_image(client, options.id, path, progress, replaces=bool(options.output_file))
     if path != "-":
