@@ -339,7 +339,7 @@ def parse_yaml_mapping(text: str) -> dict[str, Any]:
     """Return the flat mapping in a YAML document, its keys without the colon of a symbol.
 
     This reads what this module and the originals (syck in Ruby 1.8, later psych) write for `source` and `features`.
-    Most of what else YAML allows raises ValueError, which says what was found; 1.5, yes or a date is taken as text.
+    Most other YAML raises ValueError, which says what was found; 1.5, yes or a date is taken as text.
     """
     # 1. These characters are line breaks in YAML 1.1, but not for every parser. So only their escapes are accepted.
     if re.search("[\x85\u2028\u2029]", text):
@@ -515,7 +515,7 @@ _check_backup = _matching("bo-[a-z0-9]+", "bo- and letters a-z or digits")
 _check_md5sum = _matching("[0-9A-Fa-f]{32}", "32 hex digits")
 
 # Every field of a record, in the order in which records are kept: its check and its default. An image that omits a
-# field gets its default, which is not checked: a default of None does not mean that null may be given. The first four
+# field gets its default, which is not checked: a default of None does not mean that null may be given. The first five
 # are special: see image_record().
 FIELDS: dict[str, tuple[Check, Any]] = {
     "id": (check_id, None),
@@ -585,7 +585,8 @@ def check_agreement(record: Record) -> Record:
     These rules concern several fields at once, so this is called again whenever fields are set. Raises
     InvalidParameter.
     """
-    # Deletion makes two fields longer, unchecked, and its tombstone must pass when it is loaded: they do not count.
+    # state and deleted_at do not count: deletion makes them longer without a check, and the tombstone must still pass
+    # this check when it is loaded.
     texts = *record["source"].values(), *(record[name] for name in record if name not in ("state", "deleted_at"))
     if sum(len(text) for text in texts if isinstance(text, str)) > MAX_TEXT:
         raise InvalidParameter(f"image: its texts have more than {MAX_TEXT:,} characters in all")
@@ -1619,7 +1620,7 @@ class Reader:
             # 2. Parse the head.
             head = bytes(data[self._at : end])
             request = _parse_small_head(head) if len(head) <= SMALL_HEAD else parse_head(head)
-            self._at = end  # only now: a connection whose request is refused is not idle
+            self._at = end  # only now: while a request is refused, its bytes count as unread, see Connection.is_idle
             # 3. Read the body, which has chunks or a length. If some of it is here, the client does not wait for a 100.
             if request.chunked or request.length:
                 self.waits_for, self.owes_continue = BODY, request.expects_continue and self.is_empty
@@ -1657,7 +1658,7 @@ class Reader:
             end = self._at + size
             body += self._data[self._at : end]
             if not self._data.startswith(b"\r\n", end):
-                raise BadRequest("a chunk does not have its size")
+                raise BadRequest("a chunk and its size disagree")
             self._at = end + 2
         # 3. Trailers, which are checked and dropped. Reading begins at the CRLF before them, so that the search for an
         #    empty line works even if there are none.
@@ -2024,8 +2025,8 @@ class Service:
 
     def _look(self) -> str:
         # Two threads may look at the same time and set _known in either order. Both values are true, and an older one
-        # only costs another look. What is taken before the look: the answers made until then, and the time, since the
-        # revision may be the one that the store had when the look began.
+        # only costs another look. Two things are taken before the store is asked. The answers: one that is made during
+        # the look waits for the next look. The time: the revision may be that of the moment when the look began.
         fresh, self.fresh = self.fresh, []
         moment = time.monotonic()
         with StorageErrors():
@@ -2263,18 +2264,10 @@ class Connection:
             elif result is not None:
                 self._take_piece(result)
             for _ in range(ANSWERS_IN_A_TURN):
-                # 2. Send what there is, as far as the client takes it.
-                if self.unsent and (wants := self._send()):
+                # 2. Send what there is.
+                if wants := self._finish_answer():
                     return wants
-                # 3. If there is more of a long body, let work() fetch it.
-                if self.body is not None:
-                    return WORK
-                # 4. If there was an answer, all of it is sent by now.
-                if self.status:
-                    self._log_answer()
-                    if not self.keep_alive:
-                        return self._linger()
-                # 5. Read the next request.
+                # 3. Read the next request.
                 if self.phase == IDLE:
                     self.began = self.arrived
                 try:
@@ -2282,7 +2275,7 @@ class Connection:
                 except Error as error:
                     self._start_answer(service.answer_error(error))
                     continue
-                # 6. Answer it, if the answer is kept.
+                # 4. Answer it, if the answer is kept.
                 if request is not None:
                     request = self.request = service.identify(request)
                     self.phase, self.receiving = IDLE, False
@@ -2291,15 +2284,30 @@ class Connection:
                         return WORK
                     self._start_answer(answer)
                     continue
-                # 7. It is not whole. Ask for its body if the client waits for that, and wait.
+                # 5. It is not whole. Ask for its body if the client waits for that, and wait.
                 if not self.reader.owes_continue:
                     return self._await_input()
                 self.unsent, self.reader.owes_continue = b"HTTP/1.1 100 Continue\r\n\r\n", False
-            return TURN  # the others first: this client has sent many requests at once
+            return self._finish_answer() or TURN  # the others first: this client has sent many requests at once
         except BlockingIOError:  # from work(): the client took nothing of the piece that Body.more() tried to send
             return WRITE
         except Exception as error:
             return self._abort(error)
+
+    def _finish_answer(self) -> int:
+        """Send what there is of the answer, if any; return 0 if all is sent, or what has to come next."""
+        # 1. As far as the client takes it.
+        if self.unsent and (wants := self._send()):
+            return wants
+        # 2. If there is more of a long body, let work() fetch it.
+        if self.body is not None:
+            return WORK
+        # 3. If there was an answer, all of it is sent by now.
+        if self.status:
+            self._log_answer()
+            if not self.keep_alive:
+                return self._linger()
+        return 0
 
     def work(self) -> Result:
         """Do what may have to wait for the store or a disk: answer the request, or get more of the body. Return it."""
@@ -2316,15 +2324,17 @@ class Connection:
 
     def _check_alive(self) -> None:
         """Raise Unreachable if the client has hung up. A client that sends no more counts as gone, as in nginx."""
-        if hasattr(select, "POLLRDHUP"):  # Linux tells, even if there are bytes to read, such as the last ones of TLS
-            poll = select.poll()
-            poll.register(self.socket, select.POLLRDHUP)
-            gone = bool(poll.poll(0))
-        else:
-            try:
+        try:
+            if hasattr(select, "POLLRDHUP"):  # Linux tells, even if there are bytes to read, such as TLS's last ones
+                poll = select.poll()
+                poll.register(self.socket, select.POLLRDHUP)
+                gone = bool(poll.poll(0))
+            else:
                 gone = not socket.socket.recv(self.socket, 1, socket.MSG_PEEK)  # that of an SSLSocket does not peek
-            except OSError as error:
-                gone = not isinstance(error, BlockingIOError)
+        except BlockingIOError:
+            gone = False
+        except (OSError, ValueError):  # a ValueError: the leader has closed the connection meanwhile
+            gone = True
         if gone:
             raise Unreachable("the client has hung up")
 
@@ -2503,9 +2513,9 @@ def address_of(listener: socket.socket, scheme: str = "http") -> str:
 #
 # Who may touch what:
 #
-#     the selector, `_queue`, `_postponed`,      the leader alone. While work() is under way for a connection, it may
-#     all connections, whatever is not listed    read that connection, and send a piece of its body. Such a connection
-#                                                has `queued_since` set, and gets no turn, for STORE_SECONDS at most
+#     the selector, `_queue`, `_postponed`,      the leader alone; but the thread in work() may read the attributes of
+#     all connections, whatever is not listed    its connection, and send a piece of its body. Meanwhile `queued_since`
+#                                                is set, and the connection gets no turn, for STORE_SECONDS at most
 #     `round_time`, `clock`, `counts`            the leader sets them; any thread reads them
 #     `_turns`                                   any thread appends a connection and a result; the leader takes them
 #     `_leader`, `_working`, `_held`             any thread reads them, and who holds `_lock` changes them; the leader
@@ -2565,8 +2575,8 @@ class Server(http.server.HTTPServer):
     context manager, which serves in a thread of its own until the block ends. `log`, such as sys.stderr.write, is
     called with one or more whole lines; without it nothing is logged. `tls` is the context of an HTTPS server. On a
     loopback address, requests are served if their Host is a name of this machine (localhost, 127.0.0.1, [::1]), that
-    address, or one of `host_names`; with None, whatever it is. `files` is the directory of image files, `tokens` says
-    who may call. Raises InvalidParameter and OSError.
+    address, or one of `host_names`; if that is None, any Host is served. `files` is the directory of image files,
+    `tokens` says who may call. Raises InvalidParameter and OSError.
     """
 
     def __init__(
@@ -2986,7 +2996,7 @@ def block_signals(block: bool) -> None:
 
 
 def memory_trimmer() -> Callable[[], object]:
-    """Return a function that makes the C library give freed memory back to the system, in a millisecond, if it can.
+    """Return a function that makes the C library give freed memory back, if it can; it takes a millisecond.
 
     Without it a process keeps the memory that an attack once took: 62 MB a minute later, instead of 46. The threads
     are also made to share one arena (a pool of malloc), which saves 3 to 4 MB; only one of them runs at a time anyway.
@@ -3292,7 +3302,7 @@ class Client:
         except (ValueError, TypeError, KeyError, RecursionError, InvalidParameter) as error:
             if succeeded:
                 coding = answer.headers.get("Content-Encoding", "none")  # no compression was asked for
-                raise BadAnswer(f"the answer is not JSON as here: {error} (compression: {brief(coding)})") from error
+                raise BadAnswer(f"the answer is not our JSON: {error} (compression: {brief(coding)})") from error
             reason = http.client.responses.get(answer.status, "")
             name, message, code = "", f"{answer.status} {reason} from {answer.url}", str(answer.status)
         found = _ERRORS.get(name.rpartition("::")[2], Error)(message)

@@ -756,10 +756,10 @@ class _Follower:
     def at(self, revision: int, patient: bool) -> _Replica:
         """Return the replica as soon as it has reached a revision. Raises OSError.
 
-        A patient caller gives up if something failed and nothing has arrived for CALL_S, or if it has failed more than
-        five times in a row. Others wait CALL_S at most.
+        A patient caller gives up if something failed and nothing has arrived for CALL_S, or if it fails more than five
+        times in a row meanwhile. Others wait CALL_S at most.
         """
-        began = time.monotonic()
+        began, most = time.monotonic(), self._failures + 5
         self.start()
         if (made := self.state.replica) and not os.path.exists(made._path):  # removed, as temporary files are
             self.renew()
@@ -769,7 +769,7 @@ class _Follower:
                     raise ValueError(CLOSED)
                 self._changed.wait_for(lambda: self.state is not state, PAUSE_S)
             now, since = time.monotonic(), max(began, self._progress)
-            if (self._failures > 5 or (self._why and now > since + CALL_S)) if patient else (self._cluster.left() < 0):
+            if (self._failures > most or (self._why and now > since + CALL_S)) if patient else self._cluster.left() < 0:
                 raise OSError(f"etcd: the copy here is {'late' if state.replica else 'being made'}: {self._why}")
             # The cluster has this revision, but the watch does not bring it: its member may be cut off from the others.
             # If this does not help, it is not repeated soon, since the first events may take longer than SILENT_S.

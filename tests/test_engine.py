@@ -492,9 +492,12 @@ def test_a_client_that_pipelines_takes_turns_with_the_others(unserved):
     wants, sent = connection.receive(), []
     unserved.service.look()
     while wants == wmi.TURN:
+        assert not connection.unsent  # many that wait for their turn must not hold an answer each
         sent.append(len(stub.sent))
         wants = connection.advance()
     connection.close()
+    with pytest.raises(wmi.Unreachable):  # as the thread of a long walk finds out, which is no failure of the store
+        connection._check_alive()
     assert wants == wmi.READ and len(stub.sent) == 2 * wmi.ANSWERS_IN_A_TURN + 5
     assert all(0 <= after - before <= wmi.ANSWERS_IN_A_TURN for before, after in zip(sent, sent[1:])) and len(sent) == 3
 

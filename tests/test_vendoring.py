@@ -29,7 +29,7 @@ SOURCE = pathlib.Path(wmi.__file__)
 BACKENDS = next(folder for folder in map(pathlib.Path, wmi.__path__) if folder.is_dir())
 INSTALLED = bool(os.environ.get("WMI_INSTALLED"))
 
-MAX_CODE_LINES, MAX_CORE_LINES = 3260, 2555  # of wmi.py, and without its part "Optional": what the README promises
+MAX_CODE_LINES, MAX_CORE_LINES = 3265, 2560  # of wmi.py, and without its part "Optional": what the README promises
 
 # Run by the copy under test as `module`: every store opens, and comes from beside the copy.
 EXERCISE = """
