@@ -2980,13 +2980,13 @@ def _descriptors() -> int:
 #     the parent died    -                                             a worker learns it by getppid(), sends SIGTERM to
 #                                                                      itself, and gives running requests one second
 #
-# SIGTERM, SIGINT and SIGHUP are blocked around each fork: otherwise one could come when the parent has a child that it
-# does not know yet, and this child would never be told.
+# All of these are blocked around each fork. Otherwise one could come when the parent has a child that it does not know
+# yet, and this child would never be told, or when the child still has the handlers of the parent.
 
 Renew = Callable[["Server | None"], None]  # renews the certificate of a server, or with None that of later workers
 Place = tuple[int, memoryview, int]  # what a worker is told: its parent, the counts of all workers, its own number
 _STOPS = (signal.SIGTERM, signal.SIGINT)
-_HANDLED = {*_STOPS, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
+_HANDLED = {*_STOPS, *(getattr(signal, name, signal.SIGTERM) for name in ("SIGHUP", "SIGALRM"))}  # Windows has neither
 
 
 def block_signals(block: bool) -> None:

@@ -779,7 +779,7 @@ class _Follower:
         return state.replica
 
     def renew(self) -> None:
-        """Have the replica made again."""
+        """Make the thread make the replica again."""
         self._stale = True
         self._cluster.cut_watch()
 

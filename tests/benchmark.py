@@ -56,7 +56,7 @@ def image_id(number: int) -> str:
 
 
 class Target(NamedTuple):
-    """Be one server under test: where it is, and its processes."""
+    """A server under test: where it is, and its processes."""
 
     host: str
     port: int
@@ -64,7 +64,7 @@ class Target(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Be what a run of load came to."""
+    """The result of a run of load."""
 
     per_second: float
     median_ms: float
@@ -333,7 +333,7 @@ except ImportError:
 
 
 class Peer(NamedTuple):
-    """Be another server: its name and version, how it is started, and what it is asked."""
+    """Another server: its name and version, how it is started, and what it is asked."""
 
     name: str
     command: Callable[[pathlib.Path, int, int], list[object]]  # (folder, port, workers)

@@ -1210,7 +1210,7 @@ class Peer:
                         self._receive(type(error).__name__)
 
     def half_close(self) -> None:
-        """Say that no more requests come."""
+        """Send no more requests."""
         with contextlib.suppress(OSError):  # the server may have been first
             self.socket.shutdown(socket.SHUT_WR)
 

@@ -107,7 +107,7 @@ class Cluster:
             self.signal(number, signal.SIGKILL)
 
     def wipe(self):
-        """Have another, empty cluster at the same addresses."""
+        """Start another, empty cluster at the same addresses."""
         self.kill(*self.alive())
         for number in range(self.size):
             shutil.rmtree(os.path.join(self.folder, f"m{number}"))

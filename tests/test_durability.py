@@ -174,7 +174,7 @@ def order_of_a_change(module, path):
 
 
 def is_durable(calls, folder):
-    """Say whether content is synced before its name is given, and the name after."""
+    """Return whether content is synced before its name is given, and the name after."""
     names = [name for name, _ in calls]
     replace = names.index("replace")
     return (
@@ -454,7 +454,7 @@ def test_six_processes_lose_and_double_nothing(module, path):
 
 
 def race(module, path, me):
-    """Be one of the six, and leave with status 0 if every change went well."""
+    """Act as one of the six, and leave with status 0 if every change went well."""
     try:
         with module.open_storage(path) as store:
             for n in range(15):
