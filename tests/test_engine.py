@@ -496,10 +496,20 @@ def test_a_client_that_pipelines_takes_turns_with_the_others(unserved):
         sent.append(len(stub.sent))
         wants = connection.advance()
     connection.close()
-    with pytest.raises(wmi.Unreachable):  # as the thread of a long walk finds out, which is no failure of the store
-        connection._check_alive()
     assert wants == wmi.READ and len(stub.sent) == 2 * wmi.ANSWERS_IN_A_TURN + 5
     assert all(0 <= after - before <= wmi.ANSWERS_IN_A_TURN for before, after in zip(sent, sent[1:])) and len(sent) == 3
+
+
+def test_a_closed_connection_counts_as_gone(unserved):
+    """As the thread of a long walk finds out, when the leader has closed it: no failure of the store."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    connection = wmi.Connection(ours, "", unserved)
+    connection._check_alive()
+    connection.close()
+    with pytest.raises(wmi.Unreachable):
+        connection._check_alive()
+    theirs.close()
 
 
 def test_the_log_counts_the_time_that_a_request_waits_for_its_turn(unserved):
