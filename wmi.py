@@ -1409,10 +1409,11 @@ def parse_head(head: bytes) -> Request:
     method, target, minor = parse_request_line(line)
     check_head_text(head, len(head))  # only the length: the patterns allow no wrong character
     parsed = (_parse_small_fields if len(rest) <= SMALL_HEAD else _parse_field_lines)(rest, minor)
-    fields, *_, host, _ = parsed
+    fields, *_, host, account = parsed
     named, path, query = parse_target(method, target)
-    cache_key = target, fields.get("x-vdc-account-uuid", ""), fields.get("if-none-match", ""), named or host
-    return Request(method, target, path, query, minor, cache_key, *parsed)._replace(host=named or host)
+    host = named or host
+    cache_key = target, fields.get("x-vdc-account-uuid", ""), fields.get("if-none-match", ""), host
+    return Request(method, target, path, query, minor, cache_key, *parsed[:-2], host, account)
 
 
 def _parse_field_lines(text: bytes, minor: int) -> tuple[dict[str, str], int, bool, bool, bool, str, str]:
@@ -2795,9 +2796,9 @@ class Server(http.server.HTTPServer):
         if result is not None and connection.is_change:
             connection.arrived = time.monotonic()  # the requests that the client sent behind it have to show it
         wants = connection.advance(result)
-        connection.queued_since = self.round_time if wants in (TURN, WORK) else 0.0
+        connection.queued_since = self.round_time if wants == WORK else 0.0
         if wants == TURN:
-            self._turns.append((connection, None))
+            self._give_turn(connection, None)
         elif wants == WORK:
             self._queue.append(connection)
         elif wants != connection.watched:
